@@ -1,0 +1,40 @@
+"""Errors a user can cause. Each message says what was seen, where, and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LooktwiceError(Exception):
+    """Base of every error that a user's input or setting can cause; the CLI prints it without a traceback."""
+
+
+class ConfigError(LooktwiceError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class DataError(LooktwiceError):
+    """A data file or one of its records cannot be used."""
+
+
+class ImageError(LooktwiceError):
+    """A picture is missing, unreadable or too large."""
+
+
+class CheckpointError(LooktwiceError):
+    """A model folder lacks what is needed or does not fit the request."""
+
+
+class BoxError(LooktwiceError):
+    """A crop box cannot be cut. `reason` is a short stable code, counted in the metrics."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ` Did you mean "beta"?`, or an empty string when no known name is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f' Did you mean "{matches[0]}"?' if matches else ""

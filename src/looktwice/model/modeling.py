@@ -1,0 +1,242 @@
+"""Ovis2.5 as a transformers model: vision tower, visual tokens, transformers' own Qwen3.
+
+Legend: B rows, T tokens of a row, S packed sequences, P patches, I pictures, D language-model width.
+Released checkpoints load by renaming keys, and saving writes the released names back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from transformers.utils import ModelOutput
+
+from looktwice.model.attention import PACKED_SDPA
+from looktwice.model.configuration import NUM_INDICATORS, Ovis2_5Config
+from looktwice.model.visual_tokenizer import VisualEmbedding, VisualTokenizer, embed_features
+from looktwice.training.losses import chunked_logprobs
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Ovis2_5Output(ModelOutput):
+    """`logits` [B, T, V] unless `loss_mask` was given, then `logprobs` and `entropy` [N] of the N trained tokens."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Ovis2_5PreTrainedModel(PreTrainedModel):
+    config_class = Ovis2_5Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen3DecoderLayer", "VisionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class Ovis2_5Model(Ovis2_5PreTrainedModel):
+    """Everything but the output head."""
+
+    def __init__(self, config: Ovis2_5Config) -> None:
+        super().__init__(config)
+        if config.llm_config._attn_implementation in (None, "sdpa"):
+            config.llm_config._attn_implementation = PACKED_SDPA
+        self.language_model = Qwen3Model(config.llm_config)
+        self.visual_tokenizer = VisualTokenizer(config.vit_config, config.visual_vocab_size)
+        self.vte = VisualEmbedding(config.visual_vocab_size, config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """One vector per visual token, pictures one after the other: [P, C * p * p], [I, 3] -> [A, D]."""
+        features = self.visual_tokenizer.vit(pixel_values, image_grid_thw)
+        return embed_features(features, self.visual_tokenizer, self.vte)
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+        """Ids [B, T] -> vectors [B, T, D]: text ids looked up, indicators from the table, atoms from the pictures.
+
+        Merged out of place, so that frozen embeddings with input gradients work.
+        Raises ValueError when the number of atoms differs from the number of vectors.
+        """
+        config = self.config
+        is_atom = input_ids == config.image_token_id
+        num_features = 0 if image_features is None else len(image_features)
+        if int(is_atom.sum()) != num_features:
+            raise ValueError(f"{int(is_atom.sum())} visual tokens in input_ids, {num_features} in the pictures")
+        is_indicator = torch.isin(input_ids, input_ids.new_tensor(config.indicator_token_ids))
+        embeds = self.language_model.embed_tokens(input_ids.masked_fill(is_atom | is_indicator, 0))
+        if is_indicator.any():
+            rows = torch.zeros_like(input_ids)
+            for number, token_id in enumerate(config.indicator_token_ids):
+                rows = rows.masked_fill(input_ids == token_id, number)
+            first = config.visual_vocab_size - NUM_INDICATORS
+            indicators = self.vte(first + rows[is_indicator]).to(embeds.dtype)
+            embeds = embeds.masked_scatter(is_indicator[..., None], indicators)
+        if image_features is not None:
+            embeds = embeds.masked_scatter(is_atom[..., None], image_features.to(embeds.dtype))
+        return embeds
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_index: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, D] of padded rows (`attention_mask`) or of one packed row (`cu_seqlens` [S + 1]).
+
+        `image_index` [J] names the picture shown at each of J places when one picture serves several sequences.
+        """
+        if inputs_embeds is None:
+            features = None
+            if pixel_values is not None and len(pixel_values):
+                features = self.get_image_features(pixel_values, image_grid_thw)
+                if image_index is not None:
+                    features = self._repeat_images(features, image_grid_thw, image_index)
+            inputs_embeds = self.embed(input_ids, features)
+        if cu_seqlens is not None:
+            if inputs_embeds.shape[0] != 1 or past_key_values is not None:
+                raise ValueError("a packed batch is one row and uses no cache")
+            kwargs |= self._packed_kwargs(cu_seqlens)
+            # a mapping of masks keeps transformers from building one: with its own defaults, packed rows leak
+            attention_mask, use_cache = {"full_attention": None, "sliding_attention": None}, False
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _packed_kwargs(self, cu_seqlens: Tensor) -> dict[str, Any]:
+        implementation = self.config.llm_config._attn_implementation
+        if implementation != PACKED_SDPA and not implementation.startswith("flash_attention"):
+            raise ValueError(f'packed rows need attention "sdpa" or "flash_attention_2", this model uses "{implementation}"')
+        longest = int(cu_seqlens.diff().max())
+        return {
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def _repeat_images(self, features: Tensor, image_grid_thw: Tensor, image_index: Tensor) -> Tensor:
+        counts = (image_grid_thw.prod(-1) // self.config.vit_config.hidden_stride**2).tolist()
+        images = features.split(counts)
+        return torch.cat([images[index] for index in image_index.tolist()])
+
+
+class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: Ovis2_5Config) -> None:
+        super().__init__(config)
+        self.model = Ovis2_5Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        return self.model.get_image_features(pixel_values, image_grid_thw)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Ovis2_5Output:
+        """Logits, or with `loss_mask` [1, T] the logprobs of the tokens it marks.
+
+        `labels` [B, T] (-100 = not trained) adds the shifted mean loss; `num_items_in_batch` replaces its divisor.
+        `loss_mask` never materialises logits: it is what training uses, on packed rows.
+        """
+        outputs = self.model(input_ids=input_ids, **kwargs)
+        hidden = outputs.last_hidden_state
+        if loss_mask is not None:
+            # the token at t is predicted by the state at t - 1; a sequence's first token is never trained
+            places = loss_mask[0].nonzero()[:, 0]
+            logprobs, entropy = chunked_logprobs(
+                hidden[0, places - 1], self.lm_head.weight, input_ids[0, places], temperature=temperature
+            )
+            return Ovis2_5Output(logprobs=logprobs, entropy=entropy)
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            trained = labels[:, 1:] != IGNORE_INDEX
+            logprobs, _ = chunked_logprobs(hidden[:, :-1][trained], self.lm_head.weight, labels[:, 1:][trained])
+            loss = -logprobs.sum() / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
+        return Ovis2_5Output(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any) -> dict:
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs["pixel_values"] = inputs["image_grid_thw"] = None
+        return inputs
+
+
+RELEASED_NAMES = [
+    WeightRenaming(r"^llm\.model\.", "model.language_model."),
+    WeightRenaming(r"^llm\.lm_head\.", "lm_head."),
+    WeightRenaming(r"^visual_tokenizer\.vit\.vision_model\.", "model.visual_tokenizer.vit."),
+    WeightRenaming(r"^visual_tokenizer\.head\.", "model.visual_tokenizer.head."),
+    WeightRenaming(r"^vte\.", "model.vte."),
+]
+
+AutoConfig.register(Ovis2_5Config.model_type, Ovis2_5Config)
+AutoModel.register(Ovis2_5Config, Ovis2_5Model)
+AutoModelForImageTextToText.register(Ovis2_5Config, Ovis2_5ForConditionalGeneration)
+register_checkpoint_conversion_mapping(Ovis2_5Config.model_type, RELEASED_NAMES)

@@ -1,0 +1,52 @@
+"""What one rollout left behind: ids as sampled, who wrote each, the crops, why it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from looktwice.geometry import Box, Size
+
+StopReason = Literal["answered", "max_turns", "max_tokens", "no_answer"]
+"""answered: ended its turn with an answer; no_answer: ended without one; the others name the limit that cut it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """One executed or refused crop call. Rewards and metrics read this record, never the text.
+
+    `requested` is the box as written, in the frame of the model (None when it was not four numbers); `box` is what
+    was cut, in whole original pixels (None when refused); `error` is the reason code of a refusal, else None;
+    `size` is the size the crop was resized to.
+    """
+
+    requested: Box | None
+    box: Box | None
+    size: Size | None
+    error: str | None
+
+    @property
+    def is_valid(self) -> bool:
+        return self.error is None
+
+
+@dataclass(kw_only=True)
+class Trajectory:
+    """One rollout. `completion_ids` [N] hold everything after the prompt: sampled text, crops, tool text.
+
+    `is_sampled` [N] is True where the policy wrote the id, False where the tool did; `sampling_logprobs` [N] are 0
+    where it is False. `text` is the completion as text, crops left out. `calls` are the crop calls in order.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int] = field(default_factory=list)
+    is_sampled: list[bool] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    stop_reason: StopReason = "max_tokens"
+    num_turns: int = 0
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.stop_reason in ("max_turns", "max_tokens")
