@@ -1,0 +1,188 @@
+"""The `looktwice` command: `train`, `ask`, `demo`. Flags are derived from the config classes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from looktwice.config import (
+    Config,
+    DataConfig,
+    GRPOConfig,
+    InferenceConfig,
+    ModelConfig,
+    SFTConfig,
+    StageConfig,
+    flag_of,
+)
+from looktwice.errors import ConfigError, LooktwiceError, nearest
+
+FILE_FLAGS: dict[str, type[Config]] = {
+    "model_config": ModelConfig,
+    "data_config": DataConfig,
+    "sft_config": SFTConfig,
+    "grpo_config": GRPOConfig,
+}
+STAGE_1_ONLY = ("num_train_epochs", "learning_rate", "max_steps", "resume_from_checkpoint")
+"""With `--stage both`, these flags without a `grpo_` prefix belong to stage 1 ..."""
+GRPO_LEARNING_RATE_SHARE = 0.25
+"""... but a learning rate given for stage 1 also sets stage 2's, at a quarter."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of leaving; an unknown flag names the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse_strictly(self, arguments: Sequence[str]) -> dict[str, Any]:
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            raise ConfigError(f"unknown argument {unknown[0]}.{nearest(unknown[0].split('=')[0], flags)}")
+        return vars(known)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code: 0, 1 after an error a user can mend, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": train, "ask": ask, "demo": demo}
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(f"usage: looktwice {{{','.join(commands)}}} ...\n")
+            for name, command in commands.items():
+                print(f"  {name:6} {(command.__doc__ or '').splitlines()[0]}")
+            return 0
+        if arguments[0] not in commands:
+            raise ConfigError(f'unknown command "{arguments[0]}".{nearest(arguments[0], commands)}')
+        commands[arguments[0]](arguments[1:])
+    except LooktwiceError as error:
+        print(f"looktwice: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("looktwice: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
+    stage, model, data, sft, grpo = train_configs(arguments)
+    from looktwice.training.run import required
+
+    required(data.train_data_path, "--train_data")
+    if stage != "grpo":
+        from looktwice.training.sft import train_sft
+
+        final = train_sft(model, data, sft)
+        print(f"stage 1 done: {final}")
+        grpo = grpo.model_copy(update={"sft_checkpoint_path": final})
+    if stage != "sft":
+        from looktwice.training.grpo import train_grpo
+
+        print(f"stage 2 done: {train_grpo(model, data, grpo)}")
+
+
+def train_configs(arguments: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, SFTConfig, GRPOConfig]:
+    """Stage and settings of a `train` command: defaults, then config files, then flags."""
+    parser = Parser("looktwice train", description=train.__doc__, allow_abbrev=False)
+    parser.add_argument("--stage", choices=["sft", "grpo", "both"], default="both", help="what to run (both)")
+    for flag, config_class in FILE_FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar="FILE", help=f"{config_class.__name__} as JSON or YAML; flags win")
+    shared = list(StageConfig.model_fields)
+    for config_class in FILE_FLAGS.values():
+        own = [name for name in config_class.model_fields if config_class is not GRPOConfig or name not in shared]
+        add_flags(parser, config_class, own)
+    add_flags(parser, GRPOConfig, shared, prefix="grpo_")
+    flags = parser.parse_strictly(arguments)
+    stage = flags["stage"]
+    values: dict[str, dict[str, Any]] = {}
+    for file_flag, config_class in FILE_FLAGS.items():
+        values[file_flag] = config_class.read(flags[file_flag]) if flags.get(file_flag) else {}
+        for name in config_class.model_fields:
+            flag = flag_of(config_class, name)
+            is_for_stage_1 = config_class is GRPOConfig and stage == "both" and name in STAGE_1_ONLY
+            if flag in flags and not is_for_stage_1:
+                values[file_flag][name] = flags[flag]
+    grpo_values = values["grpo_config"]
+    if stage == "both" and "learning_rate" in flags and "learning_rate" not in grpo_values:
+        grpo_values["learning_rate"] = GRPO_LEARNING_RATE_SHARE * number_of("learning_rate", flags["learning_rate"])
+    for name in shared:
+        if (flag := f"grpo_{flag_of(GRPOConfig, name)}") in flags:
+            grpo_values[name] = flags[flag]
+    model, data, sft, grpo = (config_class(**values[flag]) for flag, config_class in FILE_FLAGS.items())
+    return stage, model, data, sft, grpo  # type: ignore[return-value]
+
+
+def number_of(flag: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ConfigError(f"--{flag} is {value!r}; it must be a number") from error
+
+
+def ask(arguments: Sequence[str]) -> None:
+    """Ask a model a question about a picture: looktwice ask photo.jpg "What does the sign say?"."""
+    parser = Parser("looktwice ask", description=ask.__doc__, allow_abbrev=False)
+    parser.add_argument("image", nargs="?", help="picture to look at")
+    parser.add_argument("text", nargs="?", metavar="question", help="what to ask about it")
+    parser.add_argument("--image_path", help="the picture, as a flag")
+    parser.add_argument("--question", help="the question, as a flag")
+    parser.add_argument("--output_json", type=Path, help="also write the answer to this file")
+    add_flags(parser, InferenceConfig, list(InferenceConfig.model_fields))
+    flags = parser.parse_strictly(arguments)
+    image, question = flags["image_path"] or flags["image"], flags["question"] or flags["text"]
+    if not image or not question:
+        raise ConfigError('a picture and a question are needed: looktwice ask photo.jpg "What does the sign say?"')
+    config = InferenceConfig(**{name: flags[name] for name in InferenceConfig.model_fields if name in flags})
+    from looktwice.processing.images import image_size
+
+    image_size(image)  # a missing picture should not wait for the model to load
+    from looktwice.inference import OvisInference
+
+    result = OvisInference(config).generate(image, question)
+    print_answer(result)
+    if flags["output_json"]:
+        record = {"image_path": image, "question": question, "model_path": config.model_path, **result}
+        flags["output_json"].parent.mkdir(parents=True, exist_ok=True)
+        flags["output_json"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def print_answer(result: dict[str, Any]) -> None:
+    if thinking := result["parsed"]["think_content"]:
+        print(f"thinking: {thinking}\n")
+    for number, crop in enumerate(result["crops"], 1):
+        print(f"crop {number}: {crop['box'] if crop['error'] is None else 'refused, ' + crop['error']}")
+    print(f"answer: {result['parsed']['answer_content'] or result['response']}")
+    if result["stop_reason"].startswith("max_"):
+        print(f"(cut by --{'max_turns' if result['stop_reason'] == 'max_turns' else 'max_new_tokens'})")
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """The whole pipeline on the built-in small world, in minutes on a CPU, with a report to look at."""
+    parser = Parser("looktwice demo", description=demo.__doc__, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="run folder (outputs/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, training and sampling (0)")
+    flags = parser.parse_strictly(arguments)
+    from looktwice.demo.pipeline import run_demo
+
+    run_demo(flags["output_dir"], seed=flags["seed"])
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type[Config], names: Sequence[str], prefix: str = "") -> None:
+    """One flag a field; only flags that are given appear in the parsed values."""
+    group = parser.add_argument_group((config_class.__doc__ or "").splitlines()[0] + (f" (--{prefix}…)" if prefix else ""))
+    for name in names:
+        field = config_class.model_fields[name]
+        help_text = f"{field.description} ({field.default})".replace("%", "%%")
+        flag = f"--{prefix}{flag_of(config_class, name)}"
+        if field.annotation is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
+        else:
+            choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+            metavar = "{" + ",".join(choices) + "}" if choices else name.upper().split("_")[-1]
+            group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=help_text)

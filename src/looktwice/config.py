@@ -1,0 +1,190 @@
+"""Every knob of a run: one line each with its default, unit and help. JSON or YAML files and flags fill the same fields."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from looktwice.errors import ConfigError, nearest
+from looktwice.geometry import BoxFrame
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+def knob(default: Any, help: str, *, flag: str | None = None) -> Any:
+    """A field with its help; `flag` is its name on the command line when that is not the field's own."""
+    return Field(default, description=help, json_schema_extra={"flag": flag} if flag else None)
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, and an unknown key is an error that names the nearest one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        """Validate values. Raises ConfigError naming each wrong field, what it got and what it takes."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(type(self), problem) for problem in error.errors())) from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """Values of a JSON or YAML file, keys checked. Raises ConfigError with the file's name."""
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+            values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as a config file ({error})") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a config file holds one object of settings, got {type(values).__name__}")
+        known = {flag_of(cls, name): name for name in cls.model_fields}
+        values = {known.get(key, key): value for key, value in values.items()}
+        try:
+            cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        return values
+
+
+class ModelConfig(Config):
+    """Which model, and how it computes."""
+
+    model_name: str = knob("AIDC-AI/Ovis2.5-9B", "model folder or hub name; `tiny` is the built-in small model")
+    attn_implementation: Literal["sdpa", "flash_attention_2"] = knob("sdpa", "attention of the language model")
+    device: str | None = knob(None, "torch device; default: cuda when there is one, else cpu")
+
+
+class DataConfig(Config):
+    """Which data, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
+
+    train_data_path: Path | None = knob(None, "training JSONL", flag="train_data")
+    val_data_path: Path | None = knob(None, "validation JSONL, for the evaluation loss", flag="val_data")
+    image_base_path: Path = knob(Path("."), "folder that image_path is relative to")
+    min_pixels: Positive | None = knob(None, "fewest pixels of a resized picture")
+    max_pixels: Positive | None = knob(None, "most pixels of a resized picture")
+    crop_min_pixels: Positive | None = knob(None, "fewest pixels of a resized crop")
+    crop_max_pixels: Positive | None = knob(None, "most pixels of a resized crop")
+    box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls; default: the checkpoint's (original_px)")
+    max_length: Positive = knob(16384, "tokens of one sample; a longer one is an error")
+
+
+class StageConfig(Config):
+    """What both stages share. A step is `train_batch_size` x `gradient_accumulation_steps` samples or prompts."""
+
+    num_train_epochs: NonNegative = knob(1.0, "passes over the training data", flag="num_epochs")
+    max_steps: Positive | None = knob(None, "stop after this many optimizer steps, whatever the epochs")
+    train_batch_size: Positive = knob(4, "samples (SFT) or prompts (R-GRPO) of one batch", flag="batch_size")
+    gradient_accumulation_steps: Positive = knob(1, "batches per optimizer step")
+    learning_rate: NonNegative = knob(2e-5, "peak learning rate")
+    warmup_ratio: Share = knob(0.1, "share of the steps over which the learning rate rises")
+    lr_scheduler_type: Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
+    weight_decay: NonNegative = knob(0.0, "AdamW weight decay of matrices")
+    max_grad_norm: NonNegative = knob(1.0, "gradients are scaled down to this norm")
+    bf16: bool = knob(False, "compute in bfloat16")
+    use_lora: bool = knob(False, "train LoRA adapters of the language model instead of all weights")
+    lora_r: Positive = knob(128, "LoRA rank")
+    lora_alpha: Positive = knob(256, "LoRA scale: updates count alpha / r")
+    lora_dropout: Share = knob(0.0, "dropout before LoRA")
+    freeze_vision: bool = knob(False, "keep tower, visual head and visual table as they are")
+    memory_efficient: bool = knob(False, "gradient checkpointing and one sample a row: slower, same result")
+    max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward; a batch becomes as many as it needs")
+    logging_steps: Positive = knob(1, "steps between log lines")
+    eval_steps: Positive | None = knob(None, "steps between evaluations; default: at each epoch's end")
+    save_steps: Positive | None = knob(None, "steps between checkpoints; default: final_model only")
+    resume_from_checkpoint: Path | None = knob(None, "checkpoint-N folder of this run to go on from")
+    seed: int = knob(42, "seed of order, sampling and new weights")
+
+
+class SFTConfig(StageConfig):
+    """Stage 1: supervised fine-tuning."""
+
+    output_dir: Path = knob(Path("outputs/sft"), "run folder", flag="sft_output_dir")
+    num_train_epochs: NonNegative = knob(3.0, "passes over the training data", flag="num_epochs")
+
+
+class GRPOConfig(StageConfig):
+    """Stage 2: R-GRPO. `preset` fixes rewards and the algorithm's choices; a knob given here wins over it."""
+
+    output_dir: Path = knob(Path("outputs/grpo"), "run folder", flag="grpo_output_dir")
+    sft_checkpoint_path: Path | None = knob(None, "the policy to start from, and the KL reference", flag="sft_checkpoint")
+    learning_rate: NonNegative = knob(5e-6, "peak learning rate")
+    lr_scheduler_type: Literal["cosine", "constant"] = knob("constant", "learning rate after the warm-up")
+    preset: Literal["robust", "paper", "code"] = knob("robust", "ours, the paper's choices, or its released code's")
+    reward: str = knob("robust", "robust, paper, code, or path.py:function; default: the preset's")
+    num_generations: Annotated[int, Field(ge=2)] = knob(8, "rollouts per prompt; advantages are centred within them")
+    num_iterations: Positive = knob(1, "updates per batch of rollouts")
+    beta: NonNegative = knob(0.0, "weight of the KL to the starting policy; 0 loads no reference")
+    epsilon: NonNegative = knob(0.2, "lower clip bound of the ratio")
+    epsilon_high: NonNegative = knob(0.28, "upper clip bound of the ratio")
+    surrogate: Literal["ppo", "gspo", "cispo"] = knob("ppo", "how the ratio enters: PPO clip, GSPO or CISPO")
+    scale_rewards: Literal["std", "batch_std", "none"] = knob("std", "what centred rewards are divided by")
+    loss_aggregation: Literal["token_mean", "seq_mean_token_mean"] = knob("token_mean", "how token losses are averaged")
+    drop_constant_groups: bool = knob(True, "leave out groups whose rollouts are all right or all wrong")
+    mask_truncated_completions: bool = knob(True, "no loss on rollouts cut by a limit")
+    temperature: Annotated[float, Field(gt=0)] = knob(1.0, "sampling temperature of rollouts")
+    top_p: Annotated[float, Field(gt=0, le=1)] = knob(1.0, "sample from the smallest set of this probability")
+    top_k: Annotated[int, Field(ge=0)] = knob(0, "sample from this many ids; 0 is off")
+    max_new_tokens: Positive = knob(2048, "sampled tokens of a rollout")
+    max_turns: Positive = knob(6, "completions of a rollout, the answer included")
+    enable_thinking: bool = knob(True, "let rollouts think before they answer")
+    thinking_budget: Positive | None = knob(None, "tokens of thinking before it is closed")
+    rollout_batch_size: Positive = knob(64, "rollouts that advance together")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        return {**GRPO_PRESETS.get(values.get("preset", ""), {}), **values} if isinstance(values, dict) else values
+
+
+GRPO_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"reward": "paper", "drop_constant_groups": False, "loss_aggregation": "seq_mean_token_mean"},
+    "code": {
+        "reward": "code",
+        "drop_constant_groups": False,
+        "loss_aggregation": "seq_mean_token_mean",
+        "mask_truncated_completions": False,
+        "num_generations": 5,
+        "max_turns": 8,
+    },
+}
+"""What `--preset` changes besides the defaults above (VLM-R3, arXiv 2505.16192, and its released trainer)."""
+
+
+class InferenceConfig(Config):
+    """Asking a model."""
+
+    model_path: str = knob("outputs/grpo/final_model", "model folder or hub name; `tiny` is the built-in small model")
+    max_new_tokens: Positive = knob(3072, "sampled tokens of an answer")
+    temperature: NonNegative = knob(0.0, "0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = knob(1.0, "sample from the smallest set of this probability")
+    top_k: Annotated[int, Field(ge=0)] = knob(0, "sample from this many ids; 0 is off")
+    max_turns: Positive = knob(6, "completions of an answer, the answer included")
+    enable_thinking: bool = knob(True, "let the model think before it answers")
+    thinking_budget: Positive | None = knob(2048, "tokens of thinking before it is closed")
+    max_pixels: Positive | None = knob(None, "most pixels of a resized picture; default: the checkpoint's")
+    batch_size: Positive = knob(64, "answers that advance together")
+    bf16: bool = knob(False, "compute in bfloat16")
+    attn_implementation: Literal["sdpa", "flash_attention_2"] = knob("sdpa", "attention of the language model")
+    device: str | None = knob(None, "torch device; default: cuda when there is one, else cpu")
+    seed: int = knob(42, "seed of sampling")
+
+
+def flag_of(config_class: type[Config], name: str) -> str:
+    """The command-line name of a field, without dashes."""
+    extra = config_class.model_fields[name].json_schema_extra
+    return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else name
+
+
+def _explain(config_class: type[Config], problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = [*config_class.model_fields, *(flag_of(config_class, field) for field in config_class.model_fields)]
+        return f'unknown setting "{name}" of {config_class.__name__}.{nearest(name, known)}'
+    return f"{name} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

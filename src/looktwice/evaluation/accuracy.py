@@ -1,0 +1,48 @@
+"""How often a model is right, and how it uses the crop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from looktwice.answers import answers_match, extract_answer
+from looktwice.data.records import Sample
+from looktwice.evaluation.controls import Control, control_look
+from looktwice.geometry import iou
+from looktwice.inference import OvisInference
+from looktwice.rollout.episode import Episode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures over all questions. `valid_share` is of calls, `mean_iou` of crops with a gold box; None without any."""
+
+    accuracy: float
+    calls_per_answer: float
+    valid_share: float | None
+    mean_iou: float | None
+    is_right: tuple[bool, ...]
+    episodes: tuple[Episode, ...]
+
+
+def evaluate(
+    inference: OvisInference, samples: Sequence[Sample], *, control: Control | None = None, seed: int = 0
+) -> Evaluation:
+    """Ask every question with the crop tool, or with one of the controls in its place."""
+    look = control_look(control, inference.processor, seed) if control else None
+    episodes = inference.play([(sample.image_path, sample.question) for sample in samples], look)
+    is_right = tuple(
+        answers_match(extract_answer(episode.trajectory.text), sample.solution)
+        for episode, sample in zip(episodes, samples)
+    )
+    calls = [(call, sample) for episode, sample in zip(episodes, samples) for call in episode.trajectory.calls]
+    overlaps = [iou(call.box, sample.gold_box) for call, sample in calls if call.box and sample.gold_box]
+    return Evaluation(
+        accuracy=fmean(is_right),
+        calls_per_answer=len(calls) / len(samples),
+        valid_share=fmean(call.is_valid for call, _ in calls) if calls else None,
+        mean_iou=fmean(overlaps) if overlaps else None,
+        is_right=is_right,
+        episodes=tuple(episodes),
+    )

@@ -1,0 +1,45 @@
+"""Controls of an evaluation: what answers a crop call instead of the crop, to show what the crop is worth."""
+
+from __future__ import annotations
+
+import random
+from typing import Literal
+
+from PIL import Image
+
+from looktwice.geometry import Box, Size
+from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.rollout.crop_tool import CropTool, Observation, refusal
+from looktwice.rollout.episode import Look
+
+Control = Literal["no_crop", "random_crop", "blank_crop"]
+GREY = (128, 128, 128)
+
+
+def control_look(control: Control, processor: Ovis2_5Processor, seed: int) -> Look:
+    """no_crop: every call is refused. random_crop: the same size, cut elsewhere. blank_crop: grey of the same size."""
+    tool = CropTool(processor)
+    rng = random.Random(seed)
+
+    def no_crop(call_text: str, image: Image.Image | None) -> Observation:
+        return refusal("switched_off", tool.look(call_text, image).call.requested)
+
+    def random_crop(call_text: str, image: Image.Image | None) -> Observation:
+        seen = tool.look(call_text, image)
+        if image is None or seen.call.box is None:
+            return seen
+        return tool.cut(_elsewhere(seen.call.box, Size(*image.size), rng), image, seen.call.requested)
+
+    def blank_crop(call_text: str, image: Image.Image | None) -> Observation:
+        seen = tool.look(call_text, image)
+        if seen.call.size is None:
+            return seen
+        return Observation(call=seen.call, image=processor.patch(Image.new("RGB", seen.call.size, GREY)), text="")
+
+    return {"no_crop": no_crop, "random_crop": random_crop, "blank_crop": blank_crop}[control]
+
+
+def _elsewhere(box: Box, original: Size, rng: random.Random) -> tuple[int, int, int, int]:
+    width, height = int(box.x2 - box.x1), int(box.y2 - box.y1)
+    left, top = rng.randint(0, original.width - width), rng.randint(0, original.height - height)
+    return left, top, left + width, top + height

@@ -1,0 +1,102 @@
+"""What a run records: the table of metric names, and the recorder that writes them.
+
+One JSON line per step is the record; TensorBoard gets the same numbers; the console shows a few.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+METRICS: dict[str, str] = {
+    "loss": "training loss of the step, per trained token",
+    "eval/loss": "mean negative logprob per trained token of the validation data, nats",
+    "optim/lr": "learning rate",
+    "optim/grad_norm": "gradient norm before clipping",
+    "epoch": "passes over the training data so far",
+    "perf/tokens_per_s": "tokens of packed rows per second, prompts and pictures included",
+    "time/step_s": "seconds of the whole step",
+    "time/rollout_s": "seconds of sampling rollouts",
+    "time/update_s": "seconds of the policy update",
+    "reward/total": "mean reward of the rollouts that have one",
+    "reward/accuracy": "share of right answers among rollouts",
+    "reward/format": "mean format term, as paid",
+    "reward/length": "mean length term, as paid",
+    "reward/region": "mean region term, as paid",
+    "reward/failed": "share of rollouts whose reward raised",
+    "group/dropped": "share of groups left out because all their rollouts were right or all wrong",
+    "rollout/num_turns": "mean completions per rollout",
+    "rollout/num_tokens": "mean sampled tokens per rollout",
+    "rollout/stop/answered": "share of rollouts that ended with an answer",
+    "rollout/stop/no_answer": "share of rollouts that ended without one",
+    "rollout/stop/max_turns": "share of rollouts cut by the turn limit",
+    "rollout/stop/max_tokens": "share of rollouts cut by the token limit",
+    "tool/calls": "mean crop calls per rollout",
+    "tool/valid_share": "share of crop calls that gave a crop",
+    "tool/mean_iou": "mean overlap of crops with the gold box, where the data has one",
+    "policy/entropy": "mean entropy of the policy at sampled tokens, nats",
+    "kl/reference": "mean k3 estimate of the KL to the starting policy, nats",
+    "kl/sampling": "mean absolute difference between logprobs in training and in sampling, nats",
+    "clip/low": "share of tokens clipped at the lower bound",
+    "clip/high": "share of tokens clipped at the upper bound",
+}
+"""Every metric a run may log: area/quantity, its meaning and unit."""
+
+LOG_FILE = "log.jsonl"
+
+
+class Recorder:
+    """Writes the metrics of one stage to `folder`, and shows a progress bar with the time left."""
+
+    def __init__(self, folder: Path, *, total_steps: int, shown: tuple[str, ...], title: str, append: bool = False) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / LOG_FILE).open("a" if append else "w", encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.shown = shown
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[latest]}"),
+            console=self.console,
+        )
+        self.task = self.progress.add_task(title, total=total_steps, latest="")
+        self.lines: list[str] = []
+
+    def __enter__(self) -> Recorder:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        self.file.close()
+        self.board.close()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step. Raises KeyError for a name that is not in METRICS."""
+        unknown = [name for name in metrics if name not in METRICS]
+        if unknown:
+            raise KeyError(f"metrics {unknown} are not in the table METRICS")
+        line: dict[str, Any] = {"step": step, **{name: round(float(value), 8) for name, value in metrics.items()}}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+
+    def advance(self, step: int, metrics: dict[str, float]) -> None:
+        """Move the bar to `step` and show the chosen metrics beside it."""
+        latest = "  ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in self.shown if name in metrics)
+        self.progress.update(self.task, completed=step, latest=latest)
+        if not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.progress.tasks[0].total:.0f}  {latest}")

@@ -1,0 +1,86 @@
+"""Model folders in and out: released layout or LoRA adapter, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+
+from looktwice.errors import CheckpointError
+from looktwice.model.configuration import Ovis2_5Config
+from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+
+TINY = "tiny"
+TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def locate(name: str) -> str:
+    """The folder or hub name behind a model name: `tiny` is the model that comes with the package.
+
+    Raises CheckpointError for a local folder that cannot hold a model.
+    """
+    if name == TINY:
+        name = str(TINY_FOLDER)
+    folder = Path(name)
+    if folder.is_dir():
+        files = {path.name for path in folder.iterdir()}
+        if not files & {ADAPTER_CONFIG, *WEIGHT_FILES}:
+            raise CheckpointError(f"{name}: no weights ({WEIGHT_FILES[0]} or {ADAPTER_CONFIG}) in this folder")
+        if "config.json" not in files:
+            raise CheckpointError(f"{name}: no config.json in this folder")
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f'{name}: no such model folder; give a folder, a hub name such as "AIDC-AI/Ovis2.5-2B", or tiny')
+    return name
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", attn_implementation: str = "sdpa"
+) -> nn.Module:
+    """An Ovis2.5 model, or with an adapter folder its base model under that adapter (trainable).
+
+    Raises CheckpointError when files are missing or a tensor is missing, unexpected or mis-shaped; remote code is
+    never run.
+    """
+    folder = locate(name)
+    if (Path(folder) / ADAPTER_CONFIG).is_file():
+        base_name = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = load_model(base_name, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    try:
+        config = Ovis2_5Config.from_pretrained(folder)
+        model, info = Ovis2_5ForConditionalGeneration.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
+        raise CheckpointError(f"{name}: cannot be loaded as an Ovis2.5 model ({error})") from error
+    problems = [f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, info[kind]))[:5])}" for kind in info if info[kind]]
+    if problems:
+        raise CheckpointError(f"{name}: the weights do not fit config.json; {'; '.join(problems)}")
+    model.name_or_path = name if name == TINY or not os.path.isdir(name) else os.path.abspath(name)
+    return model.to(device)
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write weights under the released names, or the adapter with the name of its base model."""
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        for adapter in model.peft_config.values():
+            adapter.base_model_name_or_path = base.name_or_path
+            adapter.inference_mode = True
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        base.config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]

@@ -1,0 +1,93 @@
+"""Messages to token ids and who wrote each. ChatML as Ovis2.5 was trained on it; no default system prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from looktwice.errors import CheckpointError
+from looktwice.messages import Conversation, ImagePart, Message
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+EMPTY_THINK = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
+TURN_OPEN, TURN_CLOSE = "<|im_start|>", "<|im_end|>"
+EARLY_STOP = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
+    f"\n{THINK_CLOSE}\n\n"
+)
+"""Closes a thinking block that reached its budget; the text the released model was trained with."""
+
+
+@dataclass(kw_only=True)
+class Span:
+    """Consecutive ids by one writer, or, with `image_number`, the place of one picture of the conversation."""
+
+    ids: list[int] = field(default_factory=list)
+    is_trained: bool = False
+    image_number: int | None = None
+
+
+class ChatTemplate:
+    """Writes conversations with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.turn_open_id = self.token_id(TURN_OPEN)
+        self.turn_close_id = self.token_id(TURN_CLOSE)
+
+    def token_id(self, token: str) -> int:
+        """Id of a token of the vocabulary. Raises CheckpointError when the tokenizer lacks it."""
+        token_id = self.tokenizer.get_vocab().get(token)
+        if token_id is None:
+            raise CheckpointError(f'the tokenizer has no token "{token}"; use the tokenizer files of an Ovis2.5 checkpoint')
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text. Text that spells a special token stays text; think and tool tags are tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def spans(self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True) -> list[Span]:
+        """The conversation as spans.
+
+        `train`: assistant texts and their closing `<|im_end|>` are trained, nothing else is; an answer without a
+        think block gets the empty one in front, untrained. `prompt`: ends where the assistant begins to write; with
+        `thinking` off the empty think block is already written.
+        """
+        spans: list[Span] = []
+        pictures = 0
+        for message in conversation.messages:
+            written = self._message(message, pictures, is_trained=purpose == "train" and message.role == "assistant")
+            pictures += sum(span.image_number is not None for span in written)
+            spans += written
+        if purpose == "prompt":
+            opener = [self.turn_open_id, *self.encode("assistant\n")]
+            spans.append(Span(ids=opener + ([] if thinking else self.encode(EMPTY_THINK))))
+        elif conversation.messages and conversation.messages[-1].role == "assistant":
+            spans.pop()  # nothing follows the last answer, so its newline is not part of the input
+        return spans
+
+    def _message(self, message: Message, first_picture: int, *, is_trained: bool) -> list[Span]:
+        spans = [Span(ids=[self.turn_open_id, *self.encode(f"{message.role}\n")])]
+        texts = [part.text for part in message.parts if not isinstance(part, ImagePart)]
+        if is_trained and not all(any(tag in text for text in texts) for tag in (THINK_OPEN, THINK_CLOSE)):
+            spans.append(Span(ids=self.encode(EMPTY_THINK)))
+        # users' parts stand on lines of their own; an assistant's crop follows its call without a break
+        glue = "" if message.role == "assistant" else "\n"
+        before, picture, is_first_text = "", first_picture, True
+        for part in message.parts:
+            if isinstance(part, ImagePart):
+                if before:
+                    spans.append(Span(ids=self.encode(before)))
+                spans.append(Span(image_number=picture))
+                picture, before = picture + 1, glue
+            else:
+                # a leading newline would merge with the block's last newline into another token
+                text = part.text.lstrip("\n") if message.role == "assistant" and is_first_text else part.text
+                is_first_text = False
+                spans.append(Span(ids=self.encode(before + text), is_trained=is_trained))
+                before = glue
+        spans.append(Span(ids=[self.turn_close_id], is_trained=is_trained))
+        spans.append(Span(ids=self.encode("\n")))
+        return spans

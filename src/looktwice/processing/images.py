@@ -1,0 +1,117 @@
+"""The only file that opens pictures: decoding, orientation, modes, limits, resizing, patches, crops.
+
+Pictures are upright RGB after `open_image`; its size is the only "original" size anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from looktwice.errors import ImageError
+from looktwice.geometry import Size
+from looktwice.messages import ImageSource
+
+MAX_SOURCE_PIXELS = 178_956_970
+EXIF_ORIENTATION = 0x0112
+EXIF_ROTATED = (5, 6, 7, 8)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PatchedImage:
+    """A resized picture as the tower reads it: `pixel_values` [P, C * p * p] float32, `grid_thw` in patches."""
+
+    pixel_values: Tensor
+    grid_thw: tuple[int, int, int]
+    size: Size
+    num_tokens: int
+
+
+def image_size(source: ImageSource) -> Size:
+    """Upright width and height, from the header alone. Raises ImageError as `open_image` does."""
+    with _open(source) as image:
+        width, height = image.size
+        if image.getexif().get(EXIF_ORIENTATION) in EXIF_ROTATED:
+            width, height = height, width
+        return Size(width, height)
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """An upright RGB picture: EXIF rotation applied, alpha on white, 16 bits scaled to 8, first frame of an animation.
+
+    Raises ImageError when the picture is missing, unreadable or has more than 178,956,970 pixels.
+    """
+    with _open(source) as image:
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB without the losses of a plain convert: hidden colours under alpha and clipped 16-bit values."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode == "I" and values.max() > 255 else max(255.0, float(values.max()))
+        return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def resize(image: Image.Image, size: Size, rectangle: tuple[int, int, int, int] | None = None) -> Image.Image:
+    """The picture, or one rectangle of it (left, top, right, bottom), at `size`, by PIL's bilinear filter.
+
+    The filter is pinned: other libraries' bilinear filters give other pixels.
+    """
+    source = image if rectangle is None else image.crop(rectangle)
+    return source if source.size == tuple(size) else source.resize(size, Image.Resampling.BILINEAR)
+
+
+def patchify(image: Image.Image, *, patch_size: int, stride: int) -> PatchedImage:
+    """Patches in blocks of stride x stride, values in [-1, 1]; the sides must be multiples of patch_size * stride."""
+    p, s = patch_size, stride
+    rows, columns = image.height // p, image.width // p
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    blocks = pixels.view(rows // s, s, p, columns // s, s, p, 3).permute(0, 3, 1, 4, 6, 2, 5)
+    values = blocks.reshape(rows * columns, 3 * p * p).float().div_(127.5).sub_(1.0)
+    return PatchedImage(
+        pixel_values=values,
+        grid_thw=(1, rows, columns),
+        size=Size(image.width, image.height),
+        num_tokens=rows * columns // s**2,
+    )
+
+
+@contextmanager
+def _open(source: ImageSource) -> Iterator[Image.Image]:
+    """The picture of a path, closed afterwards, or the caller's own, left open."""
+    if isinstance(source, Image.Image):
+        yield source
+        return
+    try:
+        image = Image.open(source)
+    except FileNotFoundError as error:
+        raise ImageError(f"{source}: no such picture; check the path and --image_base_path") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+        raise ImageError(f"{source}: not a readable picture ({error}); replace or remove it") from error
+    with image:
+        if image.width * image.height > MAX_SOURCE_PIXELS:
+            size = f"{image.width}x{image.height}"
+            raise ImageError(f"{source}: {size} pixels, more than {MAX_SOURCE_PIXELS}; shrink it")
+        yield image
+
+
+def _name(source: ImageSource) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "picture"

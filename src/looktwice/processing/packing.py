@@ -1,0 +1,92 @@
+"""Examples to packed batches: one row of tokens, one matrix of patches, no padding.
+
+Legend: T tokens of the row, S sequences, P patches, I distinct pictures, J places where a picture is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from looktwice.processing.images import PatchedImage
+from looktwice.processing.processor import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """`input_ids`, `position_ids`, `loss_mask` [1, T]; `cu_seqlens` [S + 1] int32; `pixel_values` [P, C * p * p];
+    `image_grid_thw` [I, 3]; `image_index` [J]. A picture shown in several sequences is stored once.
+    `examples` are what it was packed from, in order."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    loss_mask: Tensor
+    cu_seqlens: Tensor
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    image_index: Tensor | None
+    examples: tuple[Example, ...]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    def loss_sequence(self) -> Tensor:
+        """Number of the sequence each trained token belongs to [N]."""
+        numbers = torch.repeat_interleave(torch.arange(len(self.cu_seqlens) - 1), self.cu_seqlens.diff().long())
+        return numbers[self.loss_mask[0]]
+
+    def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Keyword arguments of the model's forward, on `device`."""
+        tensors = {name: value for name, value in vars(self).items() if name != "examples"}
+        return {name: None if value is None else value.to(device) for name, value in tensors.items()}
+
+
+def pack(examples: Sequence[Example]) -> PackedBatch:
+    """One row of all examples, in order."""
+    lengths = [len(example) for example in examples]
+    shown = [image for example in examples for image in example.images]
+    distinct: dict[int, int] = {}
+    images: list[PatchedImage] = []
+    for image in shown:
+        if id(image) not in distinct:
+            distinct[id(image)] = len(images)
+            images.append(image)
+    return PackedBatch(
+        input_ids=torch.tensor([[token for example in examples for token in example.input_ids]]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        loss_mask=torch.tensor([[flag for example in examples for flag in example.loss_mask]], dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        pixel_values=torch.cat([image.pixel_values for image in images]) if images else None,
+        image_grid_thw=torch.tensor([image.grid_thw for image in images]) if images else None,
+        image_index=torch.tensor([distinct[id(image)] for image in shown]) if images else None,
+        examples=tuple(examples),
+    )
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Places of the lengths grouped into rows of at most `max_tokens`, first fit; a longer one gets its own row.
+
+    Example: split_by_tokens([5, 3, 4, 2], 8) == [[0, 1], [2, 3]]
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for place, length in enumerate(lengths):
+        for row, free in enumerate(room):
+            if length <= free:
+                rows[row].append(place)
+                room[row] -= length
+                break
+        else:
+            rows.append([place])
+            room.append(max_tokens - length)
+    return rows

@@ -1,0 +1,204 @@
+"""Rewards: what a finished rollout is paid, in parts; the presets `paper`, `code`, `robust`; a user's own function.
+
+Sources: R-GRPO (VLM-R3, arXiv 2505.16192) as the paper states it and as its released code computes it; gating every
+shaping term on accuracy is the remedy for groups that differ only in how they are wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+from looktwice.answers import answers_match, extract_answer, split_thinking, strip_tool_text
+from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
+from looktwice.errors import ConfigError, nearest
+from looktwice.processing.chat_template import EARLY_STOP, THINK_CLOSE
+from looktwice.rollout.trajectory import Trajectory
+
+_THINK_THEN_ANSWER = re.compile(
+    r"(?:<think>)?(?:(?!</?think>|</?answer>).)*</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.DOTALL
+)
+_JSON_GROUP = re.compile(r"\{.*?\}", re.DOTALL)
+_CALL_CONTENT = rf"(?:(?!{TOOL_CALL_OPEN}).)*?"
+_CALL = re.compile(f"{TOOL_CALL_OPEN}({_CALL_CONTENT}){TOOL_CALL_CLOSE}", re.DOTALL)
+_WRITTEN_BOX = re.compile(rf'\{{"bbox_2d":\s*\[[^\]]*\]\}}|{TOOL_CALL_OPEN}{_CALL_CONTENT}{TOOL_CALL_CLOSE}', re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardPreset:
+    """Weights, caps and gates of the four terms. The region term is always gated on accuracy.
+
+    `measure` says what format, length and region look at: "rollout" takes the tag structure of thinking then answer,
+    the length of the reasoning and the crops that were really cut; "written_text" repeats the released code, which
+    reads all three from the text alone (length is that of the shortest piece between two boxes, and any box that
+    parses counts, cut or not).
+    """
+
+    accuracy: float = 1.0
+    format: float = 1.0
+    length_per_char: float = 0.001
+    length_cap: float = 0.25
+    region_per_crop: float = 0.5
+    region_cap: float = 0.5
+    is_shaping_gated: bool = True
+    measure: Literal["rollout", "written_text"] = "rollout"
+
+
+ROBUST = RewardPreset()
+PAPER = RewardPreset(is_shaping_gated=False)
+CODE = RewardPreset(format=0.5, length_per_char=0.01, length_cap=0.1, is_shaping_gated=False, measure="written_text")
+REWARD_PRESETS = {"robust": ROBUST, "paper": PAPER, "code": CODE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """What one rollout earned. `parts` are the terms as paid, after gates, and add up to `total`.
+
+    A failed reward has an `error` and a total of NaN: it stays outside the statistics of its group, never 0.
+
+    Example: Reward(total=2.1, parts={"accuracy": 1.0, "format": 0.5, "length": 0.1, "region": 0.5})
+    """
+
+    total: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """What the group filter reads: the accuracy part, or the total of a reward without one."""
+        return self.parts.get("accuracy", self.total)
+
+
+RewardFunction = Callable[[Trajectory, str], Reward]
+
+
+def score(trajectory: Trajectory, solution: str, preset: RewardPreset = ROBUST) -> Reward:
+    """The four terms of one rollout: accuracy by rules, format, length of reasoning, region use."""
+    text = trajectory.text
+    is_right = answers_match(extract_answer(text), solution)
+    if preset.measure == "rollout":
+        has_format = _has_think_and_answer(text)
+        num_chars = _reasoning_chars(text)
+        num_crops = len({call.box for call in trajectory.calls if call.is_valid})
+    else:
+        has_format = _ends_in_answer(text)
+        num_chars = _shortest_piece_chars(text)
+        num_crops = _num_written_boxes(text)
+    pays_shaping = is_right or not preset.is_shaping_gated
+    parts = {
+        "accuracy": preset.accuracy * is_right,
+        "format": preset.format * (has_format and pays_shaping),
+        "length": min(preset.length_cap, preset.length_per_char * num_chars) * pays_shaping,
+        "region": min(preset.region_cap, preset.region_per_crop * num_crops) * is_right,
+    }
+    return Reward(total=sum(parts.values()), parts=parts)
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The reward function of a setting: a preset's name, or `path.py:function` of the user.
+
+    A user's function takes (trajectory, solution) and returns a finite number. When it raises or returns anything
+    else, that rollout's reward is failed, with the reason.
+    Raises ConfigError when the name, the file or the function cannot be used.
+    """
+    if spec in REWARD_PRESETS:
+        return partial(score, preset=REWARD_PRESETS[spec])
+    path, separator, name = spec.rpartition(":")
+    if not separator:
+        known = ", ".join(REWARD_PRESETS)
+        raise ConfigError(
+            f'reward is "{spec}"; give one of {known}, or path.py:function.{nearest(spec, REWARD_PRESETS)}'
+        )
+    function = _load_function(Path(path), name)
+    return partial(_score_by_user, function)
+
+
+def _score_by_user(function: Callable[[Trajectory, str], Any], trajectory: Trajectory, solution: str) -> Reward:
+    try:
+        value = function(trajectory, solution)
+        if not isinstance(value, Real):
+            return Reward(total=math.nan, error=f"returned {type(value).__name__}, not a number")
+        total = float(value)
+    except Exception as error:  # the user's code: its failure is this rollout's and must not end the run
+        return Reward(total=math.nan, error=f"{type(error).__name__}: {error}")
+    if not math.isfinite(total):
+        return Reward(total=math.nan, error=f"returned {total}, not a finite number")
+    return Reward(total=total)
+
+
+def _load_function(path: Path, name: str) -> Callable[[Trajectory, str], Any]:
+    if not path.is_file():
+        raise ConfigError(f"reward file {path} does not exist; give path.py:function, relative to {Path.cwd()}")
+    module_name = f"looktwice_user_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reward file {path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickling look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ConfigError(f"reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        raise ConfigError(f'reward file {path} has no function "{name}".{nearest(name, functions)}')
+    function = getattr(module, name)
+    if not callable(function):
+        raise ConfigError(f'"{name}" in reward file {path} is a {type(function).__name__}, not a function')
+    return function
+
+
+def _has_think_and_answer(text: str) -> bool:
+    """Reasoning, `</think>`, one non-empty answer block, nothing else; the opening `<think>` may be in the prompt."""
+    structure = _THINK_THEN_ANSWER.fullmatch(text.strip())
+    return structure is not None and bool(structure[1].strip())
+
+
+def _ends_in_answer(text: str) -> bool:
+    """An answer block, anything before it, only whitespace after it: the released code's format."""
+    head, closing_tag, tail = text.rpartition("</answer>")
+    return bool(closing_tag) and not tail.strip() and "<answer>" in head
+
+
+def _reasoning_chars(text: str) -> int:
+    """Characters of thinking, whitespace collapsed; calls, tool responses and a forced stop are not reasoning."""
+    thinking, _ = split_thinking(text.replace(EARLY_STOP, THINK_CLOSE))
+    return len(" ".join(strip_tool_text(thinking).split()))
+
+
+def _shortest_piece_chars(text: str) -> int:
+    """Characters of the shortest piece between two written boxes before the answer, as the released code counts.
+
+    Empty pieces count only at the start and at the end.
+    """
+    thinking = text.split("<answer>")[0].replace("<think>", "").replace("</think>", "")
+    pieces = [" ".join(piece.split()) for piece in _WRITTEN_BOX.split(thinking)]
+    return min(len(piece) for i, piece in enumerate(pieces) if piece or i in (0, len(pieces) - 1))
+
+
+def _num_written_boxes(text: str) -> int:
+    """Distinct boxes that parse, as the released code counts: no check of their numbers, no check of a crop.
+
+    Read from JSON groups that name "bbox" and from our crop calls. One that does not parse makes the count 0.
+    """
+    boxes = set()
+    try:
+        # cut at the last closing brace: behind it every "{" would search to the end in vain
+        for group in _JSON_GROUP.findall(text[: text.rfind("}") + 1]):
+            if "bbox" in group:
+                boxes.add(json.dumps(json.loads(group)["bbox_2d"]))
+        for call in _CALL.findall(text):
+            boxes.add(json.dumps(json.loads(call[call.index("[") : call.rindex("]") + 1])))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return len(boxes)

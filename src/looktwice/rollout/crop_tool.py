@@ -1,0 +1,87 @@
+"""The crop tool: the text of a call in, a crop or a short refusal out. Used by SFT data, rollouts and inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from looktwice.calls import TOOL_RESPONSE_CLOSE, TOOL_RESPONSE_OPEN, parse_call
+from looktwice.errors import BoxError
+from looktwice.geometry import Box, Size, crop_rectangle, crop_size, to_original
+from looktwice.processing.images import PatchedImage, resize
+from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.rollout.trajectory import ToolCall
+
+REFUSALS = {
+    "no_box": "No box found. Write four numbers in square brackets.",
+    "wrong_length": "A box has four numbers.",
+    "not_a_number": "A box has four finite numbers.",
+    "reversed": "The box must run from its top-left to its bottom-right corner.",
+    "outside": "The box lies outside the picture.",
+    "too_thin": "The box is too thin.",
+    "no_picture": "There is no picture to look at.",
+    "switched_off": "The crop tool is switched off.",
+}
+"""What the model reads for each reason: short, and without numbers that could give the answer's place away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What follows a call: the record, and either the crop or a text in tool-response tags."""
+
+    call: ToolCall
+    image: PatchedImage | None
+    text: str
+
+
+class CropTool:
+    """Cuts regions of one picture at full resolution, under the policy and box frame of the processor."""
+
+    def __init__(self, processor: Ovis2_5Processor) -> None:
+        self.processor = processor
+
+    def look(self, call_text: str, image: Image.Image | None) -> Observation:
+        """Run the call that ends `call_text` on an upright RGB picture. Never raises for what a model can write."""
+        requested: Box | None = None
+        try:
+            requested = parse_call(call_text)
+            if image is None:
+                raise BoxError("no_picture", "a crop was asked for in a conversation without a picture")
+            original = Size(*image.size)
+            resized = self.processor.overview_size(original)
+            box = to_original(requested, frame=self.processor.box_frame, original=original, resized=resized)
+            rectangle = crop_rectangle(box, original=original, min_side=self.processor.factor)
+        except BoxError as error:
+            return refusal(error.reason, requested)
+        return self.cut(rectangle, image, requested)
+
+    def cut(
+        self, rectangle: tuple[int, int, int, int], image: Image.Image, requested: Box | None
+    ) -> Observation:
+        """The crop of a rectangle that is already known to fit."""
+        original = Size(*image.size)
+        size = crop_size(
+            rectangle, original=original, factor=self.processor.factor, policy=self.processor.policy
+        )
+        crop = self.processor.patch(resize(image, size, rectangle))
+        call = ToolCall(requested=requested, box=Box(*(float(side) for side in rectangle)), size=size, error=None)
+        return Observation(call=call, image=crop, text="")
+
+
+def refusal(reason: str, requested: Box | None) -> Observation:
+    """The short text that answers a call which cannot be run."""
+    call = ToolCall(requested=requested, box=None, size=None, error=reason)
+    return Observation(call=call, image=None, text=tool_response(REFUSALS[reason]))
+
+
+def tool_response(text: str) -> str:
+    """Tool text in the tags the model was trained to read."""
+    return f"{TOOL_RESPONSE_OPEN}{text}{TOOL_RESPONSE_CLOSE}"
+
+
+def observed(observation: Observation, processor: Ovis2_5Processor) -> tuple[list[int], list[PatchedImage]]:
+    """The ids that follow a call, and the picture their atoms show (none for a refusal)."""
+    if observation.image is None:
+        return processor.template.encode(observation.text), []
+    return processor.image_ids(observation.image), [observation.image]

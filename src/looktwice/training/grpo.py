@@ -1,0 +1,252 @@
+"""Stage 2: R-GRPO. Groups of rollouts with executed crops, rewards, group advantages, clipped policy update."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean as mean
+
+import torch
+from torch import Tensor
+
+from looktwice.config import DataConfig, GRPOConfig, ModelConfig
+from looktwice.data.dataset import BatchOrder
+from looktwice.data.records import Sample
+from looktwice.geometry import iou
+from looktwice.metrics import Recorder
+from looktwice.model.adapters import describe_trained
+from looktwice.model.modeling import Ovis2_5Output
+from looktwice.processing.packing import PackedBatch
+from looktwice.rewards import Reward, RewardFunction, load_reward
+from looktwice.rollout.builtin_engine import BuiltinEngine
+from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
+from looktwice.rollout.sampling import Sampling
+from looktwice.rollout.trajectory import Trajectory
+from looktwice.training.learner import FINAL_MODEL, Learner, Reference
+from looktwice.training.losses import (
+    aggregate,
+    cispo_surrogate,
+    group_advantages,
+    gspo_surrogate,
+    has_accuracy_signal,
+    kl_estimate,
+    policy_surrogate,
+)
+from looktwice.training.run import load_processor, load_samples, prepare_output, required
+
+SHOWN = ("reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
+
+@dataclass(kw_only=True)
+class Rollout:
+    """One finished episode with its reward and its advantage within the group."""
+
+    episode: Episode
+    sample: Sample
+    reward: Reward
+    advantage: float = 0.0
+
+    @property
+    def trajectory(self) -> Trajectory:
+        return self.episode.trajectory
+
+
+def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path:
+    """Run R-GRPO from the SFT checkpoint and give back the folder of the final model."""
+    start = str(config.resume_from_checkpoint or required(config.sft_checkpoint_path, "--sft_checkpoint"))
+    processor = load_processor(start, data)
+    samples = load_samples(required(data.train_data_path, "--train_data"), data, processor)
+    score_rollout = load_reward(config.reward)
+    prepare_output(config)
+    order = BatchOrder(
+        len(samples),
+        samples_per_step=config.train_batch_size * config.gradient_accumulation_steps,
+        num_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+    learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
+    reference = learner.freeze_reference() if config.beta > 0 else None
+    if config.resume_from_checkpoint:
+        learner.resume(config.resume_from_checkpoint)
+    resolved = (model, data, config)
+    with Recorder(
+        config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", append=learner.step > 0
+    ) as recorder:
+        recorder.console.print(describe_trained(learner.model))
+        while learner.step < order.total_steps:
+            started = time.perf_counter()
+            groups = roll_out(learner, [samples[number] for number in order[learner.step]], config, score_rollout)
+            rolled_out = time.perf_counter()
+            metrics = rollout_metrics(groups)
+            metrics |= improve(learner, groups, config, reference)
+            learner.step += 1
+            metrics |= {
+                "epoch": order.epoch(learner.step),
+                "time/rollout_s": rolled_out - started,
+                "time/update_s": time.perf_counter() - rolled_out,
+                "time/step_s": time.perf_counter() - started,
+            }
+            is_last = learner.step == order.total_steps
+            if is_last or learner.step % config.logging_steps == 0:
+                recorder.log(learner.step, metrics)
+            recorder.advance(learner.step, metrics)
+            if config.save_steps and learner.step % config.save_steps == 0 and not is_last:
+                learner.save(config.output_dir / f"checkpoint-{learner.step}", resolved, with_optimizer=True)
+        learner.save(config.output_dir / FINAL_MODEL, resolved, with_optimizer=False)
+    return config.output_dir / FINAL_MODEL
+
+
+def roll_out(
+    learner: Learner, samples: Sequence[Sample], config: GRPOConfig, score_rollout: RewardFunction
+) -> list[list[Rollout]]:
+    """Sample `num_generations` rollouts of each prompt with crops executed, and reward them."""
+    rules = EpisodeRules(
+        max_turns=config.max_turns,
+        max_new_tokens=config.max_new_tokens,
+        thinking=config.enable_thinking,
+        thinking_budget=config.thinking_budget,
+    )
+    episodes = [
+        start_episodes(sample.image_path, sample.question, learner.processor, rules, count=config.num_generations)
+        for sample in samples
+    ]
+    engine = BuiltinEngine.for_answers(
+        learner.base,
+        learner.processor,
+        Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k),
+        max_rows=config.rollout_batch_size,
+        seed=config.seed * 1_000_003 + learner.step,
+    )
+    play(engine, episodes)
+    return [
+        [
+            Rollout(episode=episode, sample=sample, reward=score_rollout(episode.trajectory, sample.solution))
+            for episode in group
+        ]
+        for sample, group in zip(samples, episodes)
+    ]
+
+
+def improve(
+    learner: Learner, groups: Sequence[Sequence[Rollout]], config: GRPOConfig, reference: Reference | None
+) -> dict[str, float]:
+    """Give every rollout its advantage, and update the policy on those that carry signal."""
+    kept = [group for group in groups if carries_signal(group, config)]
+    metrics = {"group/dropped": 1 - len(kept) / len(groups)}
+    if not kept:
+        return metrics | {"loss": 0.0}
+    rewards = torch.tensor([[rollout.reward.total for rollout in group] for group in kept])
+    advantages = group_advantages(rewards, scale=config.scale_rewards)
+    for group, values in zip(kept, advantages.tolist()):
+        for rollout, value in zip(group, values):
+            rollout.advantage = value
+    trained = [
+        rollout
+        for group in kept
+        for rollout in group
+        if not (config.mask_truncated_completions and rollout.trajectory.is_truncated)
+    ]
+    return metrics | (update_policy(learner, trained, config, reference) if trained else {"loss": 0.0})
+
+
+def carries_signal(group: Sequence[Rollout], config: GRPOConfig) -> bool:
+    """Whether a group is trained on: two rewards that did not fail, and unless kept on purpose, not all equally right."""
+    rewards = [rollout.reward for rollout in group if rollout.reward.error is None]
+    if len(rewards) < 2:
+        return False
+    return not config.drop_constant_groups or has_accuracy_signal(torch.tensor([reward.accuracy for reward in rewards]))
+
+
+def update_policy(
+    learner: Learner, trained: Sequence[Rollout], config: GRPOConfig, reference: Reference | None
+) -> dict[str, float]:
+    """`num_iterations` clipped updates on ids the policy sampled; metrics are means over them."""
+    rows = learner.rows([rollout.episode.example for rollout in trained])
+    facts = split_like(rows, trained)
+    num_tokens = sum(row.num_loss_tokens for row in rows)
+    if reference is not None:
+        learner.model.eval()
+        with torch.no_grad(), reference.active():
+            ref_logprobs = [learner.score(row, temperature=config.temperature).logprobs for row in rows]
+    sums: Counter[str] = Counter()
+
+    def loss(output: Ovis2_5Output, row: PackedBatch) -> Tensor:
+        place = next(i for i, candidate in enumerate(rows) if candidate is row)
+        sampling_logprobs, advantages = (fact.to(output.logprobs.device) for fact in facts[place])
+        sequences = row.loss_sequence().to(output.logprobs.device)
+        per_token, seen = surrogate(output.logprobs, sampling_logprobs, advantages, sequences, config)
+        seen["policy/entropy"] = output.entropy.mean()
+        seen["kl/sampling"] = (output.logprobs.detach() - sampling_logprobs).abs().mean()
+        if reference is not None:
+            kl = kl_estimate(output.logprobs, ref_logprobs[place])
+            seen["kl/reference"] = kl.detach().mean()
+            per_token = per_token + config.beta * kl
+        sums.update({name: float(value) * row.num_loss_tokens / num_tokens for name, value in seen.items()})
+        return aggregate(
+            per_token, sequences, mode=config.loss_aggregation, num_tokens=num_tokens, num_sequences=len(trained)
+        )
+
+    updates = [learner.update(rows, loss, temperature=config.temperature) for _ in range(config.num_iterations)]
+    means = {name: value / len(updates) for name, value in sums.items()}
+    return means | {
+        "loss": sum(update.loss for update in updates) / len(updates),
+        "optim/grad_norm": updates[-1].grad_norm,
+        "optim/lr": learner.optimizer.param_groups[0]["lr"],
+    }
+
+
+def surrogate(
+    policy_logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor, sequences: Tensor, config: GRPOConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss per token [N] and metrics of the configured surrogate."""
+    bounds = {"clip_low": config.epsilon, "clip_high": config.epsilon_high}
+    if config.surrogate == "gspo":
+        return gspo_surrogate(policy_logprobs, sampling_logprobs, advantages, sequences, **bounds)
+    if config.surrogate == "cispo":
+        return cispo_surrogate(policy_logprobs, sampling_logprobs, advantages, clip_high=config.epsilon_high)
+    return policy_surrogate(policy_logprobs, sampling_logprobs, advantages, **bounds)
+
+
+def split_like(rows: Sequence[PackedBatch], trained: Sequence[Rollout]) -> list[tuple[Tensor, Tensor]]:
+    """Per row, the sampling logprobs and the advantages of its trained tokens [N], [N]."""
+    by_example = {id(rollout.episode.example): rollout for rollout in trained}
+    facts = []
+    for row in rows:
+        members = [by_example[id(example)] for example in row.examples]
+        logprobs = [
+            logprob
+            for rollout in members
+            for logprob, sampled in zip(rollout.trajectory.sampling_logprobs, rollout.trajectory.is_sampled)
+            if sampled
+        ]
+        advantages = [rollout.advantage for rollout in members for sampled in rollout.trajectory.is_sampled if sampled]
+        facts.append((torch.tensor(logprobs), torch.tensor(advantages)))
+    return facts
+
+
+def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """Means over the rollouts of a step; reward parts over those whose reward did not fail."""
+    rollouts = [rollout for group in groups for rollout in group]
+    trajectories = [rollout.trajectory for rollout in rollouts]
+    calls = [(call, rollout.sample) for rollout in rollouts for call in rollout.trajectory.calls]
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward.error is None]
+    stops = Counter(trajectory.stop_reason for trajectory in trajectories)
+    metrics = {
+        "reward/failed": 1 - len(rewards) / len(rollouts),
+        "rollout/num_turns": mean(trajectory.num_turns for trajectory in trajectories),
+        "rollout/num_tokens": mean(sum(trajectory.is_sampled) for trajectory in trajectories),
+        "tool/calls": len(calls) / len(rollouts),
+    }
+    metrics |= {f"rollout/stop/{reason}": count / len(rollouts) for reason, count in stops.items()}
+    if rewards:
+        metrics["reward/total"] = mean(reward.total for reward in rewards)
+        metrics |= {f"reward/{part}": mean(reward.parts[part] for reward in rewards) for part in rewards[0].parts}
+    if calls:
+        metrics["tool/valid_share"] = mean(call.is_valid for call, _ in calls)
+    overlaps = [iou(call.box, sample.gold_box) for call, sample in calls if call.box and sample.gold_box]
+    if overlaps:
+        metrics["tool/mean_iou"] = mean(overlaps)
+    return metrics

@@ -1,0 +1,343 @@
+"""Data files: what a record becomes, and how each thing wrong with a file or its pictures is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from looktwice.calls import parse_call, split_calls
+from looktwice.data.records import Sample, check_pictures, read_samples
+from looktwice.errors import DataError
+from looktwice.geometry import Box, Size
+
+REAL_SAMPLE = Path(__file__).parents[2] / "shared" / "sample_data" / "refcoco_sample.jsonl"
+
+GOOD = {"Q": "What is it?", "A3": "<think>Hm.</think>\n\n<answer>a cup</answer>"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def read_one(tmp_path: Path) -> Callable[..., Sample]:
+    def read(**fields: object) -> Sample:
+        row = {"image_path": "x.jpg", "QnA": [{**GOOD, **fields}]}
+        [sample] = read_samples(write(tmp_path / "d.jsonl", row), "pictures")
+        return sample
+
+    return read
+
+
+@pytest.fixture
+def problems_of(tmp_path: Path) -> Callable[[bytes | object], str]:
+    """The problems of a file (bytes, or one row), without its folder."""
+
+    def read(content: bytes | object) -> str:
+        path = tmp_path / "d.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        with pytest.raises(DataError) as caught:
+            read_samples(path, "pictures")
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return read
+
+
+def response_to(answer: str, read_one: Callable[..., Sample]) -> str:
+    """The response to an answer that is followed by an answer block."""
+    block = "<answer>a cup</answer>"
+    return read_one(A3=answer + block).response.removesuffix(block)
+
+
+def test_a_row_gives_a_sample_for_each_question(tmp_path: Path) -> None:
+    second = {"Q": "Where?", "A": "<answer>old</answer> no, <answer>\n left \n</answer>", "box": [1, 2, 3, 4.5]}
+    third = {**GOOD, "A": "not read", "answer": " B ", "box": None}
+    path = write(tmp_path / "d.jsonl", {"image_path": "a/x.jpg", "image_id": "7", "QnA": [GOOD, second, third]})
+    first, middle, last = read_samples(path, tmp_path / "pictures")
+    assert first == Sample(
+        image_path=tmp_path / "pictures" / "a" / "x.jpg",
+        question="What is it?",
+        response="<think>Hm.</think>\n\n<answer>a cup</answer>",
+        solution="a cup",
+        gold_box=None,
+        where=f"{path}:1",
+        field="QnA[0].A3",
+    )
+    assert (middle.solution, middle.gold_box, middle.field) == ("left", Box(1, 2, 3, 4.5), "QnA[1].A")
+    assert (last.response, last.solution, last.gold_box) == (GOOD["A3"], "B", None)
+
+
+def test_lines_are_counted_from_one_with_the_blank_ones(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    row = json.dumps({"image_path": "x.jpg", "QnA": [{**GOOD, "Q": "Ist es größer?\u2028"}]}, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n\r\n  \n" + row.encode())
+    samples = read_samples(path, "")
+    assert [sample.where for sample in samples] == [f"{path}:1", f"{path}:4"]
+    assert samples[1].question == "Ist es größer?\u2028"
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        ("{Crop cup 1 [10, 2.50, 30, 4e1]}", "<tool_call>[10, 2.50, 30, 4e1]</tool_call>"),
+        ("a {Crop cup 1, the cup 2 [1,2 ,30,  40]} b", "a <tool_call>[1, 2, 30, 40]</tool_call> b"),
+        ("{ CROP\ncup [\n1, 2,\n30, 40 ]\n}", "<tool_call>[1, 2, 30, 40]</tool_call>"),
+        ("{crop[1, 2, 30, 40]}", "<tool_call>[1, 2, 30, 40]</tool_call>"),
+        (
+            "{Crop a [1, 2, 30, 40]} {Crop b [-5, 6, 7, 8]}",
+            "<tool_call>[1, 2, 30, 40]</tool_call> <tool_call>[-5, 6, 7, 8]</tool_call>",
+        ),
+        (
+            "{Crop a [1, 2, 30, 40], b [5, 6, 7, 8]}",
+            "<tool_call>[1, 2, 30, 40]</tool_call><tool_call>[5, 6, 7, 8]</tool_call>",
+        ),
+    ],
+)
+def test_a_crop_command_becomes_calls(written: str, expected: str, read_one: Callable[..., Sample]) -> None:
+    assert response_to(written, read_one) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{Tool call}",
+        "{Note: see [1]}",
+        "{Crop the left part}",
+        "{Cropped cup [1, 2, 30, 40]}",
+        "Crop cup [1, 2, 30, 40]",
+        "{}[]{",
+        "{Crop is a tool",
+        "<image> <|im_end|> <ovis_visual_atom> <think>",
+        "<tool_call>[1.50,2, 30,40]</tool_call>",
+        "<tool_call>Crop [1, 2, 30, 40]</tool_call>",
+    ],
+)
+def test_all_other_text_is_kept(text: str, read_one: Callable[..., Sample]) -> None:
+    assert response_to(text, read_one) == text
+
+
+@pytest.mark.parametrize(
+    "answer, problem",
+    [
+        ("{Crop a [1, 2, 30]}", 'crop command "{Crop a [1, 2, 30]}": a box has 4 numbers'),
+        ("{Crop a [x, 2, 30, 40]}", "a box holds finite numbers, got ['x', 2.0, 30.0, 40.0]; mend the box"),
+        ("{Crop a [1, 2, 30, NaN]}", "a box holds finite numbers"),
+        ("{Crop a [30, 2, 1, 40]}", "a box runs from top-left to bottom-right"),
+        ("{Crop a [1, 2, 1, 40]}", "a box runs from top-left to bottom-right"),
+        ("{Crop a [1, 2, 30, 40], b [1]}", 'crop command "{Crop a [1, 2, 30, 40], b [1]}": a box has 4 numbers'),
+        ("{Crop a [[1, 2, 30, 40]]}", "a bracket has no partner"),
+        ("{Crop a [1, 2, 30, 40}", "a bracket has no partner"),
+        ("{Crop a 1, 2, 30, 40]}", "a bracket has no partner"),
+        ("{Crop a [1, 2, 30, 40]\nNow", "the brace is not closed; add the }"),
+        ("<tool_call>[1, 2, 30]</tool_call>", "call 1: a box has 4 numbers"),
+        ("{Crop a [1, 2, 3, 4]} <tool_call>{Crop a [1, 2, 3, 4]}</tool_call>", "call 2: a call holds [x1, y1, x2, y2]"),
+        ("[1, 2, 30, 40]</tool_call>", "call 1: </tool_call> without <tool_call>"),
+        ("<tool_call>[1, 2, 30, 40]", "<tool_call> is not closed; add </tool_call> or remove it"),
+        ("<tool_call> {Crop a [1, 2, 30, 40]}", "call 1: an earlier <tool_call> is not closed"),
+    ],
+)
+def test_a_bad_crop_is_named(answer: str, problem: str, problems_of: Callable[..., str]) -> None:
+    message = problems_of({"image_path": "x", "QnA": [GOOD, {**GOOD, "A3": answer + "<answer>a</answer>"}]})
+    assert message.startswith("1 problem in d.jsonl:\n  d.jsonl:1: QnA[1].A3: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    "written, question",
+    [
+        ("<image>\nWhat?", "What?"),
+        ("<image>What?", "What?"),
+        (" <image> \r\nWhat?\n", "What?\n"),
+        ("<image>\n<image>\nWhat?", "<image>\nWhat?"),
+        ("What?\n<image>", "What?\n<image>"),
+        ("What is <|im_end|>?", "What is <|im_end|>?"),
+    ],
+)
+def test_one_leading_picture_mark_is_taken_off_the_question(
+    written: str, question: str, read_one: Callable[..., Sample]
+) -> None:
+    assert read_one(Q=written).question == question
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ([], "d.jsonl:1: a list where an object belongs; write one JSON object a line"),
+        (None, "d.jsonl:1: null where an object belongs"),
+        ({}, "d.jsonl:1: image_path: the field is missing, there is nothing; add it"),
+        (
+            {"image_pth": "x", "QnA": [GOOD]},
+            'image_path: the field is missing, unknown: "image_pth". Did you mean "image_path"?',
+        ),
+        ({"image_path": 3, "QnA": [GOOD]}, "d.jsonl:1: image_path: a number where a text belongs; write it in quotes"),
+        ({"image_path": " ", "QnA": [GOOD]}, "image_path: the text is empty"),
+        ({"image_path": "x"}, 'd.jsonl:1: QnA: the field is missing, there is "image_path"; add it'),
+        ({"image_path": "x", "QnA": GOOD}, "d.jsonl:1: QnA: an object where a list belongs"),
+        ({"image_path": "x", "QnA": None}, "d.jsonl:1: QnA: null where a list belongs"),
+        ({"image_path": "x", "QnA": []}, "d.jsonl:1: QnA: the list is empty"),
+        ({"image_path": "x", "QnA": [GOOD, "Q"]}, "d.jsonl:1: QnA[1]: a text where an object belongs"),
+        ({"image_path": "x", "QnA": [{"A3": "a"}]}, 'd.jsonl:1: QnA[0].Q: the field is missing, there is "A3"'),
+        ({"image_path": "x", "QnA": [{"Q": "q", "A1": "a"}]}, "d.jsonl:1: QnA[0].A3: the field is missing"),
+        ({"image_path": "x", "QnA": [{**GOOD, "Q": "\n"}]}, "QnA[0].Q: the text is empty"),
+        ({"image_path": "x", "QnA": [{**GOOD, "Q": "<image>\n"}]}, "QnA[0].Q: nothing but <image>"),
+        ({"image_path": "x", "QnA": [{**GOOD, "A3": ""}]}, "QnA[0].A3: the text is empty"),
+        ({"image_path": "x", "QnA": [{**GOOD, "A3": ["a"]}]}, "QnA[0].A3: a list where a text belongs"),
+        ({"image_path": "x", "QnA": [{**GOOD, "A3": "a\ud800"}]}, "QnA[0].A3: half of a surrogate pair"),
+        ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer>a"}]}, "QnA[0].A3: no <answer>…</answer> with text"),
+        ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer> </answer>"}]}, "A3: no <answer>…</answer> with text"),
+        ({"image_path": "x", "QnA": [{**GOOD, "answer": 3}]}, "QnA[0].answer: a number where a text belongs"),
+        ({"image_path": "x", "QnA": [{**GOOD, "answer": ""}]}, "QnA[0].answer: the text is empty"),
+        ({"image_path": "x", "QnA": [{**GOOD, "box": [1, 2, 3]}]}, "QnA[0].box: a box has 4 numbers"),
+        ({"image_path": "x", "QnA": [{**GOOD, "box": [5, 2, 3, 4]}]}, "QnA[0].box: a box runs from top-left"),
+        ({"image_path": "x", "QnA": [{**GOOD, "box": "1, 2, 3, 4"}]}, "QnA[0].box: a box has 4 numbers"),
+        ({"image_path": "x", "QnA": [{**GOOD, "box": [1, 2, 3, float("nan")]}]}, "box: a box holds finite numbers"),
+    ],
+)
+def test_a_bad_field_is_named(row: object, problem: str, problems_of: Callable[..., str]) -> None:
+    assert problem in problems_of(row)
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "d.jsonl: the file holds no records"),
+        (b"\n \n", "d.jsonl: the file holds no records"),
+        (b"\xef\xbb\xbf", "d.jsonl: the file holds no records"),
+        (b'\n{"image_path": "x" "QnA"}', "d.jsonl:2: broken JSON at column 20 (Expecting ',' delimiter); mend"),
+        (b'{"image_path": "\xff"}', "d.jsonl:1: byte 17 of the line is not UTF-8; save the file as UTF-8"),
+        (b'{"a": 1, "b": 2, "b": 3}', 'd.jsonl:1: the name "b" stands twice in one object; mend the line'),
+        (b"[" * 100_000, "d.jsonl:1: JSON nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "d.jsonl:1: Exceeds the limit (4300 digits)"),
+    ],
+)
+def test_a_bad_line_or_file_is_named(content: bytes, problem: str, problems_of: Callable[..., str]) -> None:
+    assert problem in problems_of(content)
+
+
+def test_all_problems_are_counted_and_the_first_twenty_listed(tmp_path: Path) -> None:
+    bad = {"QnA": [{"Q": "", "A3": "{Crop [1]} <answer>a</answer>"}]}
+    path = write(tmp_path / "d.jsonl", {"image_path": "x", "QnA": [GOOD]}, *[bad] * 8)
+    with pytest.raises(DataError) as caught:
+        read_samples(path, "")
+    head, *lines = str(caught.value).splitlines()
+    assert head == f"24 problems in {path}, the first 20:"
+    assert len(lines) == 20
+    places = [re.escape(f"  {path}:2: {name}: ") for name in ("image_path", "QnA[0].Q", "QnA[0].A3")]
+    assert all(re.match(place, line) for place, line in zip(places, lines))
+    assert lines[3].startswith(f"  {path}:3: ")
+
+
+def test_a_missing_file_or_a_directory_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", {})
+    with pytest.raises(
+        DataError, match=r'trian\.jsonl: no such data file; check the path. Did you mean "train\.jsonl"'
+    ):
+        read_samples(tmp_path / "trian.jsonl", "")
+    with pytest.raises(DataError, match="no such data file"):
+        read_samples(tmp_path / "none" / "d.jsonl", "")
+    with pytest.raises(DataError, match="a directory, not a data file"):
+        read_samples(tmp_path, "")
+
+
+def test_a_misspelt_optional_field_is_not_ignored_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "d.jsonl", {"image_path": "x", "QnA": [{**GOOD, "anwser": "B", "source": "web"}]})
+    with caplog.at_level(logging.WARNING):
+        read_samples(tmp_path / "d.jsonl", "")
+    [record] = caplog.records
+    assert record.getMessage().endswith('field "anwser" of 1 questions is ignored. Did you mean "answer"?')
+
+
+def sample(image_path: Path, *boxes: str, gold_box: Box | None = None, line: int = 1) -> Sample:
+    calls = "".join(f"<tool_call>{box}</tool_call>" for box in boxes)
+    return Sample(
+        image_path=image_path,
+        question="q",
+        response=calls,
+        solution="a",
+        gold_box=gold_box,
+        where=f"d.jsonl:{line}",
+        field="QnA[0].A3",
+    )
+
+
+@pytest.fixture
+def upright(tmp_path: Path) -> Path:
+    """Stored 40 wide and 200 high, shown 200 wide and 40 high."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 200)).save(tmp_path / "upright.jpg", exif=exif)
+    return tmp_path / "upright.jpg"
+
+
+def test_boxes_at_least_partly_inside_the_rotated_picture_are_good(upright: Path) -> None:
+    good = sample(upright, "[150, 5, 190, 20]", "[-50, -50, 5, 5]", gold_box=Box(190, 30, 400, 400))
+    check_pictures([good, good], min_side=16)
+
+
+def test_boxes_outside_the_rotated_picture_are_named(upright: Path) -> None:
+    bad = sample(upright, "[1, 2, 30, 40]", "[0, 50, 30, 180]", gold_box=Box(200, 0, 300, 40))
+    with pytest.raises(DataError) as caught:
+        check_pictures([bad], min_side=16)
+    head, call, gold = str(caught.value).splitlines()
+    assert head == "2 problems in 1 picture:"
+    assert call.startswith(
+        "  d.jsonl:1: QnA[0].A3: call 2 <tool_call>[0, 50, 30, 180]</tool_call> read as original_px: "
+        f"the box lies outside the picture of 200x40 ({upright}); "
+    )
+    assert gold.startswith("  d.jsonl:1: QnA[0].box: [200, 0, 300, 40] lies outside the picture of 200x40")
+
+
+def test_too_thin_depends_on_the_smallest_crop(tmp_path: Path) -> None:
+    Image.new("L", (1000, 50)).save(tmp_path / "wide.png")
+    thin = sample(tmp_path / "wide.png", "[0, 10, 1000, 12]")
+    check_pictures([thin], min_side=16)
+    with pytest.raises(DataError, match="more than 100 times longer"):
+        check_pictures([thin], min_side=1)
+
+
+def test_boxes_are_read_in_the_frame_given(upright: Path) -> None:
+    def shrink(size: Size) -> Size:
+        return Size(size.width // 10, size.height // 10)
+
+    check_pictures([sample(upright, "[0.5, 0.5, 0.9, 0.9]")], min_side=16, box_frame="unit")
+    check_pictures([sample(upright, "[900, 900, 999, 999]")], min_side=16, box_frame="norm1000")
+    check_pictures([sample(upright, "[18, 3, 20, 4]")], min_side=16, box_frame="resized_px", overview_size=shrink)
+    with pytest.raises(DataError, match=r"\[18, 5, 20, 6\]</tool_call> read as resized_px"):
+        check_pictures([sample(upright, "[18, 5, 20, 6]")], min_side=16, box_frame="resized_px", overview_size=shrink)
+    with pytest.raises(ValueError, match="overview_size"):
+        check_pictures([], min_side=16, box_frame="resized_px")
+
+
+def test_pictures_that_cannot_be_used_are_named_once(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    # a header that promises 40,000 x 40,000 pixels, which is all that is read of it
+    header = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (40_000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
+    (tmp_path / "bomb.png").write_bytes(header + b"\x00" * 20)
+    Image.new("RGB", (8, 8)).save(tmp_path / "metadata.webp", exif=b"junk")
+    names = ["none.jpg", "text.jpg", "empty.png", "bomb.png", "metadata.webp", "."]
+    with pytest.raises(DataError) as caught:
+        check_pictures([sample(tmp_path / name, line=line) for line in (1, 2) for name in names], min_side=16)
+    head, *lines = str(caught.value).splitlines()
+    assert head == "6 problems in 6 pictures:"
+    for name, line in zip(names, lines, strict=True):
+        assert line.startswith(f"  d.jsonl:1: image_path: {tmp_path / name}: ")
+        assert line.endswith("(1 more use it)")
+
+
+@pytest.mark.skipif(not REAL_SAMPLE.exists(), reason="the sample of real records lies outside the project")
+def test_all_real_records_are_read_completely() -> None:
+    samples = read_samples(REAL_SAMPLE, "pictures")
+    calls = [segment for sample in samples for segment in split_calls(sample.response)[:-1]]
+    assert (len(samples), len({sample.image_path for sample in samples}), len(calls)) == (50, 10, 50)
+    assert all(parse_call(call).area > 0 for call in calls)
+    assert not any(re.search(r"\{\s*crop[^}]*\[", sample.response, re.IGNORECASE) for sample in samples)
+    assert all(sample.solution and sample.solution in sample.response for sample in samples)
+    assert sum("{" in sample.response for sample in samples) == 1  # braces that hold no crop

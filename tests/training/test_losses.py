@@ -1,0 +1,269 @@
+"""Logprobs, advantages, surrogates, KL and aggregation against hand-computed values."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from looktwice.training.losses import (
+    LOGPROB_CHUNK,
+    aggregate,
+    chunked_logprobs,
+    cispo_surrogate,
+    group_advantages,
+    gspo_surrogate,
+    has_accuracy_signal,
+    kl_estimate,
+    policy_surrogate,
+)
+
+NAN = math.nan
+REWARDS = torch.tensor([2.1, 1.6, 0.6, 0.5, 0.0])
+
+
+def close(actual, expected, atol=5e-5):
+    torch.testing.assert_close(actual, torch.as_tensor(expected), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("num_rows", [0, 5, LOGPROB_CHUNK + 3])
+def test_chunked_logprobs_equal_a_plain_log_softmax(num_rows):
+    hidden = torch.randn(num_rows, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.randn(11, 8, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(num_rows) % 11
+    expected = torch.log_softmax(hidden @ weight.T / 0.7, -1)
+    logprobs, entropy = chunked_logprobs(hidden, weight, targets, temperature=0.7)
+    torch.testing.assert_close(logprobs, expected[torch.arange(num_rows), targets])
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1).detach())
+    (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
+    (wanted,) = torch.autograd.grad(expected[torch.arange(num_rows), targets].sum(), hidden)
+    torch.testing.assert_close(gradient, wanted)
+
+
+# -- advantages
+
+
+def test_group_advantages_divide_by_the_unbiased_std():
+    close(group_advantages(REWARDS), [1.3224, 0.7424, -0.4176, -0.5336, -1.1136])
+
+
+def test_unscaled_advantages_are_centred_rewards():
+    close(group_advantages(REWARDS, scale="none"), [1.14, 0.64, -0.36, -0.46, -0.96])
+
+
+def test_phantom_advantages_of_an_all_wrong_group():
+    rewards = torch.tensor([0.60, 0.55, 0.60, 0.58, 0.60])
+    close(group_advantages(rewards), [0.64, -1.64, 0.64, -0.27, 0.64], atol=6e-3)
+    assert not has_accuracy_signal(torch.zeros(5))
+
+
+@pytest.mark.parametrize("scale", ["std", "batch", "none"])
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1.85])
+def test_equal_rewards_give_exactly_zero(scale, reward):
+    assert group_advantages(torch.full((7,), reward), scale=scale).tolist() == [0.0] * 7
+
+
+def test_rounding_noise_is_no_advantage():
+    rewards = torch.tensor([0.1 + 0.2, 0.3, 0.3 + 3e-8], dtype=torch.float64)
+    assert group_advantages(rewards).tolist() == [0.0] * 3
+
+
+def test_failed_rollouts_are_outside_the_statistics():
+    rewards = torch.tensor([2.1, NAN, 1.6, 0.6, 0.5, NAN, 0.0])
+    close(group_advantages(rewards), [1.3224, 0, 0.7424, -0.4176, -0.5336, 0, -1.1136])
+
+
+@pytest.mark.parametrize("rewards", [[1.0], [1.0, NAN], [NAN, NAN], [[1.0, 0.0], [NAN, 1.0]]])
+def test_group_without_two_rewards_is_refused(rewards):
+    with pytest.raises(ValueError, match="2 or more"):
+        group_advantages(torch.tensor(rewards))
+
+
+def test_groups_of_a_batch_are_scaled_each_by_their_own_std():
+    groups = torch.stack([REWARDS, REWARDS.flip(0) / 10])
+    close(group_advantages(groups)[0], group_advantages(REWARDS))
+    close(group_advantages(groups)[1], group_advantages(REWARDS.flip(0) / 10))
+
+
+def test_batch_std_keeps_near_constant_groups_small():
+    groups = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.60, 0.58, 0.60, NAN]])
+    std = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.60, 0.58, 0.60]).std()
+    advantages = group_advantages(groups, scale="batch")
+    close(advantages[0], torch.tensor([0.5, -0.5, 0.5, -0.5]) / (std + 1e-4))
+    close(advantages[1], torch.tensor([0.02 / 3, -0.04 / 3, 0.02 / 3, 0.0]) / (std + 1e-4))
+
+
+@given(st.lists(st.floats(0, 3, width=32), min_size=2, max_size=16))
+def test_advantages_of_a_group_add_up_to_zero(rewards):
+    assert abs(group_advantages(torch.tensor(rewards)).sum().item()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "has_signal"),
+    [
+        ([1.0, 0.0, 0.0], True),
+        ([1.0, 1.0], False),
+        ([0.0, 0.0], False),
+        ([1.0, NAN, 0.0], True),
+        ([1.0, NAN, NAN], False),
+        ([1.0, NAN, 1.0], False),
+        ([NAN, NAN], False),
+        ([], False),
+    ],
+)
+def test_group_has_signal_when_two_rollouts_differ_in_accuracy(accuracies, has_signal):
+    assert has_accuracy_signal(torch.tensor(accuracies)) is has_signal
+
+
+# -- surrogates
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "objective"),
+    [
+        (0.5, 1.0, 1.28),
+        (0.5, -1.0, -1.64872),
+        (-0.5, 1.0, 0.60653),
+        (-0.5, -1.0, -0.8),
+        (0.1, 1.0, 1.10517),
+        (-0.1, 1.0, 0.90484),
+    ],
+)
+def test_clipped_surrogate_values(log_ratio, advantage, objective):
+    loss, _ = policy_surrogate(torch.tensor([log_ratio - 2]), torch.tensor([-2.0]), torch.tensor([advantage]))
+    close(loss, [-objective])
+
+
+def test_surrogate_metrics_count_the_tokens_that_lost_their_gradient():
+    policy_logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1], requires_grad=True)
+    loss, metrics = policy_surrogate(policy_logprobs, torch.zeros(5), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]))
+    (gradient,) = torch.autograd.grad(loss.sum(), policy_logprobs)
+    assert (gradient == 0).tolist() == [True, False, False, True, False]
+    values = {name: round(value.item(), 6) for name, value in metrics.items()}
+    assert values == {"clip/low": 0.2, "clip/high": 0.2, "kl/sampling": 0.42}
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [1000.0, -1000.0])
+@pytest.mark.parametrize("surrogate", [policy_surrogate, cispo_surrogate])
+def test_extreme_ratio_keeps_the_gradient_finite(surrogate, log_ratio, advantage):
+    policy_logprobs = torch.tensor([log_ratio], requires_grad=True)
+    loss, _ = surrogate(policy_logprobs, torch.zeros(1), torch.tensor([advantage]))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert policy_logprobs.grad.isfinite().all()
+
+
+def test_no_tokens_give_no_loss_and_zero_metrics():
+    empty = torch.zeros(0)
+    loss, metrics = policy_surrogate(empty, empty, empty)
+    assert loss.shape == (0,)
+    assert [value.item() for value in metrics.values()] == [0, 0, 0]
+
+
+def test_gspo_ratio_is_the_geometric_mean_of_a_sequence():
+    log_ratios, index = torch.tensor([0.1, -0.2, 0.05, 0.3]), torch.tensor([0, 0, 0, 1])
+    loss, _ = gspo_surrogate(log_ratios, torch.zeros(4), torch.ones(4), index, clip_low=1.0, clip_high=1.0)
+    close(loss, [-0.983471, -0.983471, -0.983471, -math.exp(0.3)])
+    loss, metrics = gspo_surrogate(log_ratios, torch.zeros(4), torch.tensor([-1.0, -1.0, -1.0, 1.0]), index)
+    close(loss, [0.9997, 0.9997, 0.9997, -1.0004])
+    assert (metrics["clip/low"].item(), metrics["clip/high"].item()) == (0.75, 0.25)
+
+
+def test_gspo_gradient_is_that_of_the_sequence_ratio():
+    log_ratios = torch.tensor([0.1, -0.2, 0.05], requires_grad=True)
+    loss, _ = gspo_surrogate(log_ratios, torch.zeros(3), torch.ones(3), torch.zeros(3, dtype=torch.int64), clip_low=1.0)
+    (gradient,) = torch.autograd.grad(loss.mean(), log_ratios)
+    (wanted,) = torch.autograd.grad(-log_ratios.mean().exp(), log_ratios)
+    close(gradient, wanted)
+
+
+def test_cispo_drops_no_token():
+    policy_logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    sampling_logprobs = torch.tensor([-3.0, -0.5])
+    loss, metrics = cispo_surrogate(policy_logprobs, sampling_logprobs, torch.tensor([2.0, -1.0]), clip_high=4.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), policy_logprobs)
+    close(loss, [5.0 * 2, -math.exp(-0.5)])
+    close(gradient, [-5.0 * 2, math.exp(-0.5)])
+    assert (metrics["clip/low"].item(), metrics["clip/high"].item()) == (0.0, 0.5)
+
+
+def test_every_surrogate_has_the_gradient_of_reinforce_before_the_first_update():
+    sampling_logprobs, advantages = torch.tensor([-0.3, -2.0, -1.0]), torch.tensor([1.5, 1.5, -0.5])
+    index = torch.tensor([0, 0, 1])
+    policy_logprobs = sampling_logprobs.clone().requires_grad_()
+    losses = [
+        policy_surrogate(policy_logprobs, sampling_logprobs, advantages)[0],
+        gspo_surrogate(policy_logprobs, sampling_logprobs, advantages, index)[0],
+        cispo_surrogate(policy_logprobs, sampling_logprobs, advantages)[0],
+        -advantages * policy_logprobs,
+    ]
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss.sum(), policy_logprobs)
+        close(gradient, -advantages, atol=1e-7)
+
+
+# -- KL
+
+
+@pytest.mark.parametrize(
+    ("estimator", "d", "expected"),
+    [
+        ("k3", 0.2, 0.021403),
+        ("k3", -0.2, 0.018731),
+        ("k2", 0.2, 0.02),
+        ("k2", -0.2, 0.02),
+        ("k1", 0.2, -0.2),
+        ("k1", -0.2, 0.2),
+        ("k3", 0.0, 0.0),
+    ],
+)
+def test_kl_estimates(estimator, d, expected):
+    close(kl_estimate(torch.tensor([-1.0]), torch.tensor([-1.0 + d]), estimator=estimator), [expected], atol=1e-6)
+
+
+def test_kl_is_measured_from_the_policy():
+    generator = torch.Generator().manual_seed(0)
+    policy, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    draws = torch.multinomial(policy, 200_000, replacement=True, generator=generator)
+    true_kl = (policy * (policy / ref).log()).sum()
+    for estimator in ("k1", "k3"):
+        estimate = kl_estimate(policy.log()[draws], ref.log()[draws], estimator=estimator).mean()
+        close(estimate, true_kl, atol=0.01)
+
+
+# -- aggregation
+
+PER_TOKEN = torch.tensor([1.0, 2.0, 3.0, 10.0])
+INDEX = torch.tensor([0, 0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("token_mean", 16 / 4), ("seq_mean_token_mean", (2 + 10) / 2), ("constant", 16 / (2 * 8))]
+)
+def test_aggregation_values(mode, expected):
+    loss = aggregate(PER_TOKEN, INDEX, mode=mode, num_tokens=4, num_sequences=2, max_tokens=8)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_constant_aggregation_needs_its_divisor():
+    with pytest.raises(ValueError, match="max_tokens"):
+        aggregate(PER_TOKEN, INDEX, mode="constant", num_tokens=4, num_sequences=2)
+
+
+@pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean", "constant"])
+@settings(deadline=None, max_examples=30)
+@given(lengths=st.lists(st.integers(0, 6), min_size=2, max_size=6), data=st.data())
+def test_accumulation_equals_one_batch(mode, lengths, data):
+    lengths = [1, *lengths]
+    cut = data.draw(st.integers(1, len(lengths) - 1))
+    counts = {"num_tokens": sum(lengths), "num_sequences": sum(n > 0 for n in lengths), "max_tokens": 6}
+    losses = [torch.linspace(-1, 2, n) for n in lengths]
+
+    def share(part):
+        index = torch.repeat_interleave(torch.arange(len(part)), torch.tensor([len(loss) for loss in part]))
+        return aggregate(torch.cat(part), index, mode=mode, **counts)
+
+    close(share(losses[:cut]) + share(losses[cut:]), share(losses), atol=1e-5)
