@@ -42,8 +42,7 @@ def parse_call(text: str) -> Box:
     words, opening, rest = _content(text).partition("[")
     if not opening or not rest.endswith("]") or not _WORDS.fullmatch(words):
         raise BoxError("no_box", f"a call holds [x1, y1, x2, y2], got {_short(text)}")
-    inner = rest[:-1].strip()
-    return check_box([_number(part) for part in inner.split(",")] if inner else [])
+    return check_box([_number(part) for part in rest[:-1].split(",")])
 
 
 def split_calls(text: str) -> list[str]:

@@ -89,11 +89,16 @@ def train(arguments: Sequence[str]) -> None:
 
 def train_configs(arguments: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, SFTConfig, GRPOConfig]:
     """Stage and settings of a `train` command: defaults, then config files, then flags."""
-    parser = Parser("looktwice train", description=train.__doc__, allow_abbrev=False)
+    parser = Parser(
+        "looktwice train",
+        usage="looktwice train [--stage STAGE] [options]",
+        description=train.__doc__,
+        allow_abbrev=False,
+    )
     parser.add_argument("--stage", choices=["sft", "grpo", "both"], default="both", help="what to run (both)")
     for flag, config_class in FILE_FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="FILE", help=f"{config_class.__name__} as JSON or YAML; flags win")
-    shared = list(StageConfig.model_fields)
+    shared = [name for name in StageConfig.model_fields if name != "output_dir"]
     for config_class in FILE_FLAGS.values():
         own = [name for name in config_class.model_fields if config_class is not GRPOConfig or name not in shared]
         add_flags(parser, config_class, own)
@@ -127,7 +132,9 @@ def number_of(flag: str, value: str) -> float:
 
 def ask(arguments: Sequence[str]) -> None:
     """Ask a model a question about a picture: looktwice ask photo.jpg "What does the sign say?"."""
-    parser = Parser("looktwice ask", description=ask.__doc__, allow_abbrev=False)
+    parser = Parser(
+        "looktwice ask", usage="looktwice ask PICTURE QUESTION [options]", description=ask.__doc__, allow_abbrev=False
+    )
     parser.add_argument("image", nargs="?", help="picture to look at")
     parser.add_argument("text", nargs="?", metavar="question", help="what to ask about it")
     parser.add_argument("--image_path", help="the picture, as a flag")
@@ -173,12 +180,16 @@ def demo(arguments: Sequence[str]) -> None:
     run_demo(flags["output_dir"], seed=flags["seed"])
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type[Config], names: Sequence[str], prefix: str = "") -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, config_class: type[Config], names: Sequence[str], prefix: str = ""
+) -> None:
     """One flag a field; only flags that are given appear in the parsed values."""
-    group = parser.add_argument_group((config_class.__doc__ or "").splitlines()[0] + (f" (--{prefix}…)" if prefix else ""))
+    title = (config_class.__doc__ or "").splitlines()[0]
+    group = parser.add_argument_group("For stage 2 alone" if prefix else title.removesuffix("."))
     for name in names:
         field = config_class.model_fields[name]
-        help_text = f"{field.description} ({field.default})".replace("%", "%%")
+        help_text = f"{field.description}" + ("" if field.default is None else f" ({field.default})")
+        help_text = help_text.replace("%", "%%")
         flag = f"--{prefix}{flag_of(config_class, name)}"
         if field.annotation is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)

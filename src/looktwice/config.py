@@ -1,4 +1,4 @@
-"""Every knob of a run: one line each with its default, unit and help. JSON or YAML files and flags fill the same fields."""
+"""Every knob of a run, one line each with its default, unit and help; config files and flags fill the same fields."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ class DataConfig(Config):
 class StageConfig(Config):
     """What both stages share. A step is `train_batch_size` x `gradient_accumulation_steps` samples or prompts."""
 
+    output_dir: Path = knob(Path("outputs"), "run folder")
     num_train_epochs: NonNegative = knob(1.0, "passes over the training data", flag="num_epochs")
     max_steps: Positive | None = knob(None, "stop after this many optimizer steps, whatever the epochs")
     train_batch_size: Positive = knob(4, "samples (SFT) or prompts (R-GRPO) of one batch", flag="batch_size")
@@ -113,7 +114,7 @@ class GRPOConfig(StageConfig):
     """Stage 2: R-GRPO. `preset` fixes rewards and the algorithm's choices; a knob given here wins over it."""
 
     output_dir: Path = knob(Path("outputs/grpo"), "run folder", flag="grpo_output_dir")
-    sft_checkpoint_path: Path | None = knob(None, "the policy to start from, and the KL reference", flag="sft_checkpoint")
+    sft_checkpoint_path: Path | None = knob(None, "policy to start from and KL reference", flag="sft_checkpoint")
     learning_rate: NonNegative = knob(5e-6, "peak learning rate")
     lr_scheduler_type: Literal["cosine", "constant"] = knob("constant", "learning rate after the warm-up")
     preset: Literal["robust", "paper", "code"] = knob("robust", "ours, the paper's choices, or its released code's")
@@ -124,7 +125,7 @@ class GRPOConfig(StageConfig):
     epsilon: NonNegative = knob(0.2, "lower clip bound of the ratio")
     epsilon_high: NonNegative = knob(0.28, "upper clip bound of the ratio")
     surrogate: Literal["ppo", "gspo", "cispo"] = knob("ppo", "how the ratio enters: PPO clip, GSPO or CISPO")
-    scale_rewards: Literal["std", "batch_std", "none"] = knob("std", "what centred rewards are divided by")
+    scale_rewards: Literal["std", "batch", "none"] = knob("std", "what centred rewards are divided by")
     loss_aggregation: Literal["token_mean", "seq_mean_token_mean"] = knob("token_mean", "how token losses are averaged")
     drop_constant_groups: bool = knob(True, "leave out groups whose rollouts are all right or all wrong")
     mask_truncated_completions: bool = knob(True, "no loss on rollouts cut by a limit")

@@ -20,7 +20,8 @@ from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
 from looktwice.rollout.sampling import Sampling
-from looktwice.training.run import override_pixels, pick_device
+from looktwice.training.learner import pick_device
+from looktwice.training.run import override_pixels
 
 Question = tuple[ImageSource | None, str]
 

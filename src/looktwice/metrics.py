@@ -53,7 +53,9 @@ LOG_FILE = "log.jsonl"
 class Recorder:
     """Writes the metrics of one stage to `folder`, and shows a progress bar with the time left."""
 
-    def __init__(self, folder: Path, *, total_steps: int, shown: tuple[str, ...], title: str, append: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, total_steps: int, shown: tuple[str, ...], title: str, append: bool = False
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,13 +74,14 @@ class Recorder:
             console=self.console,
         )
         self.task = self.progress.add_task(title, total=total_steps, latest="")
-        self.lines: list[str] = []
 
     def __enter__(self) -> Recorder:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
         self.file.close()
         self.board.close()

@@ -48,7 +48,9 @@ class BatchOrder:
     Each epoch is a fresh permutation cut into steps; its last step may be short.
     """
 
-    def __init__(self, num_samples: int, *, samples_per_step: int, num_epochs: float, max_steps: int | None, seed: int) -> None:
+    def __init__(
+        self, num_samples: int, *, samples_per_step: int, num_epochs: float, max_steps: int | None, seed: int
+    ) -> None:
         self.num_samples = num_samples
         self.samples_per_step = samples_per_step
         self.seed = seed

@@ -102,10 +102,9 @@ def check_pictures(
     for picture, asked in by_picture.items():
         try:
             original = image_size(picture)
-        except (ImageError, OSError, SyntaxError, ValueError) as error:  # what readers of metadata raise on rubbish
+        except ImageError as error:
             others = f" ({len(asked) - 1} more use it)" if len(asked) > 1 else ""
-            reason = error if isinstance(error, ImageError) else f"{picture}: damaged ({error}); replace or remove it"
-            problems.append(f"{asked[0].where}: image_path: {reason}{others}")
+            problems.append(f"{asked[0].where}: image_path: {error}{others}")
             continue
         resized = overview_size(original) if overview_size else original
         for sample in asked:

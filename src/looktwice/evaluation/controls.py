@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
+from typing import Literal, get_args
 
 from PIL import Image
 
@@ -13,6 +13,7 @@ from looktwice.rollout.crop_tool import CropTool, Observation, refusal
 from looktwice.rollout.episode import Look
 
 Control = Literal["no_crop", "random_crop", "blank_crop"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 GREY = (128, 128, 128)
 
 

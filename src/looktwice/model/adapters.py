@@ -14,9 +14,7 @@ LANGUAGE_MODEL_LINEARS = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_pro
 """By full path: a bare suffix such as q_proj would also hit the vision tower."""
 
 
-def add_lora(
-    model: Ovis2_5ForConditionalGeneration, *, r: int, alpha: int, dropout: float
-) -> PeftModel:
+def add_lora(model: Ovis2_5ForConditionalGeneration, *, r: int, alpha: int, dropout: float) -> PeftModel:
     """The model with fresh LoRA adapters on the language model's linear layers; only they are trained."""
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LANGUAGE_MODEL_LINEARS, task_type="CAUSAL_LM"

@@ -6,6 +6,7 @@ Legend: T tokens of the row, S sequences, H query heads, K key heads, D head wid
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def packed_attention(
     mask to get wrong. On a GPU choose `flash_attention_2`, which takes the same `cu_seqlens`.
     """
     starts = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    lengths = [end - start for start, end in zip(starts, starts[1:])]
+    lengths = [end - start for start, end in pairwise(starts)]
     grouped = query.shape[1] != key.shape[1]
     parts = [
         F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped)

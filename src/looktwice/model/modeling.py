@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
@@ -43,7 +43,7 @@ class Ovis2_5Output(ModelOutput):
 class Ovis2_5PreTrainedModel(PreTrainedModel):
     config_class = Ovis2_5Config
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen3DecoderLayer", "VisionLayer"]
@@ -69,7 +69,7 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         self.language_model.embed_tokens = value
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
@@ -120,8 +120,10 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         `image_index` [J] names the picture shown at each of J places when one picture serves several sequences.
         """
         if inputs_embeds is None:
+            assert input_ids is not None, "give input_ids or inputs_embeds"
             features = None
             if pixel_values is not None and len(pixel_values):
+                assert image_grid_thw is not None, "pixel_values come with image_grid_thw"
                 features = self.get_image_features(pixel_values, image_grid_thw)
                 if image_index is not None:
                     features = self._repeat_images(features, image_grid_thw, image_index)
@@ -144,7 +146,7 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
     def _packed_kwargs(self, cu_seqlens: Tensor) -> dict[str, Any]:
         implementation = self.config.llm_config._attn_implementation
         if implementation != PACKED_SDPA and not implementation.startswith("flash_attention"):
-            raise ValueError(f'packed rows need attention "sdpa" or "flash_attention_2", this model uses "{implementation}"')
+            raise ValueError(f'packed rows need attention "sdpa" or "flash_attention_2", not "{implementation}"')
         longest = int(cu_seqlens.diff().max())
         return {
             "cu_seq_lens_q": cu_seqlens,
@@ -201,6 +203,7 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
         outputs = self.model(input_ids=input_ids, **kwargs)
         hidden = outputs.last_hidden_state
         if loss_mask is not None:
+            assert input_ids is not None, "loss_mask marks places of input_ids"
             # the token at t is predicted by the state at t - 1; a sequence's first token is never trained
             places = loss_mask[0].nonzero()[:, 0]
             logprobs, entropy = chunked_logprobs(
@@ -221,14 +224,18 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any) -> dict:
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs["pixel_values"] = inputs["image_grid_thw"] = None
         return inputs
 
 
-RELEASED_NAMES = [
+RELEASED_NAMES: list[WeightConverter | WeightRenaming] = [
     WeightRenaming(r"^llm\.model\.", "model.language_model."),
     WeightRenaming(r"^llm\.lm_head\.", "lm_head."),
     WeightRenaming(r"^visual_tokenizer\.vit\.vision_model\.", "model.visual_tokenizer.vit."),

@@ -118,7 +118,7 @@ class VisionTower(nn.Module):
         grids = [tuple(grid) for grid in image_grid_thw.tolist()]
         frames = [h * w for t, h, w in grids for _ in range(t)]
         if sum(frames) != len(pixel_values):
-            raise ValueError(f"image_grid_thw describes {sum(frames)} patches, pixel_values has {len(pixel_values)} rows")
+            raise ValueError(f"image_grid_thw describes {sum(frames)} patches, pixel_values has {len(pixel_values)}")
         hidden = self.embeddings(pixel_values, grids)
         rope = self._rope(grids, hidden) if config.use_rope else None
         full = cumulative(frames)
@@ -156,9 +156,8 @@ class VisionTower(nn.Module):
         stride = self.config.hidden_stride
         side = stride * (self.config.window_size // stride // self.config.patch_size)
         rows, columns = self._grid_positions(grids, device)
-        frame = torch.cat(
-            [torch.full((h * w,), i, device=device) for i, (h, w) in enumerate((h, w) for t, h, w in grids for _ in range(t))]
-        )
+        patches = torch.tensor([h * w for t, h, w in grids for _ in range(t)], device=device)
+        frame = torch.repeat_interleave(torch.arange(len(patches), device=device), patches)
         across = max(math.ceil(w / side) for _, _, w in grids)
         down = max(math.ceil(h / side) for _, h, _ in grids)
         window = (frame * down + rows // side) * across + columns // side

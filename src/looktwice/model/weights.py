@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -13,13 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from looktwice.errors import CheckpointError
+from looktwice.model.adapters import base_of
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
 ADAPTER_CONFIG = "adapter_config.json"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def locate(name: str) -> str:
@@ -37,7 +39,7 @@ def locate(name: str) -> str:
         if "config.json" not in files:
             raise CheckpointError(f"{name}: no config.json in this folder")
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f'{name}: no such model folder; give a folder, a hub name such as "AIDC-AI/Ovis2.5-2B", or tiny')
+        raise CheckpointError(f"{name}: no such model folder; give a folder, a hub name (AIDC-AI/Ovis2.5-2B) or tiny")
     return name
 
 
@@ -56,7 +58,7 @@ def load_model(
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
     try:
         config = Ovis2_5Config.from_pretrained(folder)
-        model, info = Ovis2_5ForConditionalGeneration.from_pretrained(
+        loaded: Any = Ovis2_5ForConditionalGeneration.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -66,7 +68,8 @@ def load_model(
         )
     except (OSError, ValueError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
         raise CheckpointError(f"{name}: cannot be loaded as an Ovis2.5 model ({error})") from error
-    problems = [f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, info[kind]))[:5])}" for kind in info if info[kind]]
+    model, info = loaded
+    problems = [f"{kind}: {', '.join(sorted(map(str, names))[:5])}" for kind, names in info.items() if names]
     if problems:
         raise CheckpointError(f"{name}: the weights do not fit config.json; {'; '.join(problems)}")
     model.name_or_path = name if name == TINY or not os.path.isdir(name) else os.path.abspath(name)
@@ -75,12 +78,12 @@ def load_model(
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
     """Write weights under the released names, or the adapter with the name of its base model."""
+    base = base_of(model)
     if isinstance(model, PeftModel):
-        base = model.get_base_model()
         for adapter in model.peft_config.values():
-            adapter.base_model_name_or_path = base.name_or_path
+            adapter.base_model_name_or_path = str(base.name_or_path)
             adapter.inference_mode = True
         model.save_pretrained(str(folder), save_embedding_layers=False)
         base.config.save_pretrained(folder)
     else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        base.save_pretrained(folder)

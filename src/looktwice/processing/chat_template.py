@@ -41,14 +41,16 @@ class ChatTemplate:
         """Id of a token of the vocabulary. Raises CheckpointError when the tokenizer lacks it."""
         token_id = self.tokenizer.get_vocab().get(token)
         if token_id is None:
-            raise CheckpointError(f'the tokenizer has no token "{token}"; use the tokenizer files of an Ovis2.5 checkpoint')
+            raise CheckpointError(f'the tokenizer has no token "{token}"; use the files of an Ovis2.5 checkpoint')
         return token_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text. Text that spells a special token stays text; think and tool tags are tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def spans(self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True) -> list[Span]:
+    def spans(
+        self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True
+    ) -> list[Span]:
         """The conversation as spans.
 
         `train`: assistant texts and their closing `<|im_end|>` are trained, nothing else is; an answer without a

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from looktwice.errors import ImageError
@@ -21,6 +23,7 @@ from looktwice.messages import ImageSource
 
 MAX_SOURCE_PIXELS = 178_956_970
 EXIF_ORIENTATION = 0x0112
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 EXIF_ROTATED = (5, 6, 7, 8)
 
 
@@ -38,7 +41,8 @@ def image_size(source: ImageSource) -> Size:
     """Upright width and height, from the header alone. Raises ImageError as `open_image` does."""
     with _open(source) as image:
         width, height = image.size
-        if image.getexif().get(EXIF_ORIENTATION) in EXIF_ROTATED:
+        # Pillow's TIFF reader turns the size itself
+        if image.format != "TIFF" and _orientation(source, image) in EXIF_ROTATED:
             width, height = height, width
         return Size(width, height)
 
@@ -51,9 +55,10 @@ def open_image(source: ImageSource) -> Image.Image:
     with _open(source) as image:
         try:
             image.load()
+            upright = ImageOps.exif_transpose(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(upright)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -111,6 +116,31 @@ def _open(source: ImageSource) -> Iterator[Image.Image]:
             size = f"{image.width}x{image.height}"
             raise ImageError(f"{source}: {size} pixels, more than {MAX_SOURCE_PIXELS}; shrink it")
         yield image
+
+
+def _orientation(source: ImageSource, image: Image.Image) -> int | None:
+    try:
+        # Pillow decodes a whole PNG that has no EXIF in front, to look for some behind the pixels
+        is_header_enough = isinstance(image, PngImageFile) and image.fp is not None and not _has_late_exif(image.fp)
+        exif = Image.Image.getexif(image) if is_header_enough else image.getexif()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
+    return exif.get(EXIF_ORIENTATION)
+
+
+def _has_late_exif(file: IO[bytes]) -> bool:
+    """Whether a PNG file holds EXIF or text chunks after its pixels. Leaves the file where it was."""
+    place, after_pixels = file.tell(), False
+    file.seek(len(PNG_SIGNATURE))
+    try:
+        while len(head := file.read(8)) == 8:
+            if after_pixels and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            after_pixels = after_pixels or head[4:] == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    finally:
+        file.seek(place)
+    return False
 
 
 def _name(source: ImageSource) -> str:

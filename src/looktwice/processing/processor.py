@@ -93,7 +93,7 @@ class Ovis2_5Processor:
             config = Ovis2_5Config.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: no usable config.json and tokenizer files ({_first_line(error)})") from error
+            raise CheckpointError(f"{path}: no usable config and tokenizer files ({_first_line(error)})") from error
         add_visual_tokens(tokenizer, config)
         settings = _read_settings(Path(path) / PREPROCESSOR_FILE)
         policy = PixelPolicy(**settings.get("pixels", {}))
@@ -151,7 +151,7 @@ class Ovis2_5Processor:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, tags kept, visual tokens left out."""
         hidden = set(self.config.visual_token_ids)
-        return self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+        return str(self.tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False))
 
 
 def add_visual_tokens(tokenizer: PreTrainedTokenizerBase, config: Ovis2_5Config) -> None:
@@ -160,7 +160,7 @@ def add_visual_tokens(tokenizer: PreTrainedTokenizerBase, config: Ovis2_5Config)
     Raises CheckpointError when they do not land on the ids of the config.
     """
     tokenizer.add_tokens(list(VISUAL_TOKENS), special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS))
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in VISUAL_TOKENS]
     if tuple(ids) != config.visual_token_ids:
         raise CheckpointError(
             f"visual tokens have the ids {ids} in the tokenizer and {list(config.visual_token_ids)} in config.json; "
@@ -173,7 +173,7 @@ def _read_settings(path: Path) -> dict:
         return {}
     settings = json.loads(path.read_text(encoding="utf-8")).get(OWN_SETTINGS, {})
     if settings.get("box_frame", "original_px") not in BOX_FRAMES:
-        raise CheckpointError(f"{path}: box_frame is {settings['box_frame']!r}; it must be one of {', '.join(BOX_FRAMES)}")
+        raise CheckpointError(f"{path}: box_frame is {settings['box_frame']!r}; it must be one of {BOX_FRAMES}")
     return settings
 
 

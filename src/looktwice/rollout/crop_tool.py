@@ -56,14 +56,10 @@ class CropTool:
             return refusal(error.reason, requested)
         return self.cut(rectangle, image, requested)
 
-    def cut(
-        self, rectangle: tuple[int, int, int, int], image: Image.Image, requested: Box | None
-    ) -> Observation:
+    def cut(self, rectangle: tuple[int, int, int, int], image: Image.Image, requested: Box | None) -> Observation:
         """The crop of a rectangle that is already known to fit."""
         original = Size(*image.size)
-        size = crop_size(
-            rectangle, original=original, factor=self.processor.factor, policy=self.processor.policy
-        )
+        size = crop_size(rectangle, original=original, factor=self.processor.factor, policy=self.processor.policy)
         crop = self.processor.patch(resize(image, size, rectangle))
         call = ToolCall(requested=requested, box=Box(*(float(side) for side in rectangle)), size=size, error=None)
         return Observation(call=call, image=crop, text="")

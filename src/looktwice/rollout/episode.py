@@ -92,11 +92,13 @@ class Episode:
         text = self.processor.decode(segment.ids)
         if segment.ids[-1] == self.call_close_id and ANSWER_CLOSE not in text:
             return self._crop(text)
-        return self._finish("answered" if ANSWER_CLOSE in self._text() else "no_answer")
+        self._finish("answered" if ANSWER_CLOSE in self._text() else "no_answer")
+        return None
 
     def _crop(self, text: str) -> Continuation | None:
         if self.trajectory.num_turns >= self.rules.max_turns:
-            return self._finish("max_turns")
+            self._finish("max_turns")
+            return None
         observation = self.look(text, self.image)
         self.trajectory.calls.append(observation.call)
         ids, images = observed(observation, self.processor)
@@ -106,7 +108,8 @@ class Episode:
 
     def _after_length_limit(self) -> Continuation | None:
         if self.spent >= self.rules.max_new_tokens:
-            return self._finish("max_tokens")
+            self._finish("max_tokens")
+            return None
         budget_is_spent = self.is_thinking and self.think_open_id in self.trajectory.completion_ids
         self.is_thinking = False
         if not budget_is_spent:  # thinking ended by itself, or the answer came without any
@@ -118,7 +121,8 @@ class Episode:
 
     def _continue(self, ids: list[int], images: list[PatchedImage]) -> Continuation | None:
         if self.spent >= self.rules.max_new_tokens:
-            return self._finish("max_tokens")
+            self._finish("max_tokens")
+            return None
         return Continuation(ids=ids, images=images, max_new_tokens=max(1, self.allowance()))
 
     def _note(self, ids: list[int], logprobs: list[float], *, is_sampled: bool) -> None:
@@ -135,7 +139,6 @@ class Episode:
     def _finish(self, reason: StopReason) -> None:
         self.trajectory.stop_reason = reason
         self.trajectory.text = self._text()
-        return None
 
 
 def start_episodes(

@@ -18,14 +18,13 @@ from looktwice.data.records import Sample
 from looktwice.geometry import iou
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import describe_trained
-from looktwice.model.modeling import Ovis2_5Output
 from looktwice.processing.packing import PackedBatch
 from looktwice.rewards import Reward, RewardFunction, load_reward
 from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory
-from looktwice.training.learner import FINAL_MODEL, Learner, Reference
+from looktwice.training.learner import FINAL_MODEL, Learner, Reference, Scores
 from looktwice.training.losses import (
     aggregate,
     cispo_surrogate,
@@ -38,6 +37,7 @@ from looktwice.training.losses import (
 from looktwice.training.run import load_processor, load_samples, prepare_output, required
 
 SHOWN = ("reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
+
 
 @dataclass(kw_only=True)
 class Rollout:
@@ -153,7 +153,7 @@ def improve(
 
 
 def carries_signal(group: Sequence[Rollout], config: GRPOConfig) -> bool:
-    """Whether a group is trained on: two rewards that did not fail, and unless kept on purpose, not all equally right."""
+    """Whether a group is trained on: two rewards that did not fail, and by default not all equally right."""
     rewards = [rollout.reward for rollout in group if rollout.reward.error is None]
     if len(rewards) < 2:
         return False
@@ -173,15 +173,15 @@ def update_policy(
             ref_logprobs = [learner.score(row, temperature=config.temperature).logprobs for row in rows]
     sums: Counter[str] = Counter()
 
-    def loss(output: Ovis2_5Output, row: PackedBatch) -> Tensor:
+    def loss(scores: Scores, row: PackedBatch) -> Tensor:
         place = next(i for i, candidate in enumerate(rows) if candidate is row)
-        sampling_logprobs, advantages = (fact.to(output.logprobs.device) for fact in facts[place])
-        sequences = row.loss_sequence().to(output.logprobs.device)
-        per_token, seen = surrogate(output.logprobs, sampling_logprobs, advantages, sequences, config)
-        seen["policy/entropy"] = output.entropy.mean()
-        seen["kl/sampling"] = (output.logprobs.detach() - sampling_logprobs).abs().mean()
+        sampling_logprobs, advantages = (fact.to(scores.logprobs.device) for fact in facts[place])
+        sequences = row.loss_sequence().to(scores.logprobs.device)
+        per_token, seen = surrogate(scores.logprobs, sampling_logprobs, advantages, sequences, config)
+        seen["policy/entropy"] = scores.entropy.mean()
+        seen["kl/sampling"] = (scores.logprobs.detach() - sampling_logprobs).abs().mean()
         if reference is not None:
-            kl = kl_estimate(output.logprobs, ref_logprobs[place])
+            kl = kl_estimate(scores.logprobs, ref_logprobs[place])
             seen["kl/reference"] = kl.detach().mean()
             per_token = per_token + config.beta * kl
         sums.update({name: float(value) * row.num_loss_tokens / num_tokens for name, value in seen.items()})

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from looktwice.config import Config, ModelConfig, StageConfig
 from looktwice.errors import CheckpointError, LooktwiceError
 from looktwice.model.adapters import add_lora, base_of, freeze_vision, trained_parameters
-from looktwice.model.modeling import Ovis2_5ForConditionalGeneration, Ovis2_5Output
+from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import load_model, save_model
 from looktwice.processing.packing import PackedBatch, pack, split_by_tokens
 from looktwice.processing.processor import Example, Ovis2_5Processor
@@ -23,7 +24,15 @@ from looktwice.processing.processor import Example, Ovis2_5Processor
 FINAL_MODEL = "final_model"
 STATE_FILE = "trainer_state.pt"
 
-Loss = Callable[[Ovis2_5Output, PackedBatch], Tensor]
+
+class Scores(NamedTuple):
+    """Logprobs and entropies of the trained tokens of a row [N], float32."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+Loss = Callable[[Scores, PackedBatch], Tensor]
 
 
 class TrainingError(LooktwiceError):
@@ -64,9 +73,8 @@ class Learner:
         torch.manual_seed(config.seed)
         # full fine-tuning keeps float32 weights and computes in bfloat16; under LoRA only the adapters are float32
         dtype = torch.bfloat16 if config.bf16 and config.use_lora else torch.float32
-        model = load_model(
-            name, dtype=dtype, device=pick_device(model_config.device), attn_implementation=model_config.attn_implementation
-        )
+        device = pick_device(model_config.device)
+        model = load_model(name, dtype=dtype, device=device, attn_implementation=model_config.attn_implementation)
         if isinstance(model, Ovis2_5ForConditionalGeneration):
             if config.use_lora:
                 model = add_lora(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
@@ -87,14 +95,15 @@ class Learner:
         places = split_by_tokens([len(example) for example in examples], limit)
         return [pack([examples[place] for place in row]) for row in places]
 
-    def score(self, batch: PackedBatch, *, temperature: float = 1.0) -> Ovis2_5Output:
+    def score(self, batch: PackedBatch, *, temperature: float = 1.0) -> Scores:
         """Logprobs and entropy of the trained tokens of a row."""
         device = self.base.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
-            return self.model(**batch.model_inputs(device), temperature=temperature)
+            output = self.model(**batch.model_inputs(device), temperature=temperature)
+        return Scores(output.logprobs, output.entropy)
 
     def update(self, rows: Sequence[PackedBatch], loss: Loss, *, temperature: float = 1.0) -> Update:
-        """One optimizer step on the sum of the rows' losses. Raises TrainingError, weights untouched, when it is no number."""
+        """One optimizer step on the sum of the rows' losses. Raises TrainingError before it when that is no number."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,7 +150,7 @@ class Learner:
         """Take step and optimizer state of a checkpoint whose weights are already loaded."""
         path = folder / STATE_FILE
         if not path.is_file():
-            raise CheckpointError(f"{folder}: no {STATE_FILE}; only checkpoint-N folders can be resumed, not {FINAL_MODEL}")
+            raise CheckpointError(f"{folder}: no {STATE_FILE}; resume from a checkpoint-N folder, not {FINAL_MODEL}")
         state = torch.load(path, map_location=self.base.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

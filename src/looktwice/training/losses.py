@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 LOGPROB_CHUNK = 1024
 
 
-def chunked_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def chunked_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Logprob of each target and entropy of its distribution, float32: [N, D], [V, D], [N] -> [N], [N].
 
     Logits exist for 1024 rows at a time and are recomputed in backward. The entropy carries no gradient.

@@ -64,7 +64,7 @@ def train_step(learner: Learner, samples: Sequence[Sample], data: DataConfig) ->
     started = time.perf_counter()
     rows = learner.rows([encode_sample(sample, learner.processor, max_length=data.max_length) for sample in samples])
     num_loss_tokens = sum(row.num_loss_tokens for row in rows)
-    update = learner.update(rows, lambda output, row: -output.logprobs.sum() / num_loss_tokens)
+    update = learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_loss_tokens)
     seconds = time.perf_counter() - started
     return {
         "loss": update.loss,
