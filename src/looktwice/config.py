@@ -114,7 +114,9 @@ class GRPOConfig(StageConfig):
     """Stage 2: R-GRPO. `preset` fixes rewards and the algorithm's choices; a knob given here wins over it."""
 
     output_dir: Path = knob(Path("outputs/grpo"), "run folder", flag="grpo_output_dir")
-    sft_checkpoint_path: Path | None = knob(None, "policy to start from and KL reference", flag="sft_checkpoint")
+    sft_checkpoint_path: Path = knob(
+        Path("outputs/sft/final_model"), "policy to start from and KL reference", flag="sft_checkpoint"
+    )
     learning_rate: NonNegative = knob(5e-6, "peak learning rate")
     lr_scheduler_type: Literal["cosine", "constant"] = knob("constant", "learning rate after the warm-up")
     preset: Literal["robust", "paper", "code"] = knob("robust", "ours, the paper's choices, or its released code's")

@@ -11,15 +11,15 @@ from peft import PeftModel
 
 from looktwice.answers import extract_answer, split_thinking
 from looktwice.config import InferenceConfig
-from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
 from looktwice.messages import ImageSource
 from looktwice.model.adapters import base_of
 from looktwice.model.weights import load_model, locate
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.builtin_engine import BuiltinEngine
-from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
+from looktwice.rollout.episode import EpisodeRules, Look, play, start_episodes
 from looktwice.rollout.sampling import Sampling
+from looktwice.rollout.trajectory import Trajectory
 from looktwice.training.learner import pick_device
 from looktwice.training.run import override_pixels
 
@@ -54,33 +54,40 @@ class OvisInference:
 
     def generate_batch(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Answers to many questions, all advancing together."""
-        return [report(episode) for episode in self.play(questions)]
+        return [report(trajectory) for trajectory in self.play(questions)]
 
-    def play(self, questions: Sequence[Question], look: Look | None = None) -> list[Episode]:
-        """The finished episodes of the questions; `look` replaces the crop tool."""
+    def play(self, questions: Sequence[Question], look: Look | None = None) -> list[Trajectory]:
+        """The finished rollouts of the questions; `look` replaces the crop tool.
+
+        `batch_size` questions advance together, and only their pictures are held in memory.
+        """
+        config = self.config
         rules = EpisodeRules(
-            max_turns=self.config.max_turns,
-            max_new_tokens=self.config.max_new_tokens,
-            thinking=self.config.enable_thinking,
-            thinking_budget=self.config.thinking_budget,
+            max_turns=config.max_turns,
+            max_new_tokens=config.max_new_tokens,
+            thinking=config.enable_thinking,
+            thinking_budget=config.thinking_budget,
         )
-        groups = [start_episodes(image, text, self.processor, rules, look=look) for image, text in questions]
         engine = BuiltinEngine.for_answers(
             self.model,
             self.processor,
-            Sampling(temperature=self.config.temperature, top_p=self.config.top_p, top_k=self.config.top_k),
-            max_rows=self.config.batch_size,
-            seed=self.config.seed,
+            Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k),
+            max_rows=config.batch_size,
+            seed=config.seed,
         )
-        play(engine, groups)
-        return [episode for (episode,) in groups]
+        finished: list[Trajectory] = []
+        for first in range(0, len(questions), config.batch_size):
+            batch = questions[first : first + config.batch_size]
+            groups = [start_episodes(image, text, self.processor, rules, look=look) for image, text in batch]
+            play(engine, groups)
+            finished += [episode.trajectory for (episode,) in groups]
+        return finished
 
 
-def report(episode: Episode) -> dict[str, Any]:
-    """What a finished episode says, as plain data."""
-    trajectory = episode.trajectory
+def report(trajectory: Trajectory) -> dict[str, Any]:
+    """What a finished rollout says, as plain data."""
     thinking, _ = split_thinking(trajectory.text)
-    size = Size(*episode.image.size) if episode.image is not None else None
+    size = trajectory.image_size
     return {
         "response": trajectory.text,
         "parsed": {

@@ -99,7 +99,9 @@ class Recorder:
 
     def advance(self, step: int, metrics: dict[str, float]) -> None:
         """Move the bar to `step` and show the chosen metrics beside it."""
-        latest = "  ".join(f"{name.split('/')[-1]} {metrics[name]:.4g}" for name in self.shown if name in metrics)
+        latest = "  ".join(
+            f"{name.removeprefix('optim/')} {metrics[name]:.4g}" for name in self.shown if name in metrics
+        )
         self.progress.update(self.task, completed=step, latest=latest)
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.progress.tasks[0].total:.0f}  {latest}")

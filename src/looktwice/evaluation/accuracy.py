@@ -11,7 +11,7 @@ from looktwice.data.records import Sample
 from looktwice.evaluation.controls import Control, control_look
 from looktwice.geometry import iou
 from looktwice.inference import OvisInference
-from looktwice.rollout.episode import Episode
+from looktwice.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Evaluation:
     valid_share: float | None
     mean_iou: float | None
     is_right: tuple[bool, ...]
-    episodes: tuple[Episode, ...]
+    trajectories: tuple[Trajectory, ...]
 
 
 def evaluate(
@@ -31,12 +31,12 @@ def evaluate(
 ) -> Evaluation:
     """Ask every question with the crop tool, or with one of the controls in its place."""
     look = control_look(control, inference.processor, seed) if control else None
-    episodes = inference.play([(sample.image_path, sample.question) for sample in samples], look)
+    trajectories = inference.play([(sample.image_path, sample.question) for sample in samples], look)
     is_right = tuple(
-        answers_match(extract_answer(episode.trajectory.text), sample.solution)
-        for episode, sample in zip(episodes, samples)
+        answers_match(extract_answer(trajectory.text), sample.solution)
+        for trajectory, sample in zip(trajectories, samples)
     )
-    calls = [(call, sample) for episode, sample in zip(episodes, samples) for call in episode.trajectory.calls]
+    calls = [(call, sample) for trajectory, sample in zip(trajectories, samples) for call in trajectory.calls]
     overlaps = [iou(call.box, sample.gold_box) for call, sample in calls if call.box and sample.gold_box]
     return Evaluation(
         accuracy=fmean(is_right),
@@ -44,5 +44,5 @@ def evaluate(
         valid_share=fmean(call.is_valid for call, _ in calls) if calls else None,
         mean_iou=fmean(overlaps) if overlaps else None,
         is_right=is_right,
-        episodes=tuple(episodes),
+        trajectories=tuple(trajectories),
     )

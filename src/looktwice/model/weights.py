@@ -43,6 +43,11 @@ def locate(name: str) -> str:
     return name
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a model name stands for a LoRA adapter rather than a whole model."""
+    return (Path(locate(name)) / ADAPTER_CONFIG).is_file()
+
+
 def load_model(
     name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", attn_implementation: str = "sdpa"
 ) -> nn.Module:
@@ -52,7 +57,7 @@ def load_model(
     never run.
     """
     folder = locate(name)
-    if (Path(folder) / ADAPTER_CONFIG).is_file():
+    if is_adapter(name):
         base_name = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         base = load_model(base_name, dtype=dtype, device=device, attn_implementation=attn_implementation)
         return PeftModel.from_pretrained(base, folder, is_trainable=True)

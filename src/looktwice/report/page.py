@@ -14,8 +14,10 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from looktwice.answers import extract_answer, split_thinking
+from looktwice.data.records import Sample
 from looktwice.geometry import Box, Size
-from looktwice.rollout.episode import Episode
+from looktwice.processing.images import open_image, resize
+from looktwice.rollout.trajectory import Trajectory
 
 SHOWN_WIDTH = 360
 BOX_COLOUR = (230, 30, 30)
@@ -45,10 +47,9 @@ class Curve:
         """The line in a box of 300 x 100, y upwards from the smallest value to the largest."""
         low, high = min(self.values), max(self.values)
         first, last = self.steps[0], self.steps[-1]
-        return " ".join(
-            f"{300 * (step - first) / max(1e-9, last - first):.1f},{100 - 100 * (value - low) / max(1e-9, high - low):.1f}"
-            for step, value in zip(self.steps, self.values)
-        )
+        across = [300 * (step - first) / max(1e-9, last - first) for step in self.steps]
+        down = [100 - 100 * (value - low) / max(1e-9, high - low) for value in self.values]
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
 
     @property
     def low(self) -> float:
@@ -91,26 +92,21 @@ def read_curve(log: Path, metric: str, title: str) -> Curve:
     return Curve(title=title, steps=tuple(step for step, _ in pairs), values=tuple(value for _, value in pairs))
 
 
-def make_card(episode: Episode, question: str, solution: str, *, is_right: bool, gold_box: Box | None) -> Card:
-    """A finished episode as a card: its boxes drawn on the picture, its crops as the model saw them."""
-    assert episode.image is not None, "a card shows a picture"
-    trajectory = episode.trajectory
+def make_card(trajectory: Trajectory, sample: Sample, *, is_right: bool) -> Card:
+    """A finished rollout as a card: its boxes drawn on the picture, its crops as the model saw them."""
+    image = open_image(sample.image_path)
     thinking, _ = split_thinking(trajectory.text)
-    valid = [call for call in trajectory.calls if call.box is not None and call.size is not None]
-    crops = tuple(
-        data_uri(episode.image.crop(tuple(int(side) for side in call.box)).resize(call.size, Image.Resampling.BILINEAR))
-        for call in valid
-        if call.box is not None and call.size is not None
-    )
+    cut = [(call.box, call.size) for call in trajectory.calls if call.box is not None and call.size is not None]
+    boxes = [(int(box.x1), int(box.y1), int(box.x2), int(box.y2)) for box, _ in cut]
     return Card(
-        question=question,
-        solution=solution,
+        question=sample.question,
+        solution=sample.solution,
         answer=extract_answer(trajectory.text) or "none",
         thinking=thinking,
         is_right=is_right,
-        picture=data_uri(draw_boxes(episode.image, [call.box for call in valid if call.box], gold_box)),
-        crops=crops,
-        boxes=tuple(str([int(side) for side in call.box]) for call in valid if call.box),
+        picture=data_uri(draw_boxes(image, [box for box, _ in cut], sample.gold_box)),
+        crops=tuple(data_uri(resize(image, size, box)) for box, (_, size) in zip(boxes, cut)),
+        boxes=tuple(str(list(box)) for box in boxes),
     )
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from looktwice.calls import TOOL_CALL_CLOSE
 from looktwice.errors import ConfigError
+from looktwice.geometry import Size
 from looktwice.messages import Conversation, ImageSource, user
 from looktwice.processing.chat_template import EARLY_STOP, THINK_CLOSE, THINK_OPEN
 from looktwice.processing.images import PatchedImage, open_image
@@ -67,7 +68,9 @@ class Episode:
         self.look = look or CropTool(processor).look
         self.prompt = prompt
         self.example = prompt.copy()
-        self.trajectory = Trajectory(prompt_ids=list(prompt.input_ids))
+        self.trajectory = Trajectory(
+            prompt_ids=list(prompt.input_ids), image_size=None if image is None else Size(*image.size)
+        )
         template = processor.template
         self.call_close_id = template.token_id(TOOL_CALL_CLOSE)
         self.think_open_id = template.token_id(THINK_OPEN)

@@ -36,9 +36,11 @@ class Trajectory:
 
     `is_sampled` [N] is True where the policy wrote the id, False where the tool did; `sampling_logprobs` [N] are 0
     where it is False. `text` is the completion as text, crops left out. `calls` are the crop calls in order.
+    `image_size` is that of the upright original, None without a picture.
     """
 
     prompt_ids: list[int]
+    image_size: Size | None = None
     completion_ids: list[int] = field(default_factory=list)
     is_sampled: list[bool] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)

@@ -55,7 +55,7 @@ class Rollout:
 
 def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path:
     """Run R-GRPO from the SFT checkpoint and give back the folder of the final model."""
-    start = str(config.resume_from_checkpoint or required(config.sft_checkpoint_path, "--sft_checkpoint"))
+    start = str(config.resume_from_checkpoint or config.sft_checkpoint_path)
     processor = load_processor(start, data)
     samples = load_samples(required(data.train_data_path, "--train_data"), data, processor)
     score_rollout = load_reward(config.reward)

@@ -17,7 +17,7 @@ from looktwice.config import Config, ModelConfig, StageConfig
 from looktwice.errors import CheckpointError, LooktwiceError
 from looktwice.model.adapters import add_lora, base_of, freeze_vision, trained_parameters
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import load_model, save_model
+from looktwice.model.weights import is_adapter, load_model, save_model
 from looktwice.processing.packing import PackedBatch, pack, split_by_tokens
 from looktwice.processing.processor import Example, Ovis2_5Processor
 
@@ -72,7 +72,8 @@ class Learner:
         """Load the model and make the parts trainable that the settings name; an adapter folder keeps its adapter."""
         torch.manual_seed(config.seed)
         # full fine-tuning keeps float32 weights and computes in bfloat16; under LoRA only the adapters are float32
-        dtype = torch.bfloat16 if config.bf16 and config.use_lora else torch.float32
+        has_adapter = config.use_lora or is_adapter(name)
+        dtype = torch.bfloat16 if config.bf16 and has_adapter else torch.float32
         device = pick_device(model_config.device)
         model = load_model(name, dtype=dtype, device=device, attn_implementation=model_config.attn_implementation)
         if isinstance(model, Ovis2_5ForConditionalGeneration):
