@@ -204,9 +204,11 @@ def test_normalised_answer_keeps_lone_letters_and_signs():
         ("(A) is tempting. The answer is c.", "C"),  # 3 stated
         ("The answer is A. No, the answer is B.", "B"),
         ("Final answer: option D", "D"),
+        ("The answer is a blue one", "B"),
         ("I would pick (b).", "B"),  # 4 in parentheses
-        ("The object(s) are (B)", "B"),
+        ("The object(s) at f(a) are (B)", "B"),
         ("B. A red bus", "B"),  # 5 at the start
+        ("B. Neither A nor C", "B"),
         ("b) red", "B"),
         ("It must be D", "D"),  # 6 lone letter
         ("A", "A"),
@@ -222,7 +224,9 @@ def test_normalised_answer_keeps_lone_letters_and_signs():
         ("a red or blue bus", None),
         ("A bus", None),
         ("(E)", None),  # not an option
+        ("The answer is E", None),
         ("reddish", None),
+        ("scarred", None),
         ("<think>B", None),
         ("", None),
     ],

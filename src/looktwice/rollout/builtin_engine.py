@@ -25,6 +25,9 @@ from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.engine import Request, Respond, Segment
 from looktwice.rollout.sampling import Sampling, sample
 
+PREFILL_TOKENS = 16384
+"""Prompts are computed together up to about this many tokens, which bounds the memory of their activations."""
+
 
 class RowCache:
     """Keys and values of many rows, each with its own length. transformers' layers call `update`.
@@ -81,7 +84,7 @@ class Row:
     number: int
     budget: int
     length: int = 0
-    next_id: int = -1
+    next_id: int | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -160,17 +163,20 @@ class _Run:
         while self.waiting or self.rows:
             if self.forced:
                 self._insert()
-            elif self.waiting and len(self.rows) + self.waiting[0][1].num_rollouts <= self.engine.max_rows:
+            elif self._has_room():
                 self._admit()
             else:
                 self._decode()
             self._settle()
 
+    def _has_room(self) -> bool:
+        return bool(self.waiting) and len(self.rows) + self.waiting[0][1].num_rollouts <= self.engine.max_rows
+
     def _admit(self) -> None:
         """Compute waiting prompts into free rows, and share each with its siblings."""
         groups: list[range] = []
         forced: dict[int, tuple[list[int], list[PatchedImage]]] = {}
-        while self.waiting and len(self.rows) + self.waiting[0][1].num_rollouts <= self.engine.max_rows:
+        while self._has_room() and sum(len(ids) for ids, _ in forced.values()) < PREFILL_TOKENS:
             number, request = self.waiting.popleft()
             group = range(len(self.rows), len(self.rows) + request.num_rollouts)
             groups.append(group)
@@ -198,8 +204,8 @@ class _Run:
         """Feed each row its pending sampled id and its forced ids; logits after the last of them [B, V]."""
         chunks = []
         for place, (ids, _) in forced.items():
-            pending = [self.rows[place].next_id] if self.rows[place].next_id >= 0 else []
-            chunks.append(pending + ids)
+            pending = self.rows[place].next_id
+            chunks.append(ids if pending is None else [pending, *ids])
         longest = max(len(chunk) for chunk in chunks)
         padded = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=self.device)
         images = [image for _, shown in forced.values() for image in shown]

@@ -120,7 +120,8 @@ def roll_out(
         max_rows=config.rollout_batch_size,
         seed=config.seed * 1_000_003 + learner.step,
     )
-    play(engine, episodes)
+    with learner.precision():
+        play(engine, episodes)
     return [
         [
             Rollout(episode=episode, sample=sample, reward=score_rollout(episode.trajectory, sample.solution))

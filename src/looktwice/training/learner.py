@@ -96,11 +96,14 @@ class Learner:
         places = split_by_tokens([len(example) for example in examples], limit)
         return [pack([examples[place] for place in row]) for row in places]
 
+    def precision(self) -> torch.autocast:
+        """The precision of every forward, in training and in sampling alike."""
+        return torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.config.bf16)
+
     def score(self, batch: PackedBatch, *, temperature: float = 1.0) -> Scores:
         """Logprobs and entropy of the trained tokens of a row."""
-        device = self.base.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
-            output = self.model(**batch.model_inputs(device), temperature=temperature)
+        with self.precision():
+            output = self.model(**batch.model_inputs(self.base.device), temperature=temperature)
         return Scores(output.logprobs, output.entropy)
 
     def update(self, rows: Sequence[PackedBatch], loss: Loss, *, temperature: float = 1.0) -> Update:
