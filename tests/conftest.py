@@ -1,4 +1,4 @@
-"""Shared fixtures: a fresh tiny model of the real architecture, saved once, and a small data set."""
+"""Shared fixtures: a fresh tiny model of the real architecture, saved once, a small data set, a scripted engine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from looktwice.demo.task import DatasetFiles, make_dataset
 from looktwice.demo.tiny import build_config, build_model, build_processor, build_tokenizer
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.rollout.engine import Continuation, Request, Respond, Segment
+from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 
 torch.set_num_threads(1)
 
@@ -44,3 +50,66 @@ def model_folder(
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetFiles:
     return make_dataset(tmp_path_factory.mktemp("dataset"), num_train=6, num_rl=4, num_eval=4, seed=0)
+
+
+@pytest.fixture(scope="session")
+def picture() -> Image.Image:
+    """160 x 120 pixels of noise: every region differs from every other."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8))
+
+
+class ScriptedEngine:
+    """Plays written texts, one a rollout, as an engine would sample them: up to a stop id or the length limit.
+
+    The text goes on after each decision, whatever was inserted. `continuations` are the decisions, by rollout. The
+    logprob of the n-th id of a rollout is -n / 1000.
+    """
+
+    def __init__(self, processor: Ovis2_5Processor, scripts: Sequence[str]) -> None:
+        template = processor.template
+        self.scripts = [processor.tokenizer.encode(script, add_special_tokens=False) for script in scripts]
+        self.stop_ids = {template.token_id("</tool_call>"), *processor.end_ids}
+        self.requests: list[Request] = []
+        self.continuations: list[list[Continuation | None]] = [[] for _ in scripts]
+
+    def run(self, requests: Sequence[Request], respond: Respond) -> None:
+        self.requests += requests
+        numbers = count()
+        for request in requests:
+            for _, number in zip(range(request.num_rollouts), numbers):
+                self._play(number, request.max_new_tokens, respond)
+
+    def _play(self, number: int, budget: int, respond: Respond) -> None:
+        script, place = self.scripts[number], 0
+        while True:
+            first = place
+            while place < first + budget and not (place > first and script[place - 1] in self.stop_ids):
+                assert place < len(script), "the script ended before the rollout did"
+                place += 1
+            ids = script[first:place]
+            logprobs = [-n / 1000 for n in range(first, place)]
+            step = respond(number, Segment(ids=ids, logprobs=logprobs, is_stopped=ids[-1] in self.stop_ids))
+            self.continuations[number].append(step)
+            if step is None:
+                return
+            budget = step.max_new_tokens
+
+
+PlayScripts = Callable[..., tuple[list[Episode], ScriptedEngine]]
+
+
+@pytest.fixture(scope="session")
+def play_scripts(processor: Ovis2_5Processor, picture: Image.Image) -> PlayScripts:
+    """Plays sibling episodes about `picture` (or the `image` given), one for each script, to their end."""
+
+    def run(
+        *scripts: str, image: Image.Image | Path | None = picture, question: str = "What is it?", **options: object
+    ) -> tuple[list[Episode], ScriptedEngine]:
+        look = options.pop("look", None)
+        rules = EpisodeRules(**options)  # type: ignore[arg-type]
+        episodes = start_episodes(image, question, processor, rules, count=len(scripts), look=look)  # type: ignore[arg-type]
+        engine = ScriptedEngine(processor, scripts)
+        play(engine, [episodes])
+        return episodes, engine
+
+    return run

@@ -150,6 +150,7 @@ def test_length_counts_the_reasoning_the_model_wrote(text, num_chars):
         ("x</think><answer>STOP</answer>", 1),
         ("<answer>STOP</answer>", 0),
         ("<think>x</think>STOP", 0),
+        ("<think>x</think><answer> </answer>", 0),
         ("<think>x<answer>STOP</answer>", 0),
         ("<think>x</think><answer>STOP</answer> Done.", 0),
         ("<think>x</think> So: <answer>STOP</answer>", 0),
@@ -160,7 +161,7 @@ def test_length_counts_the_reasoning_the_model_wrote(text, num_chars):
     ],
 )
 def test_format_is_thinking_then_one_answer_and_nothing_else(text, format_term):
-    assert score(rollout(text), "STOP").parts["format"] == format_term
+    assert score(rollout(text), "STOP", PAPER).parts["format"] == format_term
 
 
 texts = st.lists(

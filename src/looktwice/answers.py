@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, TOOL_RESPONSE_CLOSE, TOOL_RESPONSE_OPEN
+from looktwice.messages import ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer is never right: it could list every candidate (the guard of DeepEyes)."""
@@ -49,10 +50,10 @@ def split_thinking(text: str) -> tuple[str, str]:
     was opened and never closed is thinking that was cut off: what stands before it is the rest (the official chat
     code calls the whole text the response there).
     """
-    thinking, closing_tag, rest = text.partition("</think>")
+    thinking, closing_tag, rest = text.partition(THINK_CLOSE)
     if closing_tag:
-        return thinking.replace("<think>", "", 1).strip(), rest.strip()
-    rest, _, thinking = text.partition("<think>")
+        return thinking.replace(THINK_OPEN, "", 1).strip(), rest.strip()
+    rest, _, thinking = text.partition(THINK_OPEN)
     return thinking.strip(), rest.strip()
 
 
@@ -78,7 +79,7 @@ def extract_answer(text: str) -> str | None:
     if block is not None:
         return _last_boxed(block) or block or None
     _, rest = split_thinking(text)
-    if "<answer>" in rest:
+    if ANSWER_OPEN in rest:
         return None
     rest = strip_tool_text(rest).strip()
     stated = _STATED_ANSWER.findall(rest)

@@ -124,8 +124,8 @@ class GRPOConfig(StageConfig):
     num_generations: Annotated[int, Field(ge=2)] = knob(8, "rollouts per prompt; advantages are centred within them")
     num_iterations: Positive = knob(1, "updates per batch of rollouts")
     beta: NonNegative = knob(0.0, "weight of the KL to the starting policy; 0 loads no reference")
-    epsilon: NonNegative = knob(0.2, "lower clip bound of the ratio")
-    epsilon_high: NonNegative = knob(0.28, "upper clip bound of the ratio")
+    epsilon: NonNegative | None = knob(None, "lower clip bound; default: 0.2 (ppo), 0.0003 (gspo), none (cispo)")
+    epsilon_high: NonNegative | None = knob(None, "upper clip bound; default: 0.28 (ppo), 0.0004 (gspo), 5 (cispo)")
     surrogate: Literal["ppo", "gspo", "cispo"] = knob("ppo", "how the ratio enters: PPO clip, GSPO or CISPO")
     scale_rewards: Literal["std", "batch", "none"] = knob("std", "what centred rewards are divided by")
     loss_aggregation: Literal["token_mean", "seq_mean_token_mean"] = knob("token_mean", "how token losses are averaged")
@@ -139,6 +139,12 @@ class GRPOConfig(StageConfig):
     enable_thinking: bool = knob(True, "let rollouts think before they answer")
     thinking_budget: Positive | None = knob(None, "tokens of thinking before it is closed")
     rollout_batch_size: Positive = knob(64, "rollouts that advance together")
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> GRPOConfig:
+        if self.surrogate == "cispo" and self.epsilon is not None:
+            raise ValueError("epsilon: cispo has no lower clip bound; leave it out or choose another surrogate")
+        return self
 
     @model_validator(mode="before")
     @classmethod

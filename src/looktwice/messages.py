@@ -8,6 +8,10 @@ from typing import Literal
 
 from PIL import Image
 
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+"""The tags around reasoning and around the short answer, as the model writes them."""
+
 Role = Literal["system", "user", "assistant"]
 ImageSource = str | Path | Image.Image
 

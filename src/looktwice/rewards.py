@@ -199,6 +199,6 @@ def _num_written_boxes(text: str) -> int:
                 boxes.add(json.dumps(json.loads(group)["bbox_2d"]))
         for call in _CALL.findall(text):
             boxes.add(json.dumps(json.loads(call[call.index("[") : call.rindex("]") + 1])))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, RecursionError):
         return 0
     return len(boxes)

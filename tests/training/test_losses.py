@@ -67,6 +67,8 @@ def test_equal_rewards_give_exactly_zero(scale, reward):
 def test_rounding_noise_is_no_advantage():
     rewards = torch.tensor([0.1 + 0.2, 0.3, 0.3 + 3e-8], dtype=torch.float64)
     assert group_advantages(rewards).tolist() == [0.0] * 3
+    with_failed = torch.cat([rewards, torch.tensor([NAN])])
+    assert group_advantages(with_failed).tolist() == [0.0] * 4
 
 
 def test_failed_rollouts_are_outside_the_statistics():

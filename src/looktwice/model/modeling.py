@@ -188,6 +188,15 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_index: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        use_cache: bool | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
@@ -198,9 +207,22 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
         """Logits, or with `loss_mask` [1, T] the logprobs of the tokens it marks.
 
         `labels` [B, T] (-100 = not trained) adds the shifted mean loss; `num_items_in_batch` replaces its divisor.
-        `loss_mask` never materialises logits: it is what training uses, on packed rows.
+        `loss_mask` never materialises logits: it is what training uses, on packed rows. The inputs of Ovis2_5Model are
+        named here too because `generate` and Trainer read this signature.
         """
-        outputs = self.model(input_ids=input_ids, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            image_index=image_index,
+            cu_seqlens=cu_seqlens,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden = outputs.last_hidden_state
         if loss_mask is not None:
             assert input_ids is not None, "loss_mask marks places of input_ids"

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from looktwice.errors import CheckpointError
@@ -20,7 +20,7 @@ from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -58,16 +58,19 @@ def load_model(
     """
     folder = locate(name)
     if is_adapter(name):
-        base_name = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        base = load_model(base_name, dtype=dtype, device=device, attn_implementation=attn_implementation)
-        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+        return _load_adapter(Path(folder), dtype=dtype, device=device, attn_implementation=attn_implementation)
     try:
+        fields, _ = Ovis2_5Config.get_config_dict(folder)
+        if "llm_config" not in fields:
+            # the defaults would stand in for it: a model of many gigabytes, filled with random numbers
+            raise CheckpointError(f"{name}: config.json has no llm_config, so this is not an Ovis2.5 model")
         config = Ovis2_5Config.from_pretrained(folder)
         loaded: Any = Ovis2_5ForConditionalGeneration.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # a mis-shaped tensor is then reported by name, in `info`
             output_loading_info=True,
             trust_remote_code=False,
         )
@@ -79,6 +82,28 @@ def load_model(
         raise CheckpointError(f"{name}: the weights do not fit config.json; {'; '.join(problems)}")
     model.name_or_path = name if name == TINY or not os.path.isdir(name) else os.path.abspath(name)
     return model.to(device)
+
+
+def _load_adapter(folder: Path, **options: Any) -> PeftModel:
+    try:
+        base_name = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+            stored = set(file.keys())
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a usable adapter ({type(error).__name__}: {error})") from error
+    if not base_name:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is empty; name the base model there")
+    base = load_model(base_name, **options)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(f"{folder}: the adapter does not fit {base_name}; {reason}") from error
+    # PEFT only warns when a tensor is missing, and leaves it fresh
+    wrong = sorted(stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+    if wrong:
+        raise CheckpointError(f"{folder}: the adapter does not fit {base_name}; missing or unexpected: {wrong[:5]}")
+    return model
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:

@@ -8,9 +8,8 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from looktwice.errors import CheckpointError
-from looktwice.messages import Conversation, ImagePart, Message
+from looktwice.messages import THINK_CLOSE, THINK_OPEN, Conversation, ImagePart, Message
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 EMPTY_THINK = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
 TURN_OPEN, TURN_CLOSE = "<|im_start|>", "<|im_end|>"
 EARLY_STOP = (
@@ -71,25 +70,33 @@ class ChatTemplate:
         return spans
 
     def _message(self, message: Message, first_picture: int, *, is_trained: bool) -> list[Span]:
-        spans = [Span(ids=[self.turn_open_id, *self.encode(f"{message.role}\n")])]
-        texts = [part.text for part in message.parts if not isinstance(part, ImagePart)]
-        if is_trained and not all(any(tag in text for text in texts) for tag in (THINK_OPEN, THINK_CLOSE)):
-            spans.append(Span(ids=self.encode(EMPTY_THINK)))
-        # users' parts stand on lines of their own; an assistant's crop follows its call without a break
-        glue = "" if message.role == "assistant" else "\n"
-        before, picture, is_first_text = "", first_picture, True
-        for part in message.parts:
-            if isinstance(part, ImagePart):
-                if before:
-                    spans.append(Span(ids=self.encode(before)))
-                spans.append(Span(image_number=picture))
-                picture, before = picture + 1, glue
-            else:
-                # a leading newline would merge with the block's last newline into another token
-                text = part.text.lstrip("\n") if message.role == "assistant" and is_first_text else part.text
-                is_first_text = False
-                spans.append(Span(ids=self.encode(before + text), is_trained=is_trained))
-                before = glue
-        spans.append(Span(ids=[self.turn_close_id], is_trained=is_trained))
-        spans.append(Span(ids=self.encode("\n")))
-        return spans
+        first, *rest = texts = _texts_between_pictures(message)
+        spans = [Span(ids=[self.turn_open_id])]
+        if message.role == "assistant":
+            spans.append(Span(ids=self.encode("assistant\n")))
+            if is_trained and not all(any(tag in text for text in texts) for tag in (THINK_OPEN, THINK_CLOSE)):
+                spans.append(Span(ids=self.encode(EMPTY_THINK)))
+            # a leading newline would merge with the newline before it into another token
+            first = first.lstrip("\n")
+        else:
+            first = f"{message.role}\n{first}"
+        spans.append(Span(ids=self.encode(first), is_trained=is_trained))
+        for picture, text in enumerate(rest, start=first_picture):
+            spans += [Span(image_number=picture), Span(ids=self.encode(text), is_trained=is_trained)]
+        return [*spans, Span(ids=[self.turn_close_id], is_trained=is_trained), Span(ids=self.encode("\n"))]
+
+
+def _texts_between_pictures(message: Message) -> list[str]:
+    """One text more than pictures: each is tokenised as a whole.
+
+    Users' parts stand on lines of their own; an assistant's crop follows its call without a break.
+    """
+    glue = "" if message.role == "assistant" else "\n"
+    texts = [""]
+    for number, part in enumerate(message.parts):
+        texts[-1] += glue if number else ""
+        if isinstance(part, ImagePart):
+            texts.append("")
+        else:
+            texts[-1] += part.text
+    return texts

@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
@@ -25,6 +25,8 @@ MAX_SOURCE_PIXELS = 178_956_970
 EXIF_ORIENTATION = 0x0112
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 EXIF_ROTATED = (5, 6, 7, 8)
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow raises for a damaged or oversized file; RuntimeError comes from its AVIF reader."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +58,7 @@ def open_image(source: ImageSource) -> Image.Image:
         try:
             image.load()
             upright = ImageOps.exif_transpose(image)
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
         return to_rgb(upright)
 
@@ -67,7 +69,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode == "I" and values.max() > 255 else max(255.0, float(values.max()))
+        highest = float(values.max())
+        top = max(65535.0 if image.mode == "I" and highest > 255 else 255.0, highest)
         return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -109,7 +112,7 @@ def _open(source: ImageSource) -> Iterator[Image.Image]:
         image = Image.open(source)
     except FileNotFoundError as error:
         raise ImageError(f"{source}: no such picture; check the path and --image_base_path") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise ImageError(f"{source}: not a readable picture ({error}); replace or remove it") from error
     with image:
         if image.width * image.height > MAX_SOURCE_PIXELS:
@@ -123,7 +126,7 @@ def _orientation(source: ImageSource, image: Image.Image) -> int | None:
         # Pillow decodes a whole PNG that has no EXIF in front, to look for some behind the pixels
         is_header_enough = isinstance(image, PngImageFile) and image.fp is not None and not _has_late_exif(image.fp)
         exif = Image.Image.getexif(image) if is_header_enough else image.getexif()
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
     return exif.get(EXIF_ORIENTATION)
 

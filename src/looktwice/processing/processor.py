@@ -9,6 +9,7 @@ from typing import Literal
 
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from looktwice.errors import CheckpointError
 from looktwice.geometry import BOX_FRAMES, BoxFrame, PixelPolicy, Size, smart_resize
@@ -92,12 +93,11 @@ class Ovis2_5Processor:
         try:
             config = Ovis2_5Config.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+            settings = cached_file(path, PREPROCESSOR_FILE, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: no usable config and tokenizer files ({_first_line(error)})") from error
         add_visual_tokens(tokenizer, config)
-        settings = _read_settings(Path(path) / PREPROCESSOR_FILE)
-        policy = PixelPolicy(**settings.get("pixels", {}))
-        return cls(tokenizer, config, policy, settings.get("box_frame", "original_px"))
+        return cls(tokenizer, config, *_read_settings(settings))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer, and our settings beside the released image settings."""
@@ -168,13 +168,18 @@ def add_visual_tokens(tokenizer: PreTrainedTokenizerBase, config: Ovis2_5Config)
         )
 
 
-def _read_settings(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    settings = json.loads(path.read_text(encoding="utf-8")).get(OWN_SETTINGS, {})
-    if settings.get("box_frame", "original_px") not in BOX_FRAMES:
-        raise CheckpointError(f"{path}: box_frame is {settings['box_frame']!r}; it must be one of {BOX_FRAMES}")
-    return settings
+def _read_settings(path: str | None) -> tuple[PixelPolicy, BoxFrame]:
+    """Our settings in the file, or the defaults where there are none."""
+    if path is None:
+        return PixelPolicy(), "original_px"
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8")).get(OWN_SETTINGS, {})
+        policy, box_frame = PixelPolicy(**settings.get("pixels", {})), settings.get("box_frame", "original_px")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not readable as image settings ({error}); restore the file") from error
+    if box_frame not in BOX_FRAMES:
+        raise CheckpointError(f"{path}: box_frame is {box_frame!r}; it must be one of {BOX_FRAMES}")
+    return policy, box_frame
 
 
 def _first_line(error: Exception) -> str:

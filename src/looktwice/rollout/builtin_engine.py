@@ -71,7 +71,8 @@ class RowCache:
         """Give rows `targets` the first `length` places of row `source`."""
         for store in (self.keys, self.values):
             for tensor in store:
-                tensor[targets, :, :length] = tensor[source, :, :length]  # type: ignore[index]
+                # a clone, because torch refuses to copy within one tensor when the row is full
+                tensor[targets, :, :length] = tensor[source, :, :length].clone()  # type: ignore[index]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.length

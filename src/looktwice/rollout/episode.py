@@ -14,15 +14,13 @@ from PIL import Image
 from looktwice.calls import TOOL_CALL_CLOSE
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
-from looktwice.messages import Conversation, ImageSource, user
-from looktwice.processing.chat_template import EARLY_STOP, THINK_CLOSE, THINK_OPEN
+from looktwice.messages import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN, Conversation, ImageSource, user
+from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.processing.images import PatchedImage, open_image
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.rollout.crop_tool import CropTool, Observation, observed
 from looktwice.rollout.engine import Continuation, Engine, Request, Segment
 from looktwice.rollout.trajectory import StopReason, Trajectory
-
-ANSWER_CLOSE = "</answer>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +75,8 @@ class Episode:
         self.think_close_id = template.token_id(THINK_CLOSE)
         self.is_thinking = rules.thinking
         self.spent = 0
+        # sampled since the last insertion: the thinking budget may cut a call or an answer into two segments
+        self.recent_ids: list[int] = []
 
     def allowance(self) -> int:
         """Ids to sample before the next decision: what is left of the answer, or of the thinking budget."""
@@ -92,7 +92,7 @@ class Episode:
         self.is_thinking = self.is_thinking and self.think_close_id not in segment.ids
         if not segment.is_stopped:
             return self._after_length_limit()
-        text = self.processor.decode(segment.ids)
+        text = self.processor.decode(self.recent_ids)
         if segment.ids[-1] == self.call_close_id and ANSWER_CLOSE not in text:
             return self._crop(text)
         self._finish("answered" if ANSWER_CLOSE in self._text() else "no_answer")
@@ -134,6 +134,7 @@ class Episode:
         self.trajectory.is_sampled += [is_sampled] * len(ids)
         self.trajectory.sampling_logprobs += logprobs
         self.spent += len(ids) if is_sampled else 0
+        self.recent_ids = self.recent_ids + ids if is_sampled else []
 
     def _text(self) -> str:
         end_ids = set(self.processor.end_ids)

@@ -180,7 +180,6 @@ def update_policy(
         sequences = row.loss_sequence().to(scores.logprobs.device)
         per_token, seen = surrogate(scores.logprobs, sampling_logprobs, advantages, sequences, config)
         seen["policy/entropy"] = scores.entropy.mean()
-        seen["kl/sampling"] = (scores.logprobs.detach() - sampling_logprobs).abs().mean()
         if reference is not None:
             kl = kl_estimate(scores.logprobs, ref_logprobs[place])
             seen["kl/reference"] = kl.detach().mean()
@@ -203,11 +202,12 @@ def surrogate(
     policy_logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor, sequences: Tensor, config: GRPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss per token [N] and metrics of the configured surrogate."""
-    bounds = {"clip_low": config.epsilon, "clip_high": config.epsilon_high}
+    given = {"clip_low": config.epsilon, "clip_high": config.epsilon_high}
+    bounds = {name: value for name, value in given.items() if value is not None}
     if config.surrogate == "gspo":
         return gspo_surrogate(policy_logprobs, sampling_logprobs, advantages, sequences, **bounds)
     if config.surrogate == "cispo":
-        return cispo_surrogate(policy_logprobs, sampling_logprobs, advantages, clip_high=config.epsilon_high)
+        return cispo_surrogate(policy_logprobs, sampling_logprobs, advantages, **bounds)
     return policy_surrogate(policy_logprobs, sampling_logprobs, advantages, **bounds)
 
 

@@ -1,0 +1,151 @@
+"""The crop tool: what is refused and in which words, what is cut, and that SFT data and rollouts show the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from looktwice.data.dataset import encode_sample
+from looktwice.data.records import Sample
+from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size
+from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.rollout.crop_tool import REFUSALS, CropTool, observed, refusal
+
+STRIP = Image.new("RGB", (2000, 16))
+
+
+def with_frame(processor: Ovis2_5Processor, frame: BoxFrame) -> Ovis2_5Processor:
+    return Ovis2_5Processor(processor.tokenizer, processor.config, processor.policy, frame)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason", "requested"),
+    [
+        ("<tool_call>there</tool_call>", "no_box", None),
+        ("[1, 2, 3, 4]</tool_call>", "no_box", None),
+        ("", "no_box", None),
+        ("<tool_call>[1, 2, 3]</tool_call>", "wrong_length", None),
+        ("<tool_call>[1, 2, 3, NaN]</tool_call>", "not_a_number", None),
+        ("<tool_call>[1, 2, 3, 1e999]</tool_call>", "not_a_number", None),
+        ("<tool_call>[30, 2, 1, 40]</tool_call>", "reversed", None),
+        ("<tool_call>[1, 2, 1, 40]</tool_call>", "reversed", None),
+        ("<tool_call>[160, 0, 170, 10]</tool_call>", "outside", (160, 0, 170, 10)),
+        ("<tool_call>[-20, -20, 0, 10]</tool_call>", "outside", (-20, -20, 0, 10)),
+    ],
+)
+def test_a_call_that_cannot_be_run_is_refused_with_its_reason(call, reason, requested, processor, picture) -> None:
+    observation = CropTool(processor).look(call, picture)
+    assert observation.image is None
+    assert observation.text == f"<tool_response>{REFUSALS[reason]}</tool_response>"
+    assert (observation.call.error, observation.call.is_valid) == (reason, False)
+    assert (observation.call.requested, observation.call.box, observation.call.size) == (requested, None, None)
+
+
+def test_a_strip_is_refused_as_too_thin(processor) -> None:
+    assert CropTool(processor).look("[0, 0, 2000, 16]", STRIP).call.error == "too_thin"
+
+
+def test_a_call_without_a_picture_is_refused_and_keeps_the_box_as_written(processor) -> None:
+    call = CropTool(processor).look("[1, 2, 30, 40]", None).call
+    assert (call.error, call.requested) == ("no_picture", Box(1, 2, 30, 40))
+
+
+def test_the_model_reads_these_words() -> None:
+    assert REFUSALS == {
+        "no_box": "No box found. Write four numbers in square brackets.",
+        "wrong_length": "A box has four numbers.",
+        "not_a_number": "A box has four finite numbers.",
+        "reversed": "The box must run from its top-left to its bottom-right corner.",
+        "outside": "The box lies outside the picture.",
+        "too_thin": "The box is too thin.",
+        "no_picture": "There is no picture to look at.",
+        "switched_off": "The crop tool is switched off.",
+    }
+
+
+def test_a_refusal_is_inserted_as_its_text(processor) -> None:
+    ids, images = observed(refusal("outside", None), processor)
+    assert processor.decode(ids) == "<tool_response>The box lies outside the picture.</tool_response>"
+    assert images == []
+
+
+@pytest.mark.parametrize(
+    ("frame", "call"),
+    [
+        ("original_px", "[40, 24, 120, 96]"),
+        ("resized_px", "[24, 16, 72, 64]"),
+        ("unit", "[0.25, 0.2, 0.75, 0.8]"),
+        ("norm1000", "[250, 200, 750, 800]"),
+    ],
+)
+def test_the_same_region_is_cut_in_every_box_frame(frame, call, processor, picture) -> None:
+    assert processor.overview_size(Size(*picture.size)) == Size(96, 80)
+    tool = CropTool(with_frame(processor, frame))
+    observation = tool.look(call, picture)
+    assert observation.call.box == Box(40, 24, 120, 96)
+    expected = CropTool(processor).look("[40, 24, 120, 96]", picture).image
+    assert torch.equal(observation.image.pixel_values, expected.pixel_values)
+
+
+def test_a_crop_has_the_pixels_of_the_original(processor, picture) -> None:
+    # 48 x 48 pixels are cut and, at this policy, shown at 48 x 48: not one pixel is interpolated
+    observation = CropTool(processor).look("<tool_call>Crop it [90, 50, 138, 98]</tool_call>", picture)
+    expected = processor.patch(picture.crop((90, 50, 138, 98)))
+    assert torch.equal(observation.image.pixel_values, expected.pixel_values)
+    assert observation.image.grid_thw == (1, 6, 6)
+    assert observation.call.size == Size(48, 48)
+
+
+def test_a_box_is_rounded_outwards_and_clamped_to_the_picture(processor, picture) -> None:
+    call = CropTool(processor).look("[100.6, -7, 1e9, 60.2]", picture).call
+    assert (call.requested, call.box) == (Box(100.6, -7, 1e9, 60.2), Box(100, 0, 160, 61))
+
+
+def test_a_tiny_box_is_enlarged_to_one_visual_token(processor, picture) -> None:
+    assert CropTool(processor).look("[158, 50, 159, 51]", picture).call.box == Box(144, 43, 160, 59)
+
+
+def test_a_crop_is_sized_by_its_own_bounds(processor, picture) -> None:
+    roomy = Ovis2_5Processor(
+        processor.tokenizer, processor.config, PixelPolicy(crop_min_pixels=16 * 16, crop_max_pixels=160 * 160)
+    )
+    small = CropTool(roomy).look("[0, 0, 32, 32]", picture).call
+    whole = CropTool(roomy).look("[0, 0, 160, 120]", picture).call
+    assert (small.size, whole.size) == (Size(64, 64), Size(160, 128))
+
+
+def test_a_crop_is_inserted_between_its_indicators(processor, picture) -> None:
+    observation = CropTool(processor).look("[0, 0, 48, 48]", picture)
+    ids, images = observed(observation, processor)
+    config = processor.config
+    assert ids == [config.image_start_token_id, *[config.image_token_id] * 9, config.image_end_token_id]
+    assert images == [observation.image]
+
+
+@pytest.mark.parametrize(
+    ("response", "thinking"),
+    [
+        ("<think>\nI look {0} and {1}.\n</think>\n\n<answer>7</answer>", True),
+        ("<think>\n{0}{1}</think>\n\n<answer>7</answer>", True),
+        ("I look {0}\nIt says {1} <answer>7</answer>", False),
+    ],
+)
+def test_sft_data_and_a_rollout_of_the_same_text_are_the_same_ids_and_pixels(
+    response, thinking, processor, picture, play_scripts, tmp_path: Path
+) -> None:
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    response = response.format("<tool_call>[90, 50, 138, 98]</tool_call>", "<tool_call>[0, 0, 80, 60.5]</tool_call>")
+    sample = Sample(
+        image_path=path, question="What is it?", response=response, solution="7", gold_box=None, where="a:1", field="A3"
+    )
+    trained = encode_sample(sample, processor, max_length=1000)
+    [episode], _ = play_scripts(response + "<|im_end|>", image=path, question="What is it?", thinking=thinking)
+    assert episode.example.input_ids == trained.input_ids
+    assert episode.example.loss_mask == trained.loss_mask
+    assert len(trained.images) == 3
+    for rolled, taught in zip(episode.example.images, trained.images, strict=True):
+        assert torch.equal(rolled.pixel_values, taught.pixel_values) and rolled.grid_thw == taught.grid_thw
