@@ -107,9 +107,7 @@ def test_a_box_is_cut_and_enlarged_as_in_the_worked_examples(
 
 
 def test_the_size_of_a_crop_does_not_depend_on_the_bounds_for_whole_pictures() -> None:
-    policy = PixelPolicy(
-        image_min_pixels=32**2, image_max_pixels=32**2, crop_min_pixels=64**2, crop_max_pixels=128**2
-    )
+    policy = PixelPolicy(image_min_pixels=32**2, image_max_pixels=32**2, crop_min_pixels=64**2, crop_max_pixels=128**2)
     assert crop_size((0, 0, 64, 64), original=Size(640, 480), factor=32, policy=policy) == Size(128, 128)
 
 
@@ -141,7 +139,8 @@ def test_a_picture_smaller_than_the_least_side_is_cut_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "box", [Box(100, 10, 120, 20), Box(10, 80, 20, 90), Box(-20, 10, 0, 20), Box(10, -20, 20, 0), Box(200, 200, 300, 300)]
+    "box",
+    [Box(100, 10, 120, 20), Box(10, 80, 20, 90), Box(-20, 10, 0, 20), Box(10, -20, 20, 0), Box(200, 200, 300, 300)],
 )
 def test_a_box_that_does_not_touch_the_picture_is_outside(box: Box) -> None:
     with pytest.raises(BoxError, match="100x80") as caught:
@@ -282,6 +281,11 @@ def test_a_policy_may_ask_for_one_exact_pixel_count() -> None:
     assert PixelPolicy(image_min_pixels=448**2, image_max_pixels=448**2).image_min_pixels == 448**2
 
 
-def test_a_policy_is_rebuilt_from_its_fields() -> None:
-    policy = PixelPolicy(image_min_pixels=1, image_max_pixels=2, crop_min_pixels=3, crop_max_pixels=4)
-    assert PixelPolicy(**policy.to_dict()) == policy
+def test_a_maximum_given_below_the_minimum_takes_the_minimum_along() -> None:
+    policy = PixelPolicy(image_min_pixels=500, image_max_pixels=900)
+    assert policy.override(image_max_pixels=300) == PixelPolicy(image_min_pixels=300, image_max_pixels=300)
+
+
+def test_a_minimum_given_above_the_maximum_is_refused() -> None:
+    with pytest.raises(ConfigError, match="image_min_pixels"):
+        PixelPolicy(image_min_pixels=500, image_max_pixels=900).override(image_min_pixels=1000)

@@ -45,7 +45,7 @@ class Config(BaseModel):
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a config file holds one object of settings, got {type(values).__name__}")
         known = {flag_of(cls, name): name for name in cls.model_fields}
-        values = {known.get(key, key): value for key, value in values.items()}
+        values = {known.get(str(key), str(key)): value for key, value in values.items()}
         try:
             cls(**values)
         except ConfigError as error:
@@ -149,7 +149,7 @@ class GRPOConfig(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        return {**GRPO_PRESETS.get(values.get("preset", ""), {}), **values} if isinstance(values, dict) else values
+        return {**GRPO_PRESETS.get(str(values.get("preset")), {}), **values} if isinstance(values, dict) else values
 
 
 GRPO_PRESETS: dict[str, dict[str, Any]] = {

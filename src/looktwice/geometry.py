@@ -52,8 +52,13 @@ class PixelPolicy:
                     f"{kind}_min_pixels is {low} and {kind}_max_pixels is {high}; give 0 <= min <= max and max > 0"
                 )
 
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+    def override(self, **given: int | None) -> PixelPolicy:
+        """The policy with the bounds that are given; a minimum left out never stands above its maximum."""
+        values = asdict(self) | {name: value for name, value in given.items() if value is not None}
+        for kind in ("image", "crop"):
+            if given.get(f"{kind}_min_pixels") is None:
+                values[f"{kind}_min_pixels"] = min(values[f"{kind}_min_pixels"], values[f"{kind}_max_pixels"])
+        return PixelPolicy(**values)
 
 
 def iou(a: Box, b: Box) -> float:

@@ -14,14 +14,12 @@ from looktwice.config import InferenceConfig
 from looktwice.grounding import parse_grounding
 from looktwice.messages import ImageSource
 from looktwice.model.adapters import base_of
-from looktwice.model.weights import load_model, locate
+from looktwice.model.weights import load_model, locate, pick_device
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.episode import EpisodeRules, Look, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory
-from looktwice.training.learner import pick_device
-from looktwice.training.run import override_pixels
 
 Question = tuple[ImageSource | None, str]
 
@@ -35,7 +33,7 @@ class OvisInference:
     def __init__(self, config: InferenceConfig | None = None) -> None:
         self.config = config or InferenceConfig()
         self.processor = Ovis2_5Processor.from_pretrained(locate(self.config.model_path))
-        self.processor.policy = override_pixels(self.processor.policy, image_max_pixels=self.config.max_pixels)
+        self.processor.policy = self.processor.policy.override(image_max_pixels=self.config.max_pixels)
         model = load_model(
             self.config.model_path,
             dtype=torch.bfloat16 if self.config.bf16 else torch.float32,

@@ -106,6 +106,11 @@ def _load_adapter(folder: Path, **options: Any) -> PeftModel:
     return model
 
 
+def pick_device(name: str | None) -> str:
+    """The torch device of a setting: as named, else cuda when there is one, else cpu."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def save_model(model: nn.Module, folder: str | Path) -> None:
     """Write weights under the released names, or the adapter with the name of its base model."""
     base = base_of(model)

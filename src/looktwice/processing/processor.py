@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -102,7 +102,7 @@ class Ovis2_5Processor:
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer, and our settings beside the released image settings."""
         self.tokenizer.save_pretrained(path)
-        settings = {"pixels": self.policy.to_dict(), "box_frame": self.box_frame}
+        settings = {"pixels": asdict(self.policy), "box_frame": self.box_frame}
         text = json.dumps({**RELEASED_PREPROCESSOR, OWN_SETTINGS: settings}, indent=2)
         (Path(path) / PREPROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
-from looktwice.data.dataset import BatchOrder
 from looktwice.data.records import Sample
 from looktwice.geometry import iou
 from looktwice.metrics import Recorder
@@ -24,7 +23,7 @@ from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory
-from looktwice.training.learner import FINAL_MODEL, Learner, Reference, Scores
+from looktwice.training.learner import Learner, Reference, Scores
 from looktwice.training.losses import (
     aggregate,
     cispo_surrogate,
@@ -34,7 +33,15 @@ from looktwice.training.losses import (
     kl_estimate,
     policy_surrogate,
 )
-from looktwice.training.run import load_processor, load_samples, prepare_output, required
+from looktwice.training.run import (
+    batch_order,
+    load_processor,
+    load_samples,
+    prepare_output,
+    required,
+    save_checkpoint,
+    save_final,
+)
 
 SHOWN = ("reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
 
@@ -60,13 +67,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     samples = load_samples(required(data.train_data_path, "--train_data"), data, processor)
     score_rollout = load_reward(config.reward)
     prepare_output(config)
-    order = BatchOrder(
-        len(samples),
-        samples_per_step=config.train_batch_size * config.gradient_accumulation_steps,
-        num_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
-    )
+    order = batch_order(len(samples), config)
     learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
     reference = learner.freeze_reference() if config.beta > 0 else None
     if config.resume_from_checkpoint:
@@ -93,10 +94,8 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
             if is_last or learner.step % config.logging_steps == 0:
                 recorder.log(learner.step, metrics)
             recorder.advance(learner.step, metrics)
-            if config.save_steps and learner.step % config.save_steps == 0 and not is_last:
-                learner.save(config.output_dir / f"checkpoint-{learner.step}", resolved, with_optimizer=True)
-        learner.save(config.output_dir / FINAL_MODEL, resolved, with_optimizer=False)
-    return config.output_dir / FINAL_MODEL
+            save_checkpoint(learner, resolved, is_last=is_last)
+    return save_final(learner, resolved)
 
 
 def roll_out(
@@ -148,7 +147,8 @@ def improve(
         rollout
         for group in kept
         for rollout in group
-        if not (config.mask_truncated_completions and rollout.trajectory.is_truncated)
+        if rollout.reward.error is None
+        and not (config.mask_truncated_completions and rollout.trajectory.is_truncated)
     ]
     return metrics | (update_policy(learner, trained, config, reference) if trained else {"loss": 0.0})
 

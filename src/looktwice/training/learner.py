@@ -17,7 +17,7 @@ from looktwice.config import Config, ModelConfig, StageConfig
 from looktwice.errors import CheckpointError, LooktwiceError
 from looktwice.model.adapters import add_lora, base_of, freeze_vision, trained_parameters
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import is_adapter, load_model, save_model
+from looktwice.model.weights import is_adapter, load_model, pick_device, save_model
 from looktwice.processing.packing import PackedBatch, pack, split_by_tokens
 from looktwice.processing.processor import Example, Ovis2_5Processor
 
@@ -177,7 +177,3 @@ class Reference:
         finally:
             for parameter, value in zip(self.parameters, live):
                 parameter.data = value
-
-
-def pick_device(name: str | None) -> str:
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")

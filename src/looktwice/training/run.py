@@ -1,16 +1,21 @@
-"""The start of a run, shared by both stages: everything a user can get wrong is found here, before anything long."""
+"""How a run starts and what it leaves, the same for both stages.
+
+Everything a user can get wrong is found at the start, before anything long.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from looktwice.config import DataConfig, StageConfig
+from looktwice.config import Config, DataConfig, StageConfig
+from looktwice.data.dataset import BatchOrder
 from looktwice.data.records import Sample, check_pictures, read_samples
 from looktwice.errors import ConfigError
-from looktwice.geometry import PixelPolicy
 from looktwice.model.weights import locate
 from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.training.learner import FINAL_MODEL, Learner
 
 T = TypeVar("T")
 
@@ -24,18 +29,9 @@ def load_processor(name: str, data: DataConfig) -> Ovis2_5Processor:
         "crop_min_pixels": data.crop_min_pixels,
         "crop_max_pixels": data.crop_max_pixels,
     }
-    processor.policy = override_pixels(processor.policy, **given)
+    processor.policy = processor.policy.override(**given)
     processor.box_frame = data.box_frame or processor.box_frame
     return processor
-
-
-def override_pixels(policy: PixelPolicy, **given: int | None) -> PixelPolicy:
-    """The policy with the bounds that are given; a minimum left out never stands above a maximum that is given."""
-    values = policy.to_dict() | {name: value for name, value in given.items() if value is not None}
-    for kind in ("image", "crop"):
-        if given.get(f"{kind}_min_pixels") is None:
-            values[f"{kind}_min_pixels"] = min(values[f"{kind}_min_pixels"], values[f"{kind}_max_pixels"])
-    return PixelPolicy(**values)
 
 
 def load_samples(path: Path, data: DataConfig, processor: Ovis2_5Processor) -> list[Sample]:
@@ -53,6 +49,31 @@ def prepare_output(config: StageConfig) -> None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{config.output_dir}: cannot be made as a run folder ({error})") from error
+
+
+def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
+    """The order in which a stage goes through its samples."""
+    return BatchOrder(
+        num_samples,
+        samples_per_step=config.train_batch_size * config.gradient_accumulation_steps,
+        num_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+
+
+def save_checkpoint(learner: Learner, resolved: Sequence[Config], *, is_last: bool) -> None:
+    """Write `checkpoint-N`, from which a run can go on, when the settings ask for one after this step."""
+    every = learner.config.save_steps
+    if every and learner.step % every == 0 and not is_last:
+        learner.save(learner.config.output_dir / f"checkpoint-{learner.step}", resolved, with_optimizer=True)
+
+
+def save_final(learner: Learner, resolved: Sequence[Config]) -> Path:
+    """Write the final model and give back its folder."""
+    folder = learner.config.output_dir / FINAL_MODEL
+    learner.save(folder, resolved, with_optimizer=False)
+    return folder
 
 
 def required(value: T | None, flag: str) -> T:

@@ -9,13 +9,21 @@ from pathlib import Path
 import torch
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
-from looktwice.data.dataset import BatchOrder, encode_sample
+from looktwice.data.dataset import encode_sample
 from looktwice.data.records import Sample
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import describe_trained
 from looktwice.processing.packing import PackedBatch
-from looktwice.training.learner import FINAL_MODEL, Learner
-from looktwice.training.run import load_processor, load_samples, prepare_output, required
+from looktwice.training.learner import Learner
+from looktwice.training.run import (
+    batch_order,
+    load_processor,
+    load_samples,
+    prepare_output,
+    required,
+    save_checkpoint,
+    save_final,
+)
 
 SHOWN = ("loss", "eval/loss", "optim/lr", "perf/tokens_per_s")
 
@@ -26,13 +34,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     train = load_samples(required(data.train_data_path, "--train_data"), data, processor)
     held_out = load_samples(data.val_data_path, data, processor) if data.val_data_path else []
     prepare_output(config)
-    order = BatchOrder(
-        len(train),
-        samples_per_step=config.train_batch_size * config.gradient_accumulation_steps,
-        num_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
-    )
+    order = batch_order(len(train), config)
     start = str(config.resume_from_checkpoint or model.model_name)
     learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
     if config.resume_from_checkpoint:
@@ -53,10 +55,8 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
             if is_last or learner.step % config.logging_steps == 0 or "eval/loss" in metrics:
                 recorder.log(learner.step, metrics)
             recorder.advance(learner.step, metrics)
-            if config.save_steps and learner.step % config.save_steps == 0 and not is_last:
-                learner.save(config.output_dir / f"checkpoint-{learner.step}", resolved, with_optimizer=True)
-        learner.save(config.output_dir / FINAL_MODEL, resolved, with_optimizer=False)
-    return config.output_dir / FINAL_MODEL
+            save_checkpoint(learner, resolved, is_last=is_last)
+    return save_final(learner, resolved)
 
 
 def train_step(learner: Learner, samples: Sequence[Sample], data: DataConfig) -> dict[str, float]:

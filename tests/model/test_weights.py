@@ -1,0 +1,228 @@
+"""Model folders in and out, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from looktwice.errors import CheckpointError
+from looktwice.model.adapters import add_lora
+from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+from looktwice.model.weights import load_model, locate, save_model
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model folder, to be spoiled."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def saved_adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on the model folder whose weights are not the fresh ones."""
+    adapted = add_lora(load_model(str(model_folder)), r=2, alpha=4, dropout=0.0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.5)
+    path = tmp_path_factory.mktemp("adapter")
+    save_model(adapted, path)
+    return path
+
+
+@pytest.fixture
+def adapter_folder(saved_adapter: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))
+
+
+def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+# -- whole models
+
+
+def test_a_released_folder_is_loaded_with_every_tensor() -> None:
+    model = load_model(str(GOLDEN))
+    released = load_file(GOLDEN / "model.safetensors")
+    assert sum(weight.numel() for weight in model.parameters()) == sum(value.numel() for value in released.values())
+    assert torch.equal(model.get_parameter("lm_head.weight"), released["llm.lm_head.weight"])
+
+
+def test_a_saved_model_is_loaded_again_as_it_was(model: Ovis2_5ForConditionalGeneration, model_folder: Path) -> None:
+    again = load_model(str(model_folder)).state_dict()
+    assert [name for name, value in model.state_dict().items() if not torch.equal(again[name], value)] == []
+
+
+def test_a_model_with_tied_embeddings_is_saved_without_a_head_and_loaded_again(
+    model: Ovis2_5ForConditionalGeneration, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = config.llm_config.tie_word_embeddings = True
+    tied = Ovis2_5ForConditionalGeneration(config)
+    save_model(tied, tmp_path)
+    assert "llm.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = base = load_model(str(tmp_path))
+    assert again.get_parameter("lm_head.weight") is base.get_input_embeddings().weight
+    assert torch.equal(again.get_parameter("lm_head.weight"), tied.get_input_embeddings().weight)
+
+
+def test_a_model_is_loaded_in_the_dtype_asked_for(model_folder: Path) -> None:
+    model = load_model(str(model_folder), dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "./nowhere", "~/model", "a/b/c", ""])
+def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        locate(name)
+
+
+def test_a_hub_name_stays_as_it_is() -> None:
+    assert locate("AIDC-AI/Ovis2.5-2B") == "AIDC-AI/Ovis2.5-2B"
+
+
+def test_a_file_is_not_a_model_folder(model_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        load_model(str(model_folder / "config.json"))
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no weights \(model.safetensors or adapter_config.json\)"):
+        load_model(str(folder))
+
+
+def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="no config.json in this folder"):
+        load_model(str(folder))
+
+
+def test_a_broken_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot be loaded as an Ovis2.5 model"):
+        load_model(str(folder))
+
+
+def test_the_config_of_another_model_is_refused_before_anything_is_built(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "qwen3", "hidden_size": 4096}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no llm_config, so this is not an Ovis2.5 model"):
+        load_model(str(folder))
+
+
+def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="cannot be loaded as an Ovis2.5 model"):
+        load_model(str(folder))
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    rewrite(
+        folder / "model.safetensors", lambda tensors: {k: v for k, v in tensors.items() if k != "llm.model.norm.weight"}
+    )
+    with pytest.raises(CheckpointError, match="missing_keys: model.language_model.norm.weight"):
+        load_model(str(folder))
+
+
+def test_an_unexpected_tensor_is_named(folder: Path) -> None:
+    rewrite(folder / "model.safetensors", lambda tensors: tensors | {"extra.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="unexpected_keys: extra.weight"):
+        load_model(str(folder))
+
+
+def test_a_misshaped_tensor_is_named_with_both_shapes(folder: Path) -> None:
+    rewrite(folder / "model.safetensors", lambda tensors: tensors | {"vte.weight": torch.zeros(7, 128)})
+    with pytest.raises(CheckpointError, match=r"model.vte.weight.*\[7, 128\].*\[260, 128\]"):
+        load_model(str(folder))
+
+
+# -- adapters
+
+
+def test_an_adapter_names_its_base(saved_adapter: Path, model_folder: Path) -> None:
+    config = json.loads((saved_adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(model_folder)
+
+
+def test_an_adapter_of_a_base_given_by_a_relative_path_names_it_in_full(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent)
+    save_model(add_lora(load_model(model_folder.name), r=2, alpha=4, dropout=0.0), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(model_folder)
+
+
+def test_an_adapter_is_saved_without_the_weights_of_its_base(saved_adapter: Path) -> None:
+    tensors = load_file(saved_adapter / "adapter_model.safetensors")
+    assert [name for name in tensors if "lora_" not in name] == []
+
+
+def test_an_adapter_is_loaded_on_its_base_and_ready_to_train(saved_adapter: Path) -> None:
+    adapted = load_model(str(saved_adapter))
+    assert isinstance(adapted, PeftModel)
+    trained = [weight for name, weight in adapted.named_parameters() if "lora_B" in name and weight.requires_grad]
+    assert len(trained) == 28
+    assert all(bool((weight == 0.5).all()) for weight in trained)
+
+
+def test_saving_an_adapter_does_not_stop_its_training(model_folder: Path, tmp_path: Path) -> None:
+    adapted = add_lora(load_model(str(model_folder)), r=2, alpha=4, dropout=0.0)
+    save_model(adapted, tmp_path)
+    assert any(weight.requires_grad for weight in adapted.parameters())
+
+
+def test_an_adapter_without_weights_is_refused(adapter_folder: Path) -> None:
+    (adapter_folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"not a usable adapter .*adapter_model.safetensors"):
+        load_model(str(adapter_folder))
+
+
+def test_a_missing_tensor_of_an_adapter_is_named(adapter_folder: Path) -> None:
+    rewrite(adapter_folder / "adapter_model.safetensors", lambda tensors: dict(list(tensors.items())[1:]))
+    with pytest.raises(CheckpointError, match="missing or unexpected: .*layers.0.mlp.down_proj.lora_A.weight"):
+        load_model(str(adapter_folder))
+
+
+def test_an_unexpected_tensor_of_an_adapter_is_named(adapter_folder: Path) -> None:
+    rewrite(adapter_folder / "adapter_model.safetensors", lambda tensors: tensors | {"extra": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="missing or unexpected: .*extra"):
+        load_model(str(adapter_folder))
+
+
+def test_a_misshaped_tensor_of_an_adapter_is_named(adapter_folder: Path) -> None:
+    rewrite(
+        adapter_folder / "adapter_model.safetensors",
+        lambda tensors: tensors | {name: torch.zeros(3, 3) for name in list(tensors)[:1]},
+    )
+    with pytest.raises(CheckpointError, match=r"size mismatch for .*layers.0.mlp.down_proj.lora_A"):
+        load_model(str(adapter_folder))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"base_model_name_or_path": null}'])
+def test_an_adapter_without_a_base_is_refused(adapter_folder: Path, text: str) -> None:
+    (adapter_folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not a usable adapter|base_model_name_or_path is empty"):
+        load_model(str(adapter_folder))
+
+
+def test_an_adapter_whose_base_is_gone_names_the_base(adapter_folder: Path) -> None:
+    file = adapter_folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="/gone/base: no such model folder"):
+        load_model(str(adapter_folder))

@@ -1,0 +1,356 @@
+"""Settings: what is refused and how it is named, files and flags, presets, and the list of flags itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from looktwice import cli
+from looktwice.cli import train_configs
+from looktwice.config import Config, DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
+from looktwice.errors import ConfigError
+
+
+def refusal(config_class: type[Config], **values: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_class(**values)
+    return str(caught.value)
+
+
+def write(path: Path, text: object) -> Path:
+    path.write_text(text if isinstance(text, str) else json.dumps(text), encoding="utf-8")
+    return path
+
+
+# -- values
+
+
+@pytest.mark.parametrize(
+    ("config_class", "key", "hint"),
+    [
+        (SFTConfig, "learning_rat", "learning_rate"),
+        (GRPOConfig, "num_generation", "num_generations"),
+        (GRPOConfig, "sft_chekpoint", "sft_checkpoint"),
+        (DataConfig, "train_date", "train_data"),
+        (ModelConfig, "model", "model_name"),
+        (InferenceConfig, "max_tokens", "max_new_tokens"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(config_class, key, hint) -> None:
+    expected = f'unknown setting "{key}" of {config_class.__name__}. Did you mean "{hint}"?'
+    assert refusal(config_class, **{key: 1}) == expected
+
+
+def test_a_key_like_no_other_is_refused_without_a_hint() -> None:
+    assert refusal(SFTConfig, zzz=1) == 'unknown setting "zzz" of SFTConfig.'
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"train_batch_size": "four"}, "train_batch_size is 'four': input should be a valid integer"),
+        ({"train_batch_size": 2.5}, "train_batch_size is 2.5: input should be a valid integer"),
+        ({"train_batch_size": 0}, "train_batch_size is 0: input should be greater than or equal to 1"),
+        ({"learning_rate": -1}, "learning_rate is -1: input should be greater than or equal to 0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan: input should be"),
+        ({"learning_rate": None}, "learning_rate is None: input should be a valid number"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5: input should be less than or equal to 1"),
+        ({"bf16": "maybe"}, "bf16 is 'maybe': input should be a valid boolean"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type is 'linear': input should be 'cosine' or 'constant'"),
+        ({"num_generations": 1}, "num_generations is 1: input should be greater than or equal to 2"),
+        ({"temperature": 0}, "temperature is 0: input should be greater than 0"),
+        ({"preset": "papr"}, "preset is 'papr': input should be 'robust', 'paper' or 'code'"),
+        ({"preset": ["paper"]}, "preset is ['paper']: input should be"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_it_takes(values, problem) -> None:
+    assert refusal(GRPOConfig, **values).startswith(problem)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    message = refusal(SFTConfig, seeed=1, lora_r=0, bf16="maybe")
+    assert sorted(line.split()[0] for line in message.splitlines()) == ["bf16", "lora_r", "unknown"]
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        SFTConfig().seed = 1
+
+
+@pytest.mark.parametrize("config_class", [ModelConfig, DataConfig, SFTConfig, GRPOConfig, InferenceConfig])
+def test_every_knob_has_a_help_of_one_line(config_class) -> None:
+    for name, field in config_class.model_fields.items():
+        assert field.description and "\n" not in field.description and len(field.description) < 80, name
+
+
+# -- presets
+
+
+def test_each_preset_sets_what_it_stands_for() -> None:
+    changed = ("reward", "drop_constant_groups", "loss_aggregation", "mask_truncated_completions", "num_generations")
+    seen = {
+        preset: tuple(getattr(GRPOConfig(preset=preset), name) for name in changed)
+        for preset in ("robust", "paper", "code")
+    }
+    assert seen == {
+        "robust": ("robust", True, "token_mean", True, 8),
+        "paper": ("paper", False, "seq_mean_token_mean", True, 8),
+        "code": ("code", False, "seq_mean_token_mean", False, 5),
+    }
+    assert (GRPOConfig(preset="code").max_turns, GRPOConfig().max_turns) == (8, 6)
+
+
+def test_an_explicit_knob_wins_over_the_preset() -> None:
+    config = GRPOConfig(preset="code", num_generations=3, reward="robust")
+    assert (config.num_generations, config.reward, config.loss_aggregation) == (3, "robust", "seq_mean_token_mean")
+
+
+def test_a_flag_wins_over_the_preset_of_a_file(tmp_path) -> None:
+    path = write(tmp_path / "grpo.json", {"preset": "code", "max_turns": 2})
+    *_, config = train_configs(["--grpo_config", str(path), "--num_generations", "6"])
+    assert (config.num_generations, config.max_turns, config.reward) == (6, 2, "code")
+
+
+# -- files
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sft.json", '{"learning_rate": 1e-3, "num_train_epochs": 2, "bf16": true, "output_dir": "run"}'),
+        ("sft.json", '\ufeff{"learning_rate": "1e-3", "num_epochs": 2, "bf16": true, "sft_output_dir": "run"}'),
+        ("sft.yaml", "learning_rate: 1e-3\nnum_epochs: 2\nbf16: yes\noutput_dir: run\n"),
+        ("sft.yml", "{learning_rate: 0.001, num_train_epochs: 2, bf16: true, sft_output_dir: run}"),
+    ],
+)
+def test_json_and_yaml_files_take_field_and_flag_names(name, text, tmp_path) -> None:
+    config = SFTConfig(**SFTConfig.read(write(tmp_path / name, text)))
+    assert config == SFTConfig(learning_rate=1e-3, num_train_epochs=2, bf16=True, output_dir=Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("c.json", "", "cannot be read as a config file"),
+        ("c.json", '{"seed": 1,}', "cannot be read as a config file"),
+        ("c.json", "[1]", "a config file holds one object of settings, got list"),
+        ("c.yaml", "", "a config file holds one object of settings, got NoneType"),
+        ("c.yaml", "seed: [", "cannot be read as a config file"),
+        ("c.yaml", "sed: 1", 'unknown setting "sed" of SFTConfig. Did you mean "seed"?'),
+        ("c.yaml", "1: 2", 'unknown setting "1" of SFTConfig.'),
+        ("c.json", '{"seed": "x"}', "seed is 'x': input should be a valid integer"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_problem(name, text, problem, tmp_path) -> None:
+    path = write(tmp_path / name, text)
+    with pytest.raises(ConfigError) as caught:
+        SFTConfig.read(path)
+    assert str(caught.value).startswith(f"{path}: {problem}")
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.json: cannot be read as a config file .*No such file"):
+        SFTConfig.read(tmp_path / "none.json")
+
+
+# -- flags
+
+
+def test_flags_win_over_files_and_files_over_defaults(tmp_path) -> None:
+    sft_file = write(tmp_path / "sft.json", {"learning_rate": 3e-5, "lora_r": 4})
+    data_file = write(tmp_path / "data.yaml", "train_data: a.jsonl\nmax_pixels: 1000\n")
+    files = ["--sft_config", str(sft_file), "--data_config", str(data_file)]
+    _, _, data, sft, _ = train_configs([*files, "--lora_r", "8", "--train_data=b.jsonl"])
+    assert (sft.learning_rate, sft.lora_r, sft.lora_alpha) == (3e-5, 8, 256)
+    assert (data.train_data_path, data.max_pixels, data.min_pixels) == (Path("b.jsonl"), 1000, None)
+
+
+def test_a_switch_is_turned_off_by_its_no_form(tmp_path) -> None:
+    path = write(tmp_path / "sft.json", {"use_lora": True, "bf16": True})
+    *_, sft, _ = train_configs(["--sft_config", str(path), "--no-bf16"])
+    assert (sft.use_lora, sft.bf16) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sft_rate", "grpo_rate"),
+    [
+        ([], 2e-5, 5e-6),
+        (["--learning_rate", "4e-5"], 4e-5, 1e-5),
+        (["--stage", "both", "--learning_rate", "4e-5", "--grpo_learning_rate", "3e-6"], 4e-5, 3e-6),
+        (["--grpo_learning_rate", "3e-6"], 2e-5, 3e-6),
+        (["--stage", "grpo", "--learning_rate", "4e-6"], 4e-6, 4e-6),
+    ],
+)
+def test_a_learning_rate_for_both_stages_is_a_quarter_in_the_second(arguments, sft_rate, grpo_rate) -> None:
+    *_, sft, grpo = train_configs(arguments)
+    assert (sft.learning_rate, grpo.learning_rate) == pytest.approx((sft_rate, grpo_rate))
+
+
+def test_a_rate_in_the_file_of_stage_2_wins_over_the_quarter(tmp_path) -> None:
+    path = write(tmp_path / "grpo.json", {"learning_rate": 7e-6})
+    *_, grpo = train_configs(["--learning_rate", "4e-5", "--grpo_config", str(path)])
+    assert grpo.learning_rate == 7e-6
+
+
+def test_epochs_and_steps_belong_to_the_first_of_both_stages_and_all_else_to_both() -> None:
+    shared = ["--num_epochs", "5", "--max_steps", "9", "--batch_size", "2", "--use_lora", "--seed", "1"]
+    *_, sft, grpo = train_configs(shared)
+    assert (sft.num_train_epochs, sft.max_steps, sft.train_batch_size, sft.use_lora, sft.seed) == (5, 9, 2, True, 1)
+    assert (grpo.num_train_epochs, grpo.max_steps) == (1, None)
+    assert (grpo.train_batch_size, grpo.use_lora, grpo.seed) == (2, True, 1)
+    *_, grpo = train_configs(["--stage", "grpo", *shared])
+    assert (grpo.num_train_epochs, grpo.max_steps) == (5, 9)
+
+
+def test_a_flag_with_the_prefix_sets_stage_2_alone() -> None:
+    *_, sft, grpo = train_configs(["--batch_size", "2", "--grpo_batch_size", "6", "--grpo_max_steps", "3"])
+    assert (sft.train_batch_size, grpo.train_batch_size, sft.max_steps, grpo.max_steps) == (2, 6, None, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rte", "1"], 'unknown argument --learning_rte. Did you mean "--learning_rate"?'),
+        (["--num_train_epochs=2"], 'unknown argument --num_train_epochs=2. Did you mean "--num_epochs"?'),
+        (["--learn", "1"], "unknown argument --learn."),
+        (["--learning_rate", "fast"], "--learning_rate is 'fast'; it must be a number"),
+        (["--train_data"], "argument --train_data: expected one argument; see looktwice train --help"),
+        (["--stage", "rl"], "argument --stage: invalid choice: 'rl'"),
+        (["--lora_r", "big"], "lora_r is 'big': input should be a valid integer"),
+    ],
+)
+def test_a_bad_flag_is_named(arguments, message) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_configs(arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new flag is a decision: it belongs in these lists, in the documentation, and to some user."""
+    seen: dict[str, list[str]] = {}
+
+    def note(parser: argparse.ArgumentParser, arguments: object) -> dict:
+        flags = (flag for action in parser._actions for flag in action.option_strings)
+        seen[parser.prog] = sorted(flag for flag in flags if not flag.startswith("--no-") and flag not in HELP)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(cli.Parser, "parse_strictly", note)
+    for command in ("train", "ask", "demo"):
+        cli.main([command])
+    assert seen == {"looktwice train": TRAIN_FLAGS, "looktwice ask": ASK_FLAGS, "looktwice demo": DEMO_FLAGS}
+
+
+HELP = ("-h", "--help")
+TRAIN_FLAGS = [
+    "--attn_implementation",
+    "--batch_size",
+    "--beta",
+    "--bf16",
+    "--box_frame",
+    "--crop_max_pixels",
+    "--crop_min_pixels",
+    "--data_config",
+    "--device",
+    "--drop_constant_groups",
+    "--enable_thinking",
+    "--epsilon",
+    "--epsilon_high",
+    "--eval_steps",
+    "--freeze_vision",
+    "--gradient_accumulation_steps",
+    "--grpo_batch_size",
+    "--grpo_bf16",
+    "--grpo_config",
+    "--grpo_eval_steps",
+    "--grpo_freeze_vision",
+    "--grpo_gradient_accumulation_steps",
+    "--grpo_learning_rate",
+    "--grpo_logging_steps",
+    "--grpo_lora_alpha",
+    "--grpo_lora_dropout",
+    "--grpo_lora_r",
+    "--grpo_lr_scheduler_type",
+    "--grpo_max_grad_norm",
+    "--grpo_max_steps",
+    "--grpo_max_tokens_per_row",
+    "--grpo_memory_efficient",
+    "--grpo_num_epochs",
+    "--grpo_output_dir",
+    "--grpo_resume_from_checkpoint",
+    "--grpo_save_steps",
+    "--grpo_seed",
+    "--grpo_use_lora",
+    "--grpo_warmup_ratio",
+    "--grpo_weight_decay",
+    "--image_base_path",
+    "--learning_rate",
+    "--logging_steps",
+    "--lora_alpha",
+    "--lora_dropout",
+    "--lora_r",
+    "--loss_aggregation",
+    "--lr_scheduler_type",
+    "--mask_truncated_completions",
+    "--max_grad_norm",
+    "--max_length",
+    "--max_new_tokens",
+    "--max_pixels",
+    "--max_steps",
+    "--max_tokens_per_row",
+    "--max_turns",
+    "--memory_efficient",
+    "--min_pixels",
+    "--model_config",
+    "--model_name",
+    "--num_epochs",
+    "--num_generations",
+    "--num_iterations",
+    "--preset",
+    "--resume_from_checkpoint",
+    "--reward",
+    "--rollout_batch_size",
+    "--save_steps",
+    "--scale_rewards",
+    "--seed",
+    "--sft_checkpoint",
+    "--sft_config",
+    "--sft_output_dir",
+    "--stage",
+    "--surrogate",
+    "--temperature",
+    "--thinking_budget",
+    "--top_k",
+    "--top_p",
+    "--train_data",
+    "--use_lora",
+    "--val_data",
+    "--warmup_ratio",
+    "--weight_decay",
+]
+ASK_FLAGS = [
+    "--attn_implementation",
+    "--batch_size",
+    "--bf16",
+    "--device",
+    "--enable_thinking",
+    "--image_path",
+    "--max_new_tokens",
+    "--max_pixels",
+    "--max_turns",
+    "--model_path",
+    "--output_json",
+    "--question",
+    "--seed",
+    "--temperature",
+    "--thinking_budget",
+    "--top_k",
+    "--top_p",
+]
+DEMO_FLAGS = [
+    "--output_dir",
+    "--seed",
+]
