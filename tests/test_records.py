@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from looktwice.calls import parse_call, split_calls
-from looktwice.data.records import Sample, check_pictures, read_samples
+from looktwice.data.records import Sample, check_pictures, check_solutions, read_samples
 from looktwice.errors import DataError
 from looktwice.geometry import Box, Size
 
@@ -190,8 +190,8 @@ def test_one_leading_picture_mark_is_taken_off_the_question(
         ({"image_path": "x", "QnA": [{**GOOD, "A3": ""}]}, "QnA[0].A3: the text is empty"),
         ({"image_path": "x", "QnA": [{**GOOD, "A3": ["a"]}]}, "QnA[0].A3: a list where a text belongs"),
         ({"image_path": "x", "QnA": [{**GOOD, "A3": "a\ud800"}]}, "QnA[0].A3: half of a surrogate pair"),
-        ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer>a"}]}, "QnA[0].A3: no <answer>…</answer> with text"),
-        ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer> </answer>"}]}, "A3: no <answer>…</answer> with text"),
+        ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer>a"}]}, "A3: the <answer> block is empty"),
+        ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer> </answer>"}]}, "A3: the <answer> block is empty"),
         ({"image_path": "x", "QnA": [{**GOOD, "answer": 3}]}, "QnA[0].answer: a number where a text belongs"),
         ({"image_path": "x", "QnA": [{**GOOD, "answer": ""}]}, "QnA[0].answer: the text is empty"),
         ({"image_path": "x", "QnA": [{**GOOD, "box": [1, 2, 3]}]}, "QnA[0].box: a box has 4 numbers"),
@@ -341,3 +341,12 @@ def test_all_real_records_are_read_completely() -> None:
     assert not any(re.search(r"\{\s*crop[^}]*\[", sample.response, re.IGNORECASE) for sample in samples)
     assert all(sample.solution and sample.solution in sample.response for sample in samples)
     assert sum("{" in sample.response for sample in samples) == 1  # braces that hold no crop
+
+
+def test_a_sample_without_an_answer_block_can_be_trained_on_but_not_judged(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"image_path": "x.png", "QnA": [{"Q": "q", "A3": "plain words"}]}))
+    samples = read_samples(path, tmp_path)
+    assert samples[0].solution == ""
+    with pytest.raises(DataError, match=r"a\.jsonl:1: QnA\[0\]\.A3: no <answer>"):
+        check_solutions(samples)

@@ -75,6 +75,10 @@ def train(arguments: Sequence[str]) -> None:
     from looktwice.training.run import required
 
     required(data.train_data_path, "--train_data")
+    if stage == "both":
+        from looktwice.rewards import load_reward
+
+        load_reward(grpo.reward)  # a bad one should not wait for stage 1 to end
     if stage != "grpo":
         from looktwice.training.sft import train_sft
 

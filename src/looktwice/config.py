@@ -193,6 +193,8 @@ def flag_of(config_class: type[Config], name: str) -> str:
 
 def _explain(config_class: type[Config], problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
+    if not name:  # a check of settings against each other
+        return str(problem["ctx"]["error"])
     if problem["type"] == "extra_forbidden":
         known = [*config_class.model_fields, *(flag_of(config_class, field) for field in config_class.model_fields)]
         return f'unknown setting "{name}" of {config_class.__name__}.{nearest(name, known)}'

@@ -11,6 +11,9 @@ from looktwice.errors import CheckpointError
 from looktwice.model.adapters import add_lora, base_of, describe_trained, freeze_vision, trained_parameters
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
+# PEFT asks transformers by an older name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 
 @pytest.fixture
 def fresh(model: Ovis2_5ForConditionalGeneration) -> Ovis2_5ForConditionalGeneration:

@@ -19,6 +19,9 @@ from looktwice.model.adapters import add_lora
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import load_model, locate, save_model
 
+# PEFT asks transformers by an older name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 Tensors = dict[str, Tensor]
 
@@ -74,8 +77,8 @@ def test_a_model_with_tied_embeddings_is_saved_without_a_head_and_loaded_again(
     tied = Ovis2_5ForConditionalGeneration(config)
     save_model(tied, tmp_path)
     assert "llm.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    again = base = load_model(str(tmp_path))
-    assert again.get_parameter("lm_head.weight") is base.get_input_embeddings().weight
+    again = load_model(str(tmp_path))
+    assert again.get_parameter("lm_head.weight") is again.get_parameter("model.language_model.embed_tokens.weight")
     assert torch.equal(again.get_parameter("lm_head.weight"), tied.get_input_embeddings().weight)
 
 
@@ -84,7 +87,7 @@ def test_a_model_is_loaded_in_the_dtype_asked_for(model_folder: Path) -> None:
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "./nowhere", "~/model", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "./nowhere", "~/model", "a/b/c"])
 def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="no such model folder"):
         locate(name)
@@ -107,26 +110,26 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
 
 def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="no config.json in this folder"):
+    with pytest.raises(CheckpointError, match=r"no config.json in this folder"):
         load_model(str(folder))
 
 
 def test_a_broken_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="cannot be loaded as an Ovis2.5 model"):
+    with pytest.raises(CheckpointError, match=r"cannot be loaded as an Ovis2.5 model"):
         load_model(str(folder))
 
 
 def test_the_config_of_another_model_is_refused_before_anything_is_built(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "qwen3", "hidden_size": 4096}', encoding="utf-8")
-    with pytest.raises(CheckpointError, match="no llm_config, so this is not an Ovis2.5 model"):
+    with pytest.raises(CheckpointError, match=r"no llm_config, so this is not an Ovis2.5 model"):
         load_model(str(folder))
 
 
 def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="cannot be loaded as an Ovis2.5 model"):
+    with pytest.raises(CheckpointError, match=r"cannot be loaded as an Ovis2.5 model"):
         load_model(str(folder))
 
 
@@ -134,13 +137,13 @@ def test_a_missing_tensor_is_named(folder: Path) -> None:
     rewrite(
         folder / "model.safetensors", lambda tensors: {k: v for k, v in tensors.items() if k != "llm.model.norm.weight"}
     )
-    with pytest.raises(CheckpointError, match="missing_keys: model.language_model.norm.weight"):
+    with pytest.raises(CheckpointError, match=r"missing_keys: model.language_model.norm.weight"):
         load_model(str(folder))
 
 
 def test_an_unexpected_tensor_is_named(folder: Path) -> None:
     rewrite(folder / "model.safetensors", lambda tensors: tensors | {"extra.weight": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match="unexpected_keys: extra.weight"):
+    with pytest.raises(CheckpointError, match=r"unexpected_keys: extra.weight"):
         load_model(str(folder))
 
 
@@ -192,15 +195,16 @@ def test_an_adapter_without_weights_is_refused(adapter_folder: Path) -> None:
         load_model(str(adapter_folder))
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_a_missing_tensor_of_an_adapter_is_named(adapter_folder: Path) -> None:
     rewrite(adapter_folder / "adapter_model.safetensors", lambda tensors: dict(list(tensors.items())[1:]))
-    with pytest.raises(CheckpointError, match="missing or unexpected: .*layers.0.mlp.down_proj.lora_A.weight"):
+    with pytest.raises(CheckpointError, match=r"missing or unexpected: .*layers.0.mlp.down_proj.lora_A.weight"):
         load_model(str(adapter_folder))
 
 
 def test_an_unexpected_tensor_of_an_adapter_is_named(adapter_folder: Path) -> None:
     rewrite(adapter_folder / "adapter_model.safetensors", lambda tensors: tensors | {"extra": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match="missing or unexpected: .*extra"):
+    with pytest.raises(CheckpointError, match=r"missing or unexpected: .*extra"):
         load_model(str(adapter_folder))
 
 
@@ -213,10 +217,17 @@ def test_a_misshaped_tensor_of_an_adapter_is_named(adapter_folder: Path) -> None
         load_model(str(adapter_folder))
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"base_model_name_or_path": null}'])
-def test_an_adapter_without_a_base_is_refused(adapter_folder: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a usable adapter"),
+        ("{}", "not a usable adapter .*base_model_name_or_path"),
+        ('{"base_model_name_or_path": null}', "base_model_name_or_path is empty"),
+    ],
+)
+def test_an_adapter_that_does_not_name_its_base_is_refused(adapter_folder: Path, text: str, message: str) -> None:
     (adapter_folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(CheckpointError, match="not a usable adapter|base_model_name_or_path is empty"):
+    with pytest.raises(CheckpointError, match=message):
         load_model(str(adapter_folder))
 
 

@@ -24,6 +24,7 @@ from looktwice.answers import find_answer_block
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.errors import BoxError, DataError, ImageError, nearest
 from looktwice.geometry import Box, BoxFrame, Size, check_box, crop_rectangle, iou, to_original
+from looktwice.messages import ANSWER_OPEN
 from looktwice.processing.images import image_size
 
 MAX_PROBLEMS_SHOWN = 20
@@ -47,8 +48,8 @@ class Sample:
     """One question about one picture, with the answer to learn from.
 
     `response` is the answer with each crop command as `<tool_call>[x1, y1, x2, y2]</tool_call>`, its numbers as they
-    were written, in the box frame of the model. `solution` is the gold answer. `gold_box` is in original pixels.
-    `where` is "file:line" and `field` the place of the answer in that line, such as "QnA[1].A3" (the second question).
+    were written, in the box frame of the model. `solution` is the gold answer, "" without one. `gold_box` is
+    in original pixels. `where` is "file:line" and `field` the place of the answer in that line, such as "QnA[1].A3" (the second question).
     """
 
     image_path: Path
@@ -77,6 +78,16 @@ def read_samples(path: str | Path, image_base_path: str | Path) -> list[Sample]:
         raise DataError(f"{path}: the file holds no records; write one JSON object a line")
     _warn_of_misspelt(path, names)
     return samples
+
+
+def check_solutions(samples: Sequence[Sample]) -> None:
+    """Make sure that every sample has a gold answer to judge by. Raises DataError as `check_pictures` does."""
+    problems = [
+        f'{sample.where}: {sample.field}: no <answer>…</answer> to judge by; add it, or the field "answer"'
+        for sample in samples
+        if not sample.solution
+    ]
+    _raise_if_any(problems, "answers")
 
 
 def check_pictures(
@@ -192,7 +203,7 @@ def _documented_question(fields: _Fields, image_path: Path) -> Sample | None:
     gold_box = _read_gold_box(fields) if fields.is_given("box") else None
     if len(fields.problems) > num_problems:
         return None
-    assert question and response and solution
+    assert question and response and solution is not None
     return Sample(
         image_path=image_path,
         question=question,
@@ -213,8 +224,9 @@ def _read_answer(fields: _Fields, answer_field: str) -> tuple[str | None, str | 
     response, problems = _with_calls(written)
     if not fields.is_given("answer"):
         solution = find_answer_block(written)
-        if not solution:
-            problems.append('no <answer>…</answer> with text in it; add it, or the field "answer"')
+        if solution == "" or (solution is None and ANSWER_OPEN in written):
+            problems.append("the <answer> block is empty or not closed; write <answer>…</answer> with text in it")
+        solution = solution or ""
     for problem in problems:
         fields.note(answer_field, problem)
     return response, solution and solution.strip()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
-from looktwice.data.records import Sample
+from looktwice.data.records import Sample, check_solutions
 from looktwice.geometry import iou
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import describe_trained
@@ -62,10 +62,11 @@ class Rollout:
 
 def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path:
     """Run R-GRPO from the SFT checkpoint and give back the folder of the final model."""
-    start = str(config.resume_from_checkpoint or config.sft_checkpoint_path)
+    start = str(config.sft_checkpoint_path)
     processor = load_processor(start, data)
     samples = load_samples(required(data.train_data_path, "--train_data"), data, processor)
     score_rollout = load_reward(config.reward)
+    check_solutions(samples)
     prepare_output(config)
     order = batch_order(len(samples), config)
     learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)

@@ -151,10 +151,20 @@ class Learner:
             torch.save({"step": self.step, "optimizer": self.optimizer.state_dict()}, folder / STATE_FILE)
 
     def resume(self, folder: Path) -> None:
-        """Take step and optimizer state of a checkpoint whose weights are already loaded."""
+        """Go on from a checkpoint: its trained weights, optimizer state and step.
+
+        What was frozen before, such as the KL reference, stays as it is.
+        """
         path = folder / STATE_FILE
         if not path.is_file():
             raise CheckpointError(f"{folder}: no {STATE_FILE}; resume from a checkpoint-N folder, not {FINAL_MODEL}")
+        saved = dict(load_model(str(folder)).named_parameters())
+        missing = [name for name, _ in trained_parameters(self.model) if name not in saved]
+        if missing:
+            raise CheckpointError(f"{folder}: lacks {missing[0]}, which this run trains; resume with the same settings")
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.model):
+                parameter.copy_(saved[name])
         state = torch.load(path, map_location=self.base.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

@@ -35,8 +35,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     held_out = load_samples(data.val_data_path, data, processor) if data.val_data_path else []
     prepare_output(config)
     order = batch_order(len(train), config)
-    start = str(config.resume_from_checkpoint or model.model_name)
-    learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
+    learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps)
     if config.resume_from_checkpoint:
         learner.resume(config.resume_from_checkpoint)
     resolved = (model, data, config)
