@@ -48,8 +48,9 @@ class Sample:
     """One question about one picture, with the answer to learn from.
 
     `response` is the answer with each crop command as `<tool_call>[x1, y1, x2, y2]</tool_call>`, its numbers as they
-    were written, in the box frame of the model. `solution` is the gold answer, "" without one. `gold_box` is
-    in original pixels. `where` is "file:line" and `field` the place of the answer in that line, such as "QnA[1].A3" (the second question).
+    were written, in the box frame of the model. `solution` is the gold answer, "" without one. `gold_box` is in
+    original pixels. `where` is "file:line" and `field` the place of the answer in that line, such as "QnA[1].A3" (the
+    second question).
     """
 
     image_path: Path
