@@ -1,0 +1,192 @@
+"""The demo: data, SFT, R-GRPO, evaluation with controls and a report, on the built-in small world."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+
+from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
+from looktwice.data.records import Sample, read_samples
+from looktwice.demo.task import DatasetFiles, make_dataset
+from looktwice.evaluation.accuracy import Evaluation, evaluate
+from looktwice.evaluation.controls import CONTROLS
+from looktwice.inference import OvisInference
+from looktwice.model.weights import TINY
+from looktwice.report.page import Table, make_card, read_curve, write_page
+from looktwice.training.grpo import train_grpo
+from looktwice.training.sft import train_sft
+
+CHANCE = 0.1
+NUM_TRAIN, NUM_RL, NUM_EVAL = 200, 600, 400
+SFT_EPOCHS, GRPO_STEPS = 4, 50
+NUM_CARDS = 8
+MAX_NEW_TOKENS = 96
+
+
+class Demo:
+    """One run of the demo in a folder; phases fill `summary`."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.console = Console()
+        self.seconds: dict[str, float] = {}
+        self.model = ModelConfig(model_name=TINY, device="cpu")
+
+    @contextmanager
+    def phase(self, name: str, text: str) -> Iterator[None]:
+        """Announce a phase and take its time."""
+        self.console.print(f"[bold]{text}[/bold]")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+
+    def data_config(self, train: Path, held_out: Path | None) -> DataConfig:
+        return DataConfig(train_data_path=train, val_data_path=held_out, image_base_path=train.parent)
+
+    def sft(self, files: DatasetFiles) -> Path:
+        config = SFTConfig(
+            output_dir=self.folder / "sft",
+            num_train_epochs=SFT_EPOCHS,
+            train_batch_size=16,
+            learning_rate=1e-3,
+            logging_steps=5,
+            seed=self.seed,
+        )
+        return train_sft(self.model, self.data_config(files.train, None), config)
+
+    def grpo(self, files: DatasetFiles, start: Path) -> Path:
+        config = GRPOConfig(
+            output_dir=self.folder / "grpo",
+            sft_checkpoint_path=start,
+            max_steps=GRPO_STEPS,
+            train_batch_size=16,
+            num_generations=8,
+            learning_rate=5e-4,
+            max_new_tokens=MAX_NEW_TOKENS,
+            max_turns=3,
+            rollout_batch_size=128,
+            seed=self.seed,
+        )
+        return train_grpo(self.model, self.data_config(files.rl, None), config)
+
+    def ask(self, model: str, samples: list[Sample]) -> tuple[OvisInference, Evaluation]:
+        config = InferenceConfig(
+            model_path=model, max_new_tokens=MAX_NEW_TOKENS, max_turns=3, batch_size=128, device="cpu", seed=self.seed
+        )
+        inference = OvisInference(config)
+        return inference, evaluate(inference, samples)
+
+
+def run_demo(folder: Path, *, seed: int = 0) -> dict[str, Any]:
+    """Run everything, write `summary.json` and `report.html`, and give back the summary."""
+    demo, started = Demo(folder, seed), time.perf_counter()
+    with demo.phase("data", f"1/5 Drawing {NUM_TRAIN + NUM_RL + NUM_EVAL} pictures with questions"):
+        files = make_dataset(folder / "data", num_train=NUM_TRAIN, num_rl=NUM_RL, num_eval=NUM_EVAL, seed=seed)
+        samples = read_samples(files.eval, files.eval.parent)
+    with demo.phase("eval_base", f"2/5 Asking the pretrained tiny model {len(samples)} questions"):
+        _, base = demo.ask(TINY, samples)
+        demo.console.print(f"accuracy {base.accuracy:.3f} (chance {CHANCE})")
+    with demo.phase("sft", f"3/5 SFT on {NUM_TRAIN} rationales"):
+        sft_model = demo.sft(files)
+    with demo.phase("eval_sft", "    asking again"):
+        _, sft = demo.ask(str(sft_model), samples)
+        demo.console.print(f"accuracy {sft.accuracy:.3f}")
+    with demo.phase("grpo", "4/5 R-GRPO: rollouts with crops, rewards, policy updates"):
+        grpo_model = demo.grpo(files, sft_model)
+    with demo.phase("eval_grpo", "5/5 Asking again, then with controls in place of the crop"):
+        inference, grpo = demo.ask(str(grpo_model), samples)
+        demo.console.print(f"accuracy {grpo.accuracy:.3f}")
+        controls = {name: evaluate(inference, samples, control=name, seed=seed).accuracy for name in CONTROLS}
+    demo.seconds["total"] = round(time.perf_counter() - started, 1)
+    summary = {
+        "accuracy": {"base": base.accuracy, "sft": sft.accuracy, "grpo": grpo.accuracy},
+        "controls": controls,
+        "chance": CHANCE,
+        "crop": {
+            "valid_share": grpo.valid_share,
+            "mean_iou": grpo.mean_iou,
+            "calls_per_answer": grpo.calls_per_answer,
+        },
+        "n_eval": len(samples),
+        "seed": seed,
+        "seconds": demo.seconds,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    report(demo, summary, samples, grpo)
+    return summary
+
+
+def report(demo: Demo, summary: dict[str, Any], samples: list[Sample], evaluation: Evaluation) -> None:
+    """The table on the console and the HTML page."""
+    tables = summary_tables(summary)
+    for table in tables:
+        shown = ConsoleTable(*table.header, title=table.title, title_justify="left")
+        for row in table.rows:
+            shown.add_row(*row)
+        demo.console.print(shown)
+    right = [i for i, is_right in enumerate(evaluation.is_right) if is_right][: NUM_CARDS - 2]
+    wrong = [i for i, is_right in enumerate(evaluation.is_right) if not is_right][: NUM_CARDS - len(right)]
+    cards = [make_card(evaluation.trajectories[i], samples[i], is_right=evaluation.is_right[i]) for i in right + wrong]
+    curves = [
+        read_curve(demo.folder / "sft" / "log.jsonl", "loss", "SFT: loss"),
+        read_curve(demo.folder / "grpo" / "log.jsonl", "reward/accuracy", "R-GRPO: accuracy of rollouts"),
+        read_curve(
+            demo.folder / "grpo" / "log.jsonl", "tool/mean_iou", "R-GRPO: overlap of crops with the right place"
+        ),
+    ]
+    page = demo.folder / "report.html"
+    curves = [curve for curve in curves if curve.steps]
+    lead = (
+        f"{summary['n_eval']} questions never seen in training; greedy answers; seed {summary['seed']}; "
+        f"{summary['seconds']['total']:.0f} s in all."
+    )
+    write_page(page, title="looktwice demo", lead=lead, tables=tables, curves=curves, cards=cards)
+    demo.console.print(f"report: {page}\nfigures: {demo.folder / 'summary.json'}")
+
+
+def summary_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
+    accuracy, controls, crop = summary["accuracy"], summary["controls"], summary["crop"]
+    return (
+        Table(
+            title="Accuracy",
+            header=("model", "right answers"),
+            rows=(
+                ("pretrained", f"{accuracy['base']:.1%}"),
+                ("after SFT", f"{accuracy['sft']:.1%}"),
+                ("after R-GRPO", f"{accuracy['grpo']:.1%}"),
+                ("chance", f"{summary['chance']:.1%}"),
+            ),
+        ),
+        Table(
+            title="The same model without its crop",
+            header=("instead of the crop", "right answers"),
+            rows=(
+                ("refusal", f"{controls['no_crop']:.1%}"),
+                ("another place", f"{controls['random_crop']:.1%}"),
+                ("grey", f"{controls['blank_crop']:.1%}"),
+            ),
+            note="The digits cannot be read in the whole picture, so the answers come from the crops.",
+        ),
+        Table(
+            title="Crops after R-GRPO",
+            header=("figure", "value"),
+            rows=(
+                ("calls per answer", f"{crop['calls_per_answer']:.2f}"),
+                ("valid calls", "-" if crop["valid_share"] is None else f"{crop['valid_share']:.1%}"),
+                ("mean overlap (IoU)", "-" if crop["mean_iou"] is None else f"{crop['mean_iou']:.2f}"),
+            ),
+        ),
+        Table(
+            title="Seconds",
+            header=("phase", "s"),
+            rows=tuple((name, f"{seconds:.0f}") for name, seconds in summary["seconds"].items()),
+        ),
+    )
