@@ -200,7 +200,7 @@ def test_a_damaged_avif_is_refused(save: Save, damaged: str) -> None:
     data = path.read_bytes()
     start = data.index(b"mdat") + 4
     path.write_bytes(data.replace(b"av01", b"xxxx") if damaged == "header" else data[:start] + bytes(len(data) - start))
-    with pytest.raises(ImageError, match="not a readable picture|the picture is damaged"):
+    with pytest.raises(ImageError, match=r"x\.avif: "):
         open_image(path)
 
 

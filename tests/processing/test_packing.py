@@ -1,0 +1,107 @@
+"""Rows of examples without padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from looktwice.geometry import Size
+from looktwice.processing.images import PatchedImage
+from looktwice.processing.packing import pack, split_by_tokens
+from looktwice.processing.processor import Example
+
+
+def image(value: float, rows: int, columns: int) -> PatchedImage:
+    return PatchedImage(
+        pixel_values=torch.full((rows * columns, 12), value),
+        grid_thw=(1, rows, columns),
+        size=Size(columns * 2, rows * 2),
+        num_tokens=rows * columns // 4,
+    )
+
+
+def example(ids: list[int], trained: list[int], *images: PatchedImage) -> Example:
+    return Example(input_ids=ids, loss_mask=[bool(flag) for flag in trained], images=list(images))
+
+
+def test_examples_stand_one_after_the_other() -> None:
+    batch = pack([example([5, 6, 7], [0, 1, 1]), example([8, 9], [0, 1])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.loss_mask.tolist() == [[False, True, True, False, True]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.cu_seqlens.dtype == torch.int32
+
+
+def test_positions_start_anew_in_every_sequence() -> None:
+    batch = pack([example([5, 6, 7], [0, 0, 0]), example([8, 9], [0, 0])])
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+
+
+def test_a_pack_counts_its_tokens_and_those_with_loss() -> None:
+    batch = pack([example([5, 6, 7], [0, 1, 1]), example([8, 9], [0, 1])])
+    assert (batch.num_tokens, batch.num_loss_tokens) == (5, 3)
+
+
+def test_every_trained_token_knows_its_sequence() -> None:
+    batch = pack([example([1, 2, 3], [0, 1, 1]), example([4, 5], [0, 0]), example([6, 7], [0, 1])])
+    assert batch.loss_sequence().tolist() == [0, 0, 2]
+
+
+def test_text_alone_has_no_pictures() -> None:
+    batch = pack([example([1], [0])])
+    assert (batch.pixel_values, batch.image_grid_thw, batch.image_index) == (None, None, None)
+
+
+def test_the_pictures_of_all_examples_are_one_matrix() -> None:
+    first, second = image(0.1, 2, 2), image(0.2, 2, 4)
+    batch = pack([example([1], [0], first), example([2], [0]), example([3], [0], second)])
+    assert batch.pixel_values is not None and batch.image_grid_thw is not None and batch.image_index is not None
+    torch.testing.assert_close(batch.pixel_values[:, 0], torch.tensor([0.1] * 4 + [0.2] * 8))
+    assert batch.image_grid_thw.tolist() == [[1, 2, 2], [1, 2, 4]]
+    assert batch.image_index.tolist() == [0, 1]
+
+
+def test_a_shared_picture_is_stored_once_and_shown_wherever_it_belongs() -> None:
+    shared, own = image(0.1, 2, 2), image(0.2, 2, 4)
+    batch = pack([example([1], [0], shared, own), example([2], [0], shared)])
+    assert batch.image_grid_thw is not None and batch.image_index is not None
+    assert batch.image_grid_thw.tolist() == [[1, 2, 2], [1, 2, 4]]
+    assert batch.image_index.tolist() == [0, 1, 0]
+
+
+def test_two_pictures_that_look_alike_are_both_stored() -> None:
+    batch = pack([example([1], [0], image(0.1, 2, 2)), example([2], [0], image(0.1, 2, 2))])
+    assert batch.image_index is not None
+    assert batch.image_index.tolist() == [0, 1]
+
+
+def test_model_inputs_leave_out_what_is_no_input() -> None:
+    inputs = pack([example([1, 2], [0, 1])]).model_inputs()
+    assert set(inputs) == {
+        "input_ids", "position_ids", "loss_mask", "cu_seqlens", "pixel_values", "image_grid_thw", "image_index"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "rows"),
+    [
+        ([5, 3, 4, 2], 8, [[0, 1], [2, 3]]),
+        ([4, 4, 4], 8, [[0, 1], [2]]),
+        ([6, 5, 2, 3], 8, [[0, 2], [1, 3]]),
+        ([9, 1, 1], 8, [[0], [1, 2]]),
+        ([], 8, []),
+    ],
+)
+def test_each_length_goes_into_the_first_row_with_room(
+    lengths: list[int], max_tokens: int, rows: list[list[int]]
+) -> None:
+    assert split_by_tokens(lengths, max_tokens) == rows
+
+
+@given(st.lists(st.integers(1, 30)), st.integers(1, 20))
+def test_every_length_is_in_one_row_and_rows_keep_the_limit(lengths: list[int], max_tokens: int) -> None:
+    rows = split_by_tokens(lengths, max_tokens)
+    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
+    assert all(len(row) == 1 or sum(lengths[place] for place in row) <= max_tokens for row in rows)

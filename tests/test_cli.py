@@ -1,0 +1,271 @@
+"""The command line: each mistake a user can make gives one clear message, exit code 1, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from looktwice import cli
+from looktwice.cli import main
+from looktwice.inference import OvisInference
+from looktwice.training.learner import Learner
+
+GOOD = {"Q": "What is it?", "A3": "<think>{Crop cup 1 [0, 0, 40, 40]}</think>\n\n<answer>cup</answer>"}
+ROW = {"image_path": "cup.png", "QnA": [GOOD]}
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test as soon as a model is loaded."""
+
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded before the mistake was found")
+
+    monkeypatch.setattr(Learner, "load", load)
+    monkeypatch.setattr(OvisInference, "__init__", load)
+
+
+@pytest.fixture
+def command(tmp_path: Path, model_folder: Path) -> Callable[..., list[str]]:
+    """The words of a good `train` command on one good record; settings given replace or, as None, drop a flag."""
+    Image.new("RGB", (160, 120), "red").save(tmp_path / "cup.png")
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROW) + "\n", encoding="utf-8")
+
+    def words(stage: str = "sft", **settings: object) -> list[str]:
+        values = {
+            "model_name": model_folder,
+            "sft_checkpoint": model_folder,
+            "train_data": tmp_path / "data.jsonl",
+            "image_base_path": tmp_path,
+            "sft_output_dir": tmp_path / "out" / "sft",
+            "grpo_output_dir": tmp_path / "out" / "grpo",
+            "device": "cpu",
+        } | settings
+        flags = [[f"--{name}", str(value)] for name, value in values.items() if value is not None]
+        return ["train", "--stage", stage, *(word for flag in flags for word in flag)]
+
+    return words
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """The message of a command that must fail, with `tmp_path` written as DIR."""
+
+    def run(words: list[str]) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main(words) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.startswith("looktwice: ") and output.err.count("looktwice: ") == 1
+        assert "Traceback" not in output.err
+        assert sorted(tmp_path.rglob("*")) == before
+        return output.err.removeprefix("looktwice: ").replace(str(tmp_path), "DIR").rstrip("\n")
+
+    return run
+
+
+# -- mistakes in the data
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "mend"),
+    [
+        (
+            {**ROW, "image_path": "cups.png"},
+            "image_path: DIR/cups.png: no such picture",
+            "check the path and --image_base",
+        ),
+        ({**ROW, "image_path": "text.png"}, "image_path: DIR/text.png: not a readable picture", "replace or remove it"),
+        ('{"image_path": "cup.png", "QnA" []}', "broken JSON at column 33", "mend the line"),
+        ({"QnA": [GOOD]}, "image_path: the field is missing", "add it"),
+        ({"image_path": "cup.png", "QnA": [{"Q": "What?"}]}, "QnA[0].A3: the field is missing", "add it"),
+        ({"image_path": "cup.png", "QnA": [{**GOOD, "A3": ""}]}, "QnA[0].A3: the text is empty", "remove the record"),
+        (
+            {"image_path": "cup.png", "QnA": [{**GOOD, "A3": "<answer></answer>"}]},
+            "QnA[0].A3: ",
+            "<answer>…</answer> with text in it",
+        ),
+        (
+            {"image_path": "cup.png", "QnA": [{**GOOD, "A3": GOOD["A3"].replace("[0, 0, 40", "[200, 0, 240")}]},
+            "QnA[0].A3: call 1 <tool_call>[200, 0, 240, 40]</tool_call> read as original_px: the box lies outside",
+            "mend the box",
+        ),
+        (
+            {"image_path": "cup.png", "QnA": [{**GOOD, "A3": GOOD["A3"].replace("[0, 0, 40", "[50, 0, 40")}]},
+            'QnA[0].A3: crop command "{Crop cup 1 [50, 0, 40, 40]}"',
+            "mend the box",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.usefixtures("no_model")
+def test_a_bad_record_is_named_with_file_line_field_and_mend(
+    stage, line, where, mend, command, refusal, tmp_path: Path
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    text = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(ROW)}\n\n{text}\n", encoding="utf-8")
+    head, problem = refusal(command(stage)).splitlines()
+    assert head.startswith("1 problem in ")
+    assert problem.startswith(f"  DIR/data.jsonl:3: {where}")
+    assert mend in problem
+
+
+@pytest.mark.usefixtures("no_model")
+def test_validation_data_is_checked_too(command, refusal, tmp_path) -> None:
+    (tmp_path / "val.jsonl").write_text("{}\n", encoding="utf-8")
+    assert "DIR/val.jsonl:1: image_path" in refusal(command(val_data=tmp_path / "val.jsonl"))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_missing_data_file_names_the_nearest_one(command, refusal, tmp_path) -> None:
+    message = refusal(command(train_data=tmp_path / "dato.jsonl"))
+    assert message == 'DIR/dato.jsonl: no such data file; check the path. Did you mean "data.jsonl"?'
+
+
+# -- mistakes in settings
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo", "both"])
+@pytest.mark.usefixtures("no_model")
+def test_missing_training_data_name_their_flag(stage, command, refusal) -> None:
+    message = refusal(command(stage, train_data=None))
+    assert message == "--train_data is missing; give it on the command line or in a config file"
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ((), "no weights (model.safetensors or adapter_config.json) in this folder"),
+        (("config.json",), "no weights (model.safetensors or adapter_config.json) in this folder"),
+        (("model.safetensors",), "no config.json in this folder"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.usefixtures("no_model")
+def test_a_folder_without_a_model_is_named_with_what_it_lacks(
+    stage, files, problem, command, refusal, tmp_path: Path
+) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("{}")
+    given = {"sft": "model_name", "grpo": "sft_checkpoint"}[stage]
+    assert refusal(command(stage, **{given: folder})) == f"DIR/empty: {problem}"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_model_that_is_nowhere_is_named(command, refusal) -> None:
+    assert refusal(command(model_name="./none")).startswith("./none: no such model folder; give a folder, a hub name")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_unknown_flag_names_the_nearest_one(command, refusal) -> None:
+    message = refusal([*command(), "--learning_rte", "1"])
+    assert message == 'unknown argument --learning_rte. Did you mean "--learning_rate"?'
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_unknown_key_of_a_config_file_names_file_and_nearest_key(command, refusal, tmp_path) -> None:
+    (tmp_path / "sft.json").write_text('{"learning_rte": 1}')
+    message = refusal(command(sft_config=tmp_path / "sft.json"))
+    assert message == 'DIR/sft.json: unknown setting "learning_rte" of SFTConfig. Did you mean "learning_rate"?'
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_wrong_value_is_named_with_what_it_takes(command, refusal) -> None:
+    assert refusal(command(batch_size=0)).startswith("train_batch_size is '0': input should be greater than or equal")
+
+
+@pytest.mark.parametrize("stage", ["grpo", "both"])
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        ("robst", 'reward is "robst"; give one of robust, paper, code, or path.py:function. Did you mean "robust"?'),
+        ("none.py:score", "reward file none.py does not exist"),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_a_bad_reward_is_found_before_either_stage(stage, reward, problem, command, refusal) -> None:
+    assert refusal(command(stage, reward=reward)).startswith(problem)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_run_folder_that_cannot_be_made_is_named(command, refusal, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    message = refusal(command(sft_output_dir=tmp_path / "file" / "run"))
+    assert message.startswith("DIR/file/run: cannot be made as a run folder (")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["trian"], 'unknown command "trian". Did you mean "train"?'),
+        (["ask"], "a picture and a question are needed: looktwice ask photo.jpg"),
+        (["ask", "photo.jpg"], "a picture and a question are needed: looktwice ask photo.jpg"),
+        (["ask", "none.jpg", "What?"], "none.jpg: no such picture"),
+        (
+            ["ask", "none.jpg", "What?", "--temprature", "1"],
+            'unknown argument --temprature. Did you mean "--temperature"?',
+        ),
+        (["ask", "none.jpg", "What?", "--top_p", "0"], "top_p is '0': input should be greater than 0"),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_a_wrong_command_is_named(words, problem, refusal) -> None:
+    assert refusal(words).startswith(problem)
+
+
+# -- what works
+
+
+def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = {"max_steps": 1, "num_generations": 2, "max_new_tokens": 4, "grpo_max_steps": 1}
+    assert main(command("both", sft_checkpoint=None, **short)) == 0
+    out = tmp_path / "out"
+    assert capsys.readouterr().out.splitlines() == [
+        f"stage 1 done: {out}/sft/final_model",
+        f"stage 2 done: {out}/grpo/final_model",
+    ]
+    settings = json.loads((out / "grpo" / "final_model" / "train_config.json").read_text())
+    assert settings["GRPOConfig"]["sft_checkpoint_path"] == f"{out}/sft/final_model"
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\n"
+        "from looktwice.cli import main\n"
+        "for words in (['--help'], ['train', '--help'], ['ask', '--help'], ['demo', '--help']):\n"
+        "    try:\n"
+        "        assert main(words) == 0\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"looktwice {name} " in done.stdout for name in ("train", "ask", "demo"))
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_help_lists_the_commands(words, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert listed == ["train", "ask", "demo"]
+
+
+def test_an_interrupt_ends_with_its_own_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "demo", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "looktwice: interrupted\n"

@@ -1,0 +1,249 @@
+"""One update whatever the rows, the schedule, what is trained, and checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from looktwice.config import ModelConfig, SFTConfig
+from looktwice.data.dataset import encode_sample
+from looktwice.data.records import read_samples
+from looktwice.errors import CheckpointError
+from looktwice.model.weights import load_model
+from looktwice.processing.packing import pack
+from looktwice.processing.processor import Example
+from looktwice.training.learner import Learner, TrainingError
+
+LoadLearner = Callable[..., Learner]
+
+
+@pytest.fixture
+def load(model_folder, processor) -> LoadLearner:
+    def make(*, name: object = model_folder, total_steps: int = 10, **settings: object) -> Learner:
+        config = SFTConfig(**settings)
+        return Learner.load(str(name), ModelConfig(device="cpu"), config, processor, total_steps=total_steps)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def examples(dataset, processor) -> list[Example]:
+    samples = read_samples(dataset.train, dataset.train.parent)[:4]
+    return [encode_sample(sample, processor, max_length=1000) for sample in samples]
+
+
+def update(learner: Learner, examples: list[Example]) -> float:
+    """One update on the mean loss per token; gives the loss."""
+    rows = learner.rows(examples)
+    num_tokens = sum(row.num_loss_tokens for row in rows)
+    return learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_tokens).loss
+
+
+def gradients(learner: Learner) -> list[torch.Tensor]:
+    """Of all trained weights; the tower's last norm is stored in checkpoints and not used, so it has none."""
+    return [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
+
+
+# -- one update
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_rows"),
+    [({"max_tokens_per_row": 1}, 4), ({"max_tokens_per_row": 320}, 2), ({"memory_efficient": True}, 4)],
+)
+def test_an_update_is_the_same_in_one_packed_row_and_in_several(settings, num_rows, load, examples) -> None:
+    packed, split = load(max_grad_norm=0), load(max_grad_norm=0, **settings)
+    assert (len(packed.rows(examples)), len(split.rows(examples))) == (1, num_rows)
+    assert update(packed, examples) == pytest.approx(update(split, examples), abs=1e-5)
+    for expected, gradient in zip(gradients(packed), gradients(split), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-3)
+
+
+def test_the_gradient_of_a_batch_is_the_mean_over_its_tokens(load, examples) -> None:
+    together = load(max_grad_norm=0)
+    update(together, examples[:2])
+    counts = [sum(example.loss_mask) for example in examples[:2]]
+    apart = []
+    for example in examples[:2]:
+        learner = load(max_grad_norm=0)
+        update(learner, [example])
+        apart.append(gradients(learner))
+    for total, first, second in zip(gradients(together), *apart):
+        mean = (counts[0] * first + counts[1] * second) / sum(counts)
+        torch.testing.assert_close(total, mean, atol=2e-6, rtol=1e-3)
+
+
+def test_repeated_updates_on_the_same_samples_lower_the_loss(load, examples) -> None:
+    learner = load(learning_rate=3e-3, warmup_ratio=0, lr_scheduler_type="constant")
+    losses = [update(learner, examples[:2]) for _ in range(12)]
+    assert losses[-1] < losses[0] - 3
+
+
+def test_gradients_are_scaled_down_to_the_largest_norm(load, examples) -> None:
+    free, bound = load(max_grad_norm=0), load(max_grad_norm=0.5)
+    rows = free.rows(examples[:1])
+    norms = [learner.update(rows, lambda scores, row: -scores.logprobs.mean()).grad_norm for learner in (free, bound)]
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 1
+    after = [torch.stack([gradient.norm() for gradient in gradients(learner)]).norm() for learner in (free, bound)]
+    assert [float(norm) for norm in after] == pytest.approx([norms[0], 0.5], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_step(load, examples) -> None:
+    learner = load()
+    learner.step = 4
+    before = [parameter.clone() for parameter in learner.parameters]
+    with pytest.raises(TrainingError, match=r"^step 5: loss nan, gradient norm .*; lower --learning_rate"):
+        learner.update(learner.rows(examples[:1]), lambda scores, row: scores.logprobs.sum() * torch.nan)
+    assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
+
+
+def test_matrices_decay_and_vectors_do_not(load, examples) -> None:
+    learner = load(weight_decay=0.5, learning_rate=0.1, warmup_ratio=0)
+    before = [parameter.clone() for parameter in learner.parameters]
+    learner.update(learner.rows(examples[:1]), lambda scores, row: scores.logprobs.sum() * 0)
+    for old, new in zip(before, learner.parameters):
+        torch.testing.assert_close(new, old * 0.95 if old.ndim >= 2 else old)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [("cosine", [0.5, 1, 1, 0.8535534, 0.5, 0.1464466]), ("constant", [0.5, 1, 1, 1, 1, 1])],
+)
+def test_the_learning_rate_rises_and_then_falls_or_stays(kind, rates, load) -> None:
+    learner = load(total_steps=6, learning_rate=1, warmup_ratio=0.3, lr_scheduler_type=kind)
+    seen = []
+    for learner.step in range(6):
+        seen.append(learner.learning_rate())
+    assert seen == pytest.approx(rates)
+
+
+def test_the_update_uses_the_rate_of_its_step(load, examples) -> None:
+    learner = load(learning_rate=1e-3, warmup_ratio=0.5)
+    update(learner, examples[:1])
+    assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([2e-4, 2e-4])
+
+
+def test_bfloat16_computes_nearly_the_same_loss_on_float32_weights(load, examples) -> None:
+    plain, half = load(), load(bf16=True)
+    assert update(half, examples[:2]) == pytest.approx(update(plain, examples[:2]), rel=0.02)
+    assert {parameter.dtype for parameter in half.parameters} == {torch.float32}
+    assert all(gradient.isfinite().all() for gradient in gradients(half))
+
+
+# -- what is trained
+
+
+def test_lora_trains_adapters_of_the_language_model_and_nothing_else(load, examples) -> None:
+    learner = load(use_lora=True, lora_r=4, lora_alpha=8)
+    names = [name for name, parameter in learner.model.named_parameters() if parameter.requires_grad]
+    assert names and all("lora_" in name and "language_model" in name for name in names)
+    assert sum(".q_proj.lora_A" in name for name in names) == learner.base.config.llm_config.num_hidden_layers
+    update(learner, examples[:1])
+    assert any(gradient.abs().sum() > 0 for gradient in gradients(learner))
+
+
+def test_lora_on_bfloat16_keeps_its_adapters_in_float32(load, examples) -> None:
+    learner = load(use_lora=True, lora_r=4, bf16=True)
+    assert {parameter.dtype for parameter in learner.parameters} == {torch.float32}
+    assert learner.base.lm_head.weight.dtype == torch.bfloat16
+    assert update(learner, examples[:1]) == pytest.approx(update(load(), examples[:1]), rel=0.02)
+
+
+def test_memory_efficient_lora_gives_the_same_gradient(load, examples) -> None:
+    plain, efficient = (load(use_lora=True, lora_r=4, memory_efficient=flag) for flag in (False, True))
+    for learner in (plain, efficient):
+        update(learner, examples[:2])
+    for expected, gradient in zip(gradients(plain), gradients(efficient), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-3)
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(load) -> None:
+    learner = load(freeze_vision=True)
+    frozen = {name for name, parameter in learner.model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {
+        name
+        for name, _ in learner.model.named_parameters()
+        if name.startswith(("model.visual_tokenizer.", "model.vte."))
+    }
+
+
+# -- checkpoints
+
+
+def logits(model: torch.nn.Module, example: Example) -> torch.Tensor:
+    inputs = pack([example]).model_inputs()
+    del inputs["loss_mask"]
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4}])
+def test_a_saved_model_gives_the_same_logits_and_names_its_settings(settings, load, examples, tmp_path) -> None:
+    learner = load(learning_rate=0.01, warmup_ratio=0, **settings)
+    start = logits(learner.model, examples[0])
+    update(learner, examples[:1])
+    learner.save(tmp_path, [learner.config], with_optimizer=False)
+    trained = logits(learner.model, examples[0])
+    assert (trained - start).abs().max() > 0.01
+    torch.testing.assert_close(logits(load_model(str(tmp_path)), examples[0]), trained, atol=1e-5, rtol=0)
+    assert json.loads((tmp_path / "train_config.json").read_text())["SFTConfig"]["learning_rate"] == 0.01
+    assert not (tmp_path / "trainer_state.pt").exists()
+
+
+def test_an_adapter_goes_on_from_its_own_weights(load, examples, tmp_path) -> None:
+    first = load(use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0)
+    update(first, examples[:1])
+    first.save(tmp_path, [], with_optimizer=False)
+    second = load(name=tmp_path, use_lora=True, lora_r=16)
+    for old, new in zip(first.parameters, second.parameters, strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4}])
+def test_a_resumed_learner_makes_the_same_next_update(settings, load, examples, tmp_path) -> None:
+    settings = {"learning_rate": 0.01, "warmup_ratio": 0, **settings}
+    learner = load(**settings)
+    update(learner, examples[:1])
+    learner.step = 1
+    learner.save(tmp_path, [], with_optimizer=True)
+    resumed = load(**settings)
+    resumed.resume(tmp_path)
+    assert resumed.step == 1
+    for one in (learner, resumed):
+        update(one, examples[1:2])
+    for expected, parameter in zip(learner.parameters, resumed.parameters, strict=True):
+        assert torch.equal(parameter, expected)
+
+
+def test_a_folder_without_the_optimizer_cannot_be_resumed(load, tmp_path) -> None:
+    learner = load()
+    learner.save(tmp_path, [], with_optimizer=False)
+    with pytest.raises(
+        CheckpointError, match=r"no trainer_state\.pt; resume from a checkpoint-N folder, not final_model"
+    ):
+        learner.resume(tmp_path)
+
+
+def test_a_checkpoint_of_other_settings_cannot_be_resumed(load, tmp_path) -> None:
+    load().save(tmp_path, [], with_optimizer=True)
+    with pytest.raises(CheckpointError, match="which this run trains; resume with the same settings"):
+        load(use_lora=True, lora_r=4).resume(tmp_path)
+
+
+# -- the frozen reference
+
+
+def test_the_reference_keeps_the_weights_of_its_moment_and_gives_the_live_ones_back(load, examples) -> None:
+    learner = load(learning_rate=0.01, warmup_ratio=0)
+    start = [parameter.clone() for parameter in learner.parameters]
+    reference = learner.freeze_reference()
+    update(learner, examples[:1])
+    live = [parameter.clone() for parameter in learner.parameters]
+    assert not torch.equal(start[0], live[0])
+    with pytest.raises(ZeroDivisionError), reference.active():
+        assert all(torch.equal(parameter, value) for parameter, value in zip(learner.parameters, start))
+        raise ZeroDivisionError
+    assert all(torch.equal(parameter, value) for parameter, value in zip(learner.parameters, live))

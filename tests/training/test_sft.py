@@ -1,0 +1,149 @@
+"""Stage 1 from a model folder and a data file to a final model: what it logs, saves, and goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from looktwice.config import DataConfig, ModelConfig, SFTConfig
+from looktwice.data.dataset import encode_sample
+from looktwice.data.records import read_samples
+from looktwice.errors import DataError
+from looktwice.metrics import METRICS
+from looktwice.model.weights import load_model
+from looktwice.processing.packing import pack
+from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.training.sft import train_sft
+
+Run = Callable[..., tuple[Path, list[dict[str, float]]]]
+
+
+@pytest.fixture
+def run(model_folder, dataset, tmp_path) -> Run:
+    """Trains on the six samples of the data set; gives the final model's folder and the lines of the log."""
+
+    def train(name: str = "run", *, data: dict[str, object] | None = None, **settings: object) -> tuple[Path, list]:
+        model = ModelConfig(model_name=str(model_folder), device="cpu")
+        paths = {"train_data_path": dataset.train, "image_base_path": dataset.train.parent}
+        folder = tmp_path / name
+        final = train_sft(model, DataConfig(**{**paths, **(data or {})}), SFTConfig(output_dir=folder, **settings))
+        return final, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+    return train
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_every_step_is_logged_with_what_the_table_of_metrics_explains(run) -> None:
+    _, lines = run(num_train_epochs=1, train_batch_size=2)
+    assert [line.pop("step") for line in lines] == [1, 2, 3]
+    assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1])
+    expected = {"loss", "epoch", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "time/step_s"}
+    for line in lines:
+        assert set(line) == expected and expected <= set(METRICS)
+        assert line["loss"] > 0 and line["optim/grad_norm"] > 0 and line["perf/tokens_per_s"] > 0
+
+
+def test_fewer_lines_are_logged_when_asked_and_the_last_one_always(run) -> None:
+    _, lines = run(num_train_epochs=1, train_batch_size=1, max_steps=5, logging_steps=2)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+
+
+def test_two_samples_are_learned_by_heart(run, dataset, tmp_path) -> None:
+    two = tmp_path / "two.jsonl"
+    two.write_text("".join(dataset.train.read_text().splitlines(keepends=True)[:2]))
+    _, lines = run(
+        data={"train_data_path": two}, num_train_epochs=30, train_batch_size=2, learning_rate=3e-3, warmup_ratio=0
+    )
+    assert lines[0]["loss"] > 5 and lines[-1]["loss"] < 0.5
+
+
+def test_accumulation_logs_the_loss_and_gradient_of_one_large_batch(run) -> None:
+    settings = {"max_steps": 2, "num_train_epochs": 0, "learning_rate": 1e-3}
+    _, large = run("large", train_batch_size=4, **settings)
+    _, small = run("small", train_batch_size=2, gradient_accumulation_steps=2, max_tokens_per_row=1, **settings)
+    for name in ("loss", "optim/grad_norm"):
+        assert [line[name] for line in small] == pytest.approx([line[name] for line in large], rel=1e-4)
+
+
+def test_the_final_model_is_the_trained_one_and_can_be_loaded(run, model, model_folder) -> None:
+    final, _ = run(max_steps=1, num_train_epochs=0)
+    assert weights(final) != weights(model_folder)
+    loaded = load_model(str(final))
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+    settings = json.loads((final / "train_config.json").read_text())
+    assert set(settings) == {"ModelConfig", "DataConfig", "SFTConfig"}
+    assert settings["SFTConfig"]["max_steps"] == 1
+
+
+def test_a_run_without_steps_saves_the_model_it_started_from(run, model_folder) -> None:
+    final, lines = run(num_train_epochs=0)
+    assert lines == []
+    assert weights(final) == weights(model_folder)
+
+
+def test_pixel_bounds_and_box_frame_of_the_run_are_saved_with_the_model(run, dataset, tmp_path) -> None:
+    row = json.loads(dataset.train.read_text().splitlines()[0])
+    row["QnA"][0]["A3"] = "{Crop it [0.1, 0.1, 0.5, 0.5]} <answer>1</answer>"
+    path = tmp_path / "unit.jsonl"
+    path.write_text(json.dumps(row))
+    data = {"train_data_path": path, "box_frame": "unit", "max_pixels": 64 * 64, "crop_max_pixels": 32 * 32}
+    final, _ = run(data=data, max_steps=1)
+    processor = Ovis2_5Processor.from_pretrained(final)
+    assert processor.box_frame == "unit"
+    assert (processor.policy.image_max_pixels, processor.policy.crop_max_pixels) == (64 * 64, 32 * 32)
+
+
+def test_a_resumed_run_ends_in_the_weights_and_the_log_of_an_uninterrupted_one(run, tmp_path) -> None:
+    settings = {"num_train_epochs": 2, "train_batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
+    whole, expected = run("whole", **settings)
+    assert sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    resumed, lines = run("resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4", **settings)
+    assert weights(resumed) == weights(whole)
+    assert [line["step"] for line in lines] == [5, 6]
+    for name in ("loss", "optim/lr", "optim/grad_norm", "epoch"):
+        assert [line[name] for line in lines] == [line[name] for line in expected[4:]]
+
+
+def test_a_run_resumed_in_its_own_folder_appends_to_its_log(run, tmp_path) -> None:
+    run(max_steps=2, num_train_epochs=0, save_steps=1)
+    _, lines = run(max_steps=2, num_train_epochs=0, resume_from_checkpoint=tmp_path / "run" / "checkpoint-1")
+    assert [line["step"] for line in lines] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(("eval_steps", "evaluated"), [(None, [3, 6]), (2, [2, 4, 6]), (5, [5, 6])])
+def test_the_validation_loss_is_logged_when_asked_and_at_the_end(eval_steps, evaluated, run, dataset) -> None:
+    settings = {"num_train_epochs": 2, "train_batch_size": 2, "eval_steps": eval_steps}
+    _, lines = run(data={"val_data_path": dataset.eval}, **settings)
+    assert [line["step"] for line in lines if "eval/loss" in line] == evaluated
+
+
+def test_the_validation_loss_is_the_mean_over_all_trained_tokens(run, dataset, model, processor) -> None:
+    _, [line] = run(
+        data={"val_data_path": dataset.eval}, max_steps=1, num_train_epochs=0, learning_rate=0, train_batch_size=3
+    )
+    logprobs = []
+    for sample in read_samples(dataset.eval, dataset.eval.parent):
+        with torch.no_grad():
+            example = encode_sample(sample, processor, max_length=1000)
+            logprobs.append(model(**pack([example]).model_inputs()).logprobs)
+    assert line["eval/loss"] == pytest.approx(-float(torch.cat(logprobs).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"bf16": True, "use_lora": True, "lora_r": 4}])
+def test_bfloat16_logs_nearly_the_loss_of_float32(settings, run) -> None:
+    shared = {"max_steps": 1, "num_train_epochs": 0}
+    _, [plain] = run("plain", **shared)
+    _, [half] = run("half", **shared, **settings)
+    assert half["loss"] == pytest.approx(plain["loss"], rel=0.02)
+
+
+def test_a_sample_longer_than_max_length_is_named(run) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:\d: \d+ tokens, more than max_length 100"):
+        run(data={"max_length": 100}, max_steps=1)
