@@ -196,6 +196,16 @@ def test_a_bad_reward_is_found_before_either_stage(stage, reward, problem, comma
     assert refusal(command(stage, reward=reward)).startswith(problem)
 
 
+@pytest.mark.parametrize("stage", ["grpo", "both"])
+@pytest.mark.usefixtures("no_model")
+def test_a_question_without_an_answer_to_judge_by_is_found_before_either_stage(
+    stage, command, refusal, tmp_path: Path
+) -> None:
+    row = {"image_path": "cup.png", "QnA": [{"Q": "What is it?", "A3": "A cup."}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    assert "DIR/data.jsonl:1: QnA[0].A3: no <answer>…</answer> to judge by; add it" in refusal(command(stage))
+
+
 @pytest.mark.usefixtures("no_model")
 def test_a_run_folder_that_cannot_be_made_is_named(command, refusal, tmp_path) -> None:
     (tmp_path / "file").touch()

@@ -74,11 +74,14 @@ def train(arguments: Sequence[str]) -> None:
     stage, model, data, sft, grpo = train_configs(arguments)
     from looktwice.training.run import required
 
-    required(data.train_data_path, "--train_data")
+    train_data = required(data.train_data_path, "--train_data")
     if stage == "both":
+        from looktwice.data.records import check_solutions, read_samples
         from looktwice.rewards import load_reward
 
-        load_reward(grpo.reward)  # a bad one should not wait for stage 1 to end
+        # what stage 2 cannot use should not wait for stage 1 to end
+        load_reward(grpo.reward)
+        check_solutions(read_samples(train_data, data.image_base_path))
     if stage != "grpo":
         from looktwice.training.sft import train_sft
 

@@ -285,9 +285,14 @@ def test_a_picture_shown_in_two_sequences_needs_to_be_stored_only_once(
         torch.testing.assert_close(model(**without_mask(once)).logits, model(**twice).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [3, 1024])
 def test_the_logprobs_of_a_pack_are_those_of_its_logits(
-    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]]
+    model: Ovis2_5ForConditionalGeneration,
+    mix: Callable[..., list[Example]],
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int,
 ) -> None:
+    monkeypatch.setattr(looktwice.training.losses, "LOGPROB_CHUNK", chunk)
     batch = pack(mix(1, 0, 2))
     with torch.no_grad():
         output = model(**batch.model_inputs(), temperature=0.7)
@@ -297,7 +302,13 @@ def test_the_logprobs_of_a_pack_are_those_of_its_logits(
     chosen = wanted.gather(1, batch.input_ids[0, places][:, None])[:, 0]
     torch.testing.assert_close(output.logprobs, chosen, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(output.entropy, -(wanted.exp() * wanted).sum(-1), atol=2e-5, rtol=1e-5)
-    assert output.logits is None
+
+
+def test_no_logits_are_kept_when_only_logprobs_are_asked_for(
+    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]]
+) -> None:
+    with torch.no_grad():
+        assert model(**pack(mix(0)).model_inputs()).logits is None
 
 
 def gradients(model: Ovis2_5ForConditionalGeneration, batch: PackedBatch) -> dict[str, Tensor]:

@@ -64,9 +64,19 @@ def test_a_released_folder_is_loaded_with_every_tensor() -> None:
     assert torch.equal(model.get_parameter("lm_head.weight"), released["llm.lm_head.weight"])
 
 
-def test_a_saved_model_is_loaded_again_as_it_was(model: Ovis2_5ForConditionalGeneration, model_folder: Path) -> None:
-    again = load_model(str(model_folder)).state_dict()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_model_is_loaded_again_as_it_was(
+    model: Ovis2_5ForConditionalGeneration, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = copy.deepcopy(model).to(dtype)
+    save_model(model, tmp_path)
+    again = load_model(str(tmp_path), dtype=dtype).state_dict()
     assert [name for name, value in model.state_dict().items() if not torch.equal(again[name], value)] == []
+
+
+def test_a_model_is_saved_in_the_dtype_it_has(model: Ovis2_5ForConditionalGeneration, tmp_path: Path) -> None:
+    save_model(copy.deepcopy(model).to(torch.bfloat16), tmp_path)
+    assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_a_model_with_tied_embeddings_is_saved_without_a_head_and_loaded_again(

@@ -214,6 +214,13 @@ def test_a_row_can_be_copied_when_it_fills_the_cache() -> None:
     assert cache.values[0].flatten().tolist() == [-3, -4, -5] * 3
 
 
+def test_an_engine_for_answers_stops_at_calls_and_turn_ends_and_samples_no_visual_id(model, processor) -> None:
+    engine = BuiltinEngine.for_answers(model, processor, GREEDY, max_rows=4, seed=0)
+    tokens = processor.tokenizer.convert_ids_to_tokens(sorted(engine.stop_ids))
+    assert sorted(tokens) == ["</tool_call>", "<|endoftext|>", "<|im_end|>"]
+    assert tuple(engine.forbidden.tolist()) == processor.config.visual_token_ids
+
+
 def test_no_requests_are_no_work(model) -> None:
     engine = BuiltinEngine(model, sampling=GREEDY, stop_ids=[], forbidden_ids=[])
     engine.run([], lambda number, segment: pytest.fail("nothing was asked"))

@@ -155,6 +155,17 @@ def test_a_crop_while_thinking_leaves_what_remains_of_the_budget(play_scripts, p
     assert outcome(episode) == ("answered", 2, [None])
 
 
+def test_a_crop_that_comes_as_the_budget_ends_is_looked_at_for_one_id_before_thinking_is_closed(
+    play_scripts, processor
+) -> None:
+    first = f"<think>\n{CALL}"
+    [episode], engine = play_scripts(f"{first} one two{ANSWER}", thinking_budget=len(ids_of(first, processor)))
+    crop, closing, _ = engine.continuations[0]
+    assert crop.max_new_tokens == 1
+    assert closing.ids == ids_of(EARLY_STOP, processor)
+    assert outcome(episode) == ("answered", 2, [None])
+
+
 @pytest.mark.parametrize("thought", ["<think>\nhm\n</think>", ""])
 def test_no_budget_is_enforced_outside_a_think_block(thought, play_scripts, processor) -> None:
     script = f"{thought}so it is {ANSWER}"

@@ -17,7 +17,8 @@ from looktwice.metrics import METRICS
 from looktwice.model.weights import load_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.training.sft import train_sft
+from looktwice.training.learner import Learner
+from looktwice.training.sft import evaluation_loss, train_sft
 
 Run = Callable[..., tuple[Path, list[dict[str, float]]]]
 
@@ -134,6 +135,17 @@ def test_the_validation_loss_is_the_mean_over_all_trained_tokens(run, dataset, m
             example = encode_sample(sample, processor, max_length=1000)
             logprobs.append(model(**pack([example]).model_inputs()).logprobs)
     assert line["eval/loss"] == pytest.approx(-float(torch.cat(logprobs).mean()), rel=1e-5)
+
+
+def test_dropout_is_off_in_the_validation_loss(model_folder, dataset, processor) -> None:
+    config = SFTConfig(use_lora=True, lora_r=4, lora_dropout=0.5)
+    learner = Learner.load(str(model_folder), ModelConfig(device="cpu"), config, processor, total_steps=1)
+    with torch.no_grad():
+        for parameter in learner.parameters:
+            parameter.normal_(0, 0.1)
+    learner.model.train()
+    samples = read_samples(dataset.eval, dataset.eval.parent)[:1]
+    assert evaluation_loss(learner, samples, DataConfig()) == evaluation_loss(learner, samples, DataConfig())
 
 
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"bf16": True, "use_lora": True, "lora_r": 4}])

@@ -148,8 +148,7 @@ def improve(
         rollout
         for group in kept
         for rollout in group
-        if rollout.reward.error is None
-        and not (config.mask_truncated_completions and rollout.trajectory.is_truncated)
+        if rollout.reward.error is None and not (config.mask_truncated_completions and rollout.trajectory.is_truncated)
     ]
     return metrics | (update_policy(learner, trained, config, reference) if trained else {"loss": 0.0})
 

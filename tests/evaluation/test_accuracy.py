@@ -1,0 +1,76 @@
+"""What an evaluation counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from looktwice.config import InferenceConfig
+from looktwice.data.records import Sample, read_samples
+from looktwice.evaluation.accuracy import evaluate
+from looktwice.evaluation.controls import CONTROLS
+from looktwice.geometry import Box, Size
+from looktwice.inference import OvisInference
+from looktwice.rollout.trajectory import ToolCall, Trajectory
+
+GOLD = Box(0, 0, 40, 40)
+HIT = ToolCall(requested=GOLD, box=Box(0, 0, 40, 20), size=Size(48, 48), error=None)
+REFUSED = ToolCall(requested=None, box=None, size=None, error="no_box")
+
+
+@dataclass
+class Written:
+    """Stands where the model stands: gives the rollouts it was made with."""
+
+    trajectories: list[Trajectory]
+    processor: object = None
+
+    def play(self, questions: list[tuple[Path, str]], look: object = None) -> list[Trajectory]:
+        assert look is None
+        assert questions == [(Path("a.png"), "What?")] * len(self.trajectories)
+        return self.trajectories
+
+
+def said(text: str, *calls: ToolCall) -> Trajectory:
+    return Trajectory(prompt_ids=[], text=text, calls=list(calls), stop_reason="answered")
+
+
+SAMPLE = Sample(
+    image_path=Path("a.png"), question="What?", response="", solution="7", gold_box=GOLD, where="a:1", field="A"
+)
+
+
+def test_answers_calls_and_overlaps_are_counted() -> None:
+    rollouts = [
+        said("<answer>7</answer>", HIT, REFUSED),
+        said("<answer>seven</answer>", HIT),
+        said("<answer>8</answer>"),
+        said("<think>7"),
+    ]
+    result = evaluate(Written(rollouts), [SAMPLE] * 4)
+    assert result.is_right == (True, True, False, False)
+    assert (result.accuracy, result.calls_per_answer) == (0.5, 0.75)
+    assert (result.valid_share, result.mean_iou) == (pytest.approx(2 / 3), 0.5)
+    assert result.trajectories == tuple(rollouts)
+
+
+def test_without_calls_there_is_no_share_and_no_overlap() -> None:
+    result = evaluate(Written([said("<answer>7</answer>")]), [SAMPLE])
+    assert (result.accuracy, result.calls_per_answer, result.valid_share, result.mean_iou) == (1, 0, None, None)
+
+
+def test_crops_without_a_gold_box_have_no_overlap() -> None:
+    result = evaluate(Written([said("<answer>7</answer>", HIT)]), [replace(SAMPLE, gold_box=None)])
+    assert (result.valid_share, result.mean_iou) == (1, None)
+
+
+@pytest.mark.parametrize("control", [None, *CONTROLS])
+def test_a_model_is_asked_every_question_under_every_control(control, model_folder, dataset) -> None:
+    inference = OvisInference(InferenceConfig(model_path=str(model_folder), max_new_tokens=4, device="cpu"))
+    samples = read_samples(dataset.eval, dataset.eval.parent)
+    result = evaluate(inference, samples, control=control)
+    assert len(result.is_right) == len(result.trajectories) == len(samples) == 4
+    for sample, trajectory in zip(samples, result.trajectories):
+        assert sample.question in inference.processor.decode(trajectory.prompt_ids)
