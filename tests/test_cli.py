@@ -180,7 +180,9 @@ def test_an_unknown_key_of_a_config_file_names_file_and_nearest_key(command, ref
 
 @pytest.mark.usefixtures("no_model")
 def test_a_wrong_value_is_named_with_what_it_takes(command, refusal) -> None:
-    assert refusal(command(batch_size=0)).startswith("train_batch_size is '0': input should be greater than or equal")
+    assert refusal(command(batch_size=0)).startswith(
+        "train_batch_size (--batch_size) is '0': input should be greater than or equal"
+    )
 
 
 @pytest.mark.parametrize("stage", ["grpo", "both"])

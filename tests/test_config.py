@@ -56,9 +56,9 @@ def test_a_key_like_no_other_is_refused_without_a_hint() -> None:
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"train_batch_size": "four"}, "train_batch_size is 'four': input should be a valid integer"),
-        ({"train_batch_size": 2.5}, "train_batch_size is 2.5: input should be a valid integer"),
-        ({"train_batch_size": 0}, "train_batch_size is 0: input should be greater than or equal to 1"),
+        ({"train_batch_size": "four"}, "train_batch_size (--batch_size) is 'four': input should be a valid integer"),
+        ({"train_batch_size": 2.5}, "train_batch_size (--batch_size) is 2.5: input should be a valid integer"),
+        ({"train_batch_size": 0}, "train_batch_size (--batch_size) is 0: input should be greater than or equal to 1"),
         ({"learning_rate": -1}, "learning_rate is -1: input should be greater than or equal to 0"),
         ({"learning_rate": math.nan}, "learning_rate is nan: input should be"),
         ({"learning_rate": None}, "learning_rate is None: input should be a valid number"),

@@ -123,7 +123,7 @@ def test_a_step_is_a_function_of_seed_and_step_alone() -> None:
 
 @pytest.mark.parametrize(
     ("num_epochs", "max_steps", "total_steps"),
-    [(2, None, 6), (0.5, None, 2), (1.2, None, 4), (0, None, 0), (2, 4, 4), (0, 4, 4)],
+    [(2, None, 6), (0.5, None, 2), (1.2, None, 4), (0, None, 0), (2, 4, 4), (1, 4, 4), (0, 4, 4)],
 )
 def test_epochs_and_max_steps_limit_the_run(num_epochs, max_steps, total_steps) -> None:
     assert order(num_epochs=num_epochs, max_steps=max_steps).total_steps == total_steps

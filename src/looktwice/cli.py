@@ -155,15 +155,27 @@ def ask(arguments: Sequence[str]) -> None:
     config = InferenceConfig(**{name: flags[name] for name in InferenceConfig.model_fields if name in flags})
     from looktwice.processing.images import image_size
 
-    image_size(image)  # a missing picture should not wait for the model to load
+    # a missing picture or a bad path should not wait for the model
+    image_size(image)
+    prepare_file(flags["output_json"])
     from looktwice.inference import OvisInference
 
     result = OvisInference(config).generate(image, question)
     print_answer(result)
     if flags["output_json"]:
         record = {"image_path": image, "question": question, "model_path": config.model_path, **result}
-        flags["output_json"].parent.mkdir(parents=True, exist_ok=True)
         flags["output_json"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def prepare_file(path: Path | None) -> None:
+    """Make sure that a result can be written there. Raises ConfigError when it cannot."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ConfigError(f"--output_json {path}: cannot be written ({error.strerror}); give another path") from error
 
 
 def print_answer(result: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ class DataConfig(Config):
     """Which data, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
 
     train_data_path: Path | None = knob(None, "training JSONL", flag="train_data")
-    val_data_path: Path | None = knob(None, "validation JSONL, for the evaluation loss", flag="val_data")
+    val_data_path: Path | None = knob(None, "validation JSONL: loss (stage 1), accuracy (stage 2)", flag="val_data")
     image_base_path: Path = knob(Path("."), "folder that image_path is relative to")
     min_pixels: Positive | None = knob(None, "fewest pixels of a resized picture")
     max_pixels: Positive | None = knob(None, "most pixels of a resized picture")
@@ -198,4 +198,6 @@ def _explain(config_class: type[Config], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = [*config_class.model_fields, *(flag_of(config_class, field) for field in config_class.model_fields)]
         return f'unknown setting "{name}" of {config_class.__name__}.{nearest(name, known)}'
+    if (flag := flag_of(config_class, name) if name in config_class.model_fields else name) != name:
+        name = f"{name} (--{flag})"
     return f"{name} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

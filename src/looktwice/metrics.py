@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 METRICS: dict[str, str] = {
     "loss": "training loss of the step, per trained token",
     "eval/loss": "mean negative logprob per trained token of the validation data, nats",
+    "eval/accuracy": "share of right greedy answers to the validation questions",
     "optim/lr": "learning rate",
     "optim/grad_norm": "gradient norm before clipping",
     "epoch": "passes over the training data so far",

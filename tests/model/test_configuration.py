@@ -46,7 +46,7 @@ def test_a_saved_config_reads_back_the_same(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     again = Ovis2_5Config.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
-    assert again.llm_config.rope_parameters["rope_theta"] == 12345.0
+    assert (again.llm_config.rope_parameters["rope_theta"], again.image_token_id) == (12345.0, 7)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the released files are not here")

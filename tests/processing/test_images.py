@@ -245,11 +245,11 @@ def test_a_header_that_promises_billions_of_pixels_is_refused(save: Save) -> Non
 # -- whose picture it is
 
 
-def test_a_picture_given_open_stays_open_and_as_it_was(save: Save) -> None:
+@pytest.mark.parametrize("read", [open_image, image_size])
+def test_a_picture_given_open_stays_open_and_as_it_was(read: Callable[[Image.Image], object], save: Save) -> None:
     image, exif = marked(6)
     with Image.open(save(image, "x.png", exif=exif)) as mine:
-        open_image(mine)
-        image_size(mine)
+        read(mine)
         assert mine.size == (40, 20)
         assert mine.getpixel((0, 0)) == RED
 

@@ -442,3 +442,13 @@ def test_samples_without_a_gold_answer_are_named(model_folder, dataset, tmp_path
             ModelConfig(device="cpu"), data, GRPOConfig(sft_checkpoint_path=model_folder, output_dir=tmp_path / "out")
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_greedy_accuracy_on_validation_questions_is_logged(model_folder, dataset, tmp_path) -> None:
+    config = GRPOConfig(
+        output_dir=tmp_path, sft_checkpoint_path=model_folder, max_steps=1, num_generations=2, max_new_tokens=4
+    )
+    data = DataConfig(train_data_path=dataset.rl, val_data_path=dataset.eval, image_base_path=dataset.rl.parent)
+    train_grpo(ModelConfig(device="cpu"), data, config)
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["eval/accuracy"] == 0.0

@@ -57,7 +57,7 @@ class BatchOrder:
         self.steps_per_epoch = math.ceil(num_samples / samples_per_step)
         self.total_steps = math.ceil(num_epochs * self.steps_per_epoch)
         if max_steps is not None:
-            self.total_steps = min(max_steps, self.total_steps) if num_epochs else max_steps
+            self.total_steps = max_steps
 
     def __getitem__(self, step: int) -> list[int]:
         """Sample numbers of the step, counted from 0."""

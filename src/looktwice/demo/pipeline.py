@@ -25,7 +25,7 @@ from looktwice.training.sft import train_sft
 
 CHANCE = 0.1
 NUM_TRAIN, NUM_RL, NUM_EVAL = 200, 600, 400
-SFT_EPOCHS, GRPO_STEPS = 4, 50
+SFT_EPOCHS, GRPO_STEPS = 2, 80
 NUM_CARDS = 8
 MAX_NEW_TOKENS = 96
 
@@ -42,11 +42,12 @@ class Demo:
 
     @contextmanager
     def phase(self, name: str, text: str) -> Iterator[None]:
-        """Announce a phase and take its time."""
+        """Announce a phase, and say how long it took."""
         self.console.print(f"[bold]{text}[/bold]")
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 1)
+        self.console.print(f"    {self.seconds[name]:.1f} s", style="dim")
 
     def data_config(self, train: Path, held_out: Path | None) -> DataConfig:
         return DataConfig(train_data_path=train, val_data_path=held_out, image_base_path=train.parent)
@@ -69,7 +70,9 @@ class Demo:
             max_steps=GRPO_STEPS,
             train_batch_size=16,
             num_generations=8,
-            learning_rate=5e-4,
+            learning_rate=3e-4,
+            # a rollout that rambles on is a failure here, not a long thought
+            mask_truncated_completions=False,
             max_new_tokens=MAX_NEW_TOKENS,
             max_turns=3,
             rollout_batch_size=128,
@@ -89,7 +92,14 @@ def run_demo(folder: Path, *, seed: int = 0) -> dict[str, Any]:
     """Run everything, write `summary.json` and `report.html`, and give back the summary."""
     demo, started = Demo(folder, seed), time.perf_counter()
     with demo.phase("data", f"1/5 Drawing {NUM_TRAIN + NUM_RL + NUM_EVAL} pictures with questions"):
-        files = make_dataset(folder / "data", num_train=NUM_TRAIN, num_rl=NUM_RL, num_eval=NUM_EVAL, seed=seed)
+        files = make_dataset(
+            folder / "data",
+            num_train=NUM_TRAIN,
+            num_rl=NUM_RL,
+            num_eval=NUM_EVAL,
+            seed=seed,
+            show_progress=demo.console.is_terminal,
+        )
         samples = read_samples(files.eval, files.eval.parent)
     with demo.phase("eval_base", f"2/5 Asking the pretrained tiny model {len(samples)} questions"):
         _, base = demo.ask(TINY, samples)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from rich.progress import track
 
 from looktwice.geometry import PixelPolicy, Size
 
@@ -152,7 +153,13 @@ def rationale(board: Board, colour: str) -> str:
 
 
 def make_dataset(
-    folder: Path, *, num_train: int = 400, num_rl: int = 800, num_eval: int = 400, seed: int = 0
+    folder: Path,
+    *,
+    num_train: int = 400,
+    num_rl: int = 800,
+    num_eval: int = 400,
+    seed: int = 0,
+    show_progress: bool = False,
 ) -> DatasetFiles:
     """Write `train.jsonl`, `rl.jsonl`, `eval.jsonl` and their PNG files, one question a picture.
 
@@ -164,7 +171,7 @@ def make_dataset(
     files = DatasetFiles(train=folder / "train.jsonl", rl=folder / "rl.jsonl", eval=folder / "eval.jsonl")
     for path, count in ((files.train, num_train), (files.rl, num_rl), (files.eval, num_eval)):
         with path.open("w", encoding="utf-8") as out:
-            for _ in range(count):
+            for _ in track(range(count), description=f"drawing {path.name}", transient=True, disable=not show_progress):
                 board = _new_board(rng, seen)
                 name = f"{len(seen):04d}.png"
                 draw_board(board, rng).save(folder / name, compress_level=1)

@@ -18,7 +18,7 @@ from looktwice.geometry import iou
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import describe_trained
 from looktwice.processing.packing import PackedBatch
-from looktwice.rewards import Reward, RewardFunction, load_reward
+from looktwice.rewards import Reward, RewardFunction, load_reward, score
 from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.sampling import Sampling
@@ -43,7 +43,7 @@ from looktwice.training.run import (
     save_final,
 )
 
-SHOWN = ("reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
+SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
 
 
 @dataclass(kw_only=True)
@@ -67,6 +67,8 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     samples = load_samples(required(data.train_data_path, "--train_data"), data, processor)
     score_rollout = load_reward(config.reward)
     check_solutions(samples)
+    held_out = load_samples(data.val_data_path, data, processor) if data.val_data_path else []
+    check_solutions(held_out)
     prepare_output(config)
     order = batch_order(len(samples), config)
     learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
@@ -78,6 +80,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", append=learner.step > 0
     ) as recorder:
         recorder.console.print(describe_trained(learner.model))
+        eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:
             started = time.perf_counter()
             groups = roll_out(learner, [samples[number] for number in order[learner.step]], config, score_rollout)
@@ -92,11 +95,25 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 "time/step_s": time.perf_counter() - started,
             }
             is_last = learner.step == order.total_steps
-            if is_last or learner.step % config.logging_steps == 0:
+            if held_out and (is_last or learner.step % eval_every == 0):
+                metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, config)
+            if is_last or learner.step % config.logging_steps == 0 or "eval/accuracy" in metrics:
                 recorder.log(learner.step, metrics)
             recorder.advance(learner.step, metrics)
             save_checkpoint(learner, resolved, is_last=is_last)
     return save_final(learner, resolved)
+
+
+def evaluation_accuracy(learner: Learner, samples: Sequence[Sample], config: GRPOConfig) -> float:
+    """Share of right greedy answers, judged by the rules of the `robust` reward."""
+    greedy = config.model_copy(update={"num_generations": 1, "temperature": 0.0})
+    size = config.rollout_batch_size
+    groups = [
+        group
+        for first in range(0, len(samples), size)
+        for group in roll_out(learner, samples[first : first + size], greedy, score)
+    ]
+    return mean(rollout.reward.accuracy for group in groups for rollout in group)
 
 
 def roll_out(

@@ -155,9 +155,7 @@ class Learner:
 
         What was frozen before, such as the KL reference, stays as it is.
         """
-        path = folder / STATE_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: no {STATE_FILE}; resume from a checkpoint-N folder, not {FINAL_MODEL}")
+        path = state_file(folder)
         saved = dict(load_model(str(folder)).named_parameters())
         missing = [name for name, _ in trained_parameters(self.model) if name not in saved]
         if missing:
@@ -168,6 +166,14 @@ class Learner:
         state = torch.load(path, map_location=self.base.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def state_file(folder: Path) -> Path:
+    """The optimizer state in a checkpoint folder. Raises CheckpointError when there is none."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {STATE_FILE}; resume from a checkpoint-N folder, not {FINAL_MODEL}")
+    return path
 
 
 class Reference:

@@ -15,7 +15,7 @@ from looktwice.data.records import Sample, check_pictures, read_samples
 from looktwice.errors import ConfigError
 from looktwice.model.weights import locate
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.training.learner import FINAL_MODEL, Learner
+from looktwice.training.learner import FINAL_MODEL, Learner, state_file
 
 T = TypeVar("T")
 
@@ -44,7 +44,12 @@ def load_samples(path: Path, data: DataConfig, processor: Ovis2_5Processor) -> l
 
 
 def prepare_output(config: StageConfig) -> None:
-    """Make sure the run folder can be written. Raises ConfigError when it cannot."""
+    """Make sure that the run folder can be written, and a run to go on from is there.
+
+    Raises ConfigError or CheckpointError when not.
+    """
+    if config.resume_from_checkpoint:
+        state_file(config.resume_from_checkpoint)
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
