@@ -58,7 +58,6 @@ class Demo:
             num_train_epochs=SFT_EPOCHS,
             train_batch_size=16,
             learning_rate=1e-3,
-            logging_steps=5,
             seed=self.seed,
         )
         return train_sft(self.model, self.data_config(files.train, None), config)
