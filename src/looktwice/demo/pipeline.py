@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table as ConsoleTable
+from transformers.utils.logging import disable_progress_bar
 
 from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
 from looktwice.data.records import Sample, read_samples
@@ -90,6 +91,7 @@ class Demo:
 def run_demo(folder: Path, *, seed: int = 0) -> dict[str, Any]:
     """Run everything, write `summary.json` and `report.html`, and give back the summary."""
     demo, started = Demo(folder, seed), time.perf_counter()
+    disable_progress_bar()  # a bar for each loading of a model this small is noise
     with demo.phase("data", f"1/5 Drawing {NUM_TRAIN + NUM_RL + NUM_EVAL} pictures with questions"):
         files = make_dataset(
             folder / "data",
