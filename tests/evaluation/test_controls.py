@@ -13,10 +13,10 @@ from looktwice.rollout.crop_tool import CropTool
 CALL = "<tool_call>[100, 60, 140, 100]</tool_call>"
 
 
-def test_no_crop_refuses_every_call_and_keeps_the_box_as_written(processor, picture) -> None:
+def test_no_crop_refuses_every_call_and_asks_for_the_answer(processor, picture) -> None:
     look = control_look("no_crop", processor, 0)
     seen = look(CALL, picture)
-    assert seen.text == "<tool_response>The crop tool is switched off.</tool_response>"
+    assert seen.text == "<tool_response>The crop tool is switched off.</tool_response>\n</think>\n\n<answer>"
     assert (seen.image, seen.call.box, seen.call.error) == (None, None, "switched_off")
     assert seen.call.requested == Box(100, 60, 140, 100)
 

@@ -180,7 +180,7 @@ def summary_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
             title="The same model without its crop",
             header=("instead of the crop", "right answers"),
             rows=(
-                ("refusal", f"{controls['no_crop']:.1%}"),
+                ("nothing, answer now", f"{controls['no_crop']:.1%}"),
                 ("another place", f"{controls['random_crop']:.1%}"),
                 ("grey", f"{controls['blank_crop']:.1%}"),
             ),

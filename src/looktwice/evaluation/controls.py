@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Literal, get_args
 
 from PIL import Image
 
 from looktwice.geometry import Box, Size
+from looktwice.messages import ANSWER_OPEN, THINK_CLOSE
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.crop_tool import CropTool, Observation, refusal
 from looktwice.rollout.episode import Look
@@ -15,15 +17,22 @@ from looktwice.rollout.episode import Look
 Control = Literal["no_crop", "random_crop", "blank_crop"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 GREY = (128, 128, 128)
+ANSWER_NOW = f"\n{THINK_CLOSE}\n\n{ANSWER_OPEN}"
+"""Closes thinking and opens the answer, so that a model without its crop guesses instead of calling again."""
 
 
 def control_look(control: Control, processor: Ovis2_5Processor, seed: int) -> Look:
-    """no_crop: every call is refused. random_crop: the same size, cut elsewhere. blank_crop: grey of the same size."""
+    """The look of a control.
+
+    no_crop: the call is refused and the model must answer at once. random_crop: the same size, cut elsewhere.
+    blank_crop: grey of the same size.
+    """
     tool = CropTool(processor)
     rng = random.Random(seed)
 
     def no_crop(call_text: str, image: Image.Image | None) -> Observation:
-        return refusal("switched_off", tool.look(call_text, image).call.requested)
+        refused = refusal("switched_off", tool.look(call_text, image).call.requested)
+        return replace(refused, text=refused.text + ANSWER_NOW)
 
     def random_crop(call_text: str, image: Image.Image | None) -> Observation:
         seen = tool.look(call_text, image)
