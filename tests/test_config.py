@@ -200,11 +200,11 @@ def test_a_rate_in_the_file_of_stage_2_wins_over_the_quarter(tmp_path) -> None:
     assert grpo.learning_rate == 7e-6
 
 
-def test_epochs_and_steps_belong_to_the_first_of_both_stages_and_all_else_to_both() -> None:
+def test_epochs_belong_to_the_first_of_both_stages_and_all_else_to_both() -> None:
     shared = ["--num_epochs", "5", "--max_steps", "9", "--batch_size", "2", "--use_lora", "--seed", "1"]
     *_, sft, grpo = train_configs(shared)
     assert (sft.num_train_epochs, sft.max_steps, sft.train_batch_size, sft.use_lora, sft.seed) == (5, 9, 2, True, 1)
-    assert (grpo.num_train_epochs, grpo.max_steps) == (1, None)
+    assert (grpo.num_train_epochs, grpo.max_steps) == (1, 9)
     assert (grpo.train_batch_size, grpo.use_lora, grpo.seed) == (2, True, 1)
     *_, grpo = train_configs(["--stage", "grpo", *shared])
     assert (grpo.num_train_epochs, grpo.max_steps) == (5, 9)
@@ -336,7 +336,6 @@ TRAIN_FLAGS = [
     "--weight_decay",
 ]
 ASK_FLAGS = [
-    "--attn_implementation",
     "--batch_size",
     "--bf16",
     "--device",

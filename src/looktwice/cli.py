@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ FILE_FLAGS: dict[str, type[Config]] = {
     "sft_config": SFTConfig,
     "grpo_config": GRPOConfig,
 }
-STAGE_1_ONLY = ("num_train_epochs", "learning_rate", "max_steps", "resume_from_checkpoint")
+STAGE_1_ONLY = ("num_train_epochs", "learning_rate", "resume_from_checkpoint")
 """With `--stage both`, these flags without a `grpo_` prefix belong to stage 1 ..."""
 GRPO_LEARNING_RATE_SHARE = 0.25
 """... but a learning rate given for stage 1 also sets stage 2's, at a quarter."""
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(arguments: Sequence[str]) -> None:
     """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
     stage, model, data, sft, grpo = train_configs(arguments)
-    from looktwice.training.run import required
+    from looktwice.training.run import prepare_output, required
 
     train_data = required(data.train_data_path, "--train_data")
     if stage == "both":
@@ -81,7 +82,10 @@ def train(arguments: Sequence[str]) -> None:
 
         # what stage 2 cannot use should not wait for stage 1 to end
         load_reward(grpo.reward)
-        check_solutions(read_samples(train_data, data.image_base_path))
+        for path in (train_data, data.val_data_path):
+            if path is not None:
+                check_solutions(read_samples(path, data.image_base_path))
+        prepare_output(grpo)
     if stage != "grpo":
         from looktwice.training.sft import train_sft
 
@@ -164,6 +168,7 @@ def ask(arguments: Sequence[str]) -> None:
     print_answer(result)
     if flags["output_json"]:
         record = {"image_path": image, "question": question, "model_path": config.model_path, **result}
+        flags["output_json"].parent.mkdir(parents=True, exist_ok=True)
         flags["output_json"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -171,11 +176,9 @@ def prepare_file(path: Path | None) -> None:
     """Make sure that a result can be written there. Raises ConfigError when it cannot."""
     if path is None:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise ConfigError(f"--output_json {path}: cannot be written ({error.strerror}); give another path") from error
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"--output_json {path}: cannot be written; give another path")
 
 
 def print_answer(result: dict[str, Any]) -> None:
@@ -210,7 +213,7 @@ def add_flags(
         help_text = f"{field.description}" + ("" if field.default is None else f" ({field.default})")
         help_text = help_text.replace("%", "%%")
         flag = f"--{prefix}{flag_of(config_class, name)}"
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
         else:
             choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]

@@ -138,7 +138,7 @@ class GRPOConfig(StageConfig):
     max_turns: Positive = knob(6, "completions of a rollout, the answer included")
     enable_thinking: bool = knob(True, "let rollouts think before they answer")
     thinking_budget: Positive | None = knob(None, "tokens of thinking before it is closed")
-    rollout_batch_size: Positive = knob(64, "rollouts that advance together")
+    rollout_batch_size: Positive = knob(16, "rollouts that advance together; more is faster and takes more memory")
 
     @model_validator(mode="after")
     def _check_bounds(self) -> GRPOConfig:
@@ -178,9 +178,8 @@ class InferenceConfig(Config):
     enable_thinking: bool = knob(True, "let the model think before it answers")
     thinking_budget: Positive | None = knob(2048, "tokens of thinking before it is closed")
     max_pixels: Positive | None = knob(None, "most pixels of a resized picture; default: the checkpoint's")
-    batch_size: Positive = knob(64, "answers that advance together")
-    bf16: bool = knob(False, "compute in bfloat16")
-    attn_implementation: Literal["sdpa", "flash_attention_2"] = knob("sdpa", "attention of the language model")
+    batch_size: Positive = knob(16, "answers that advance together")
+    bf16: bool | None = knob(None, "load and compute in bfloat16; default: on a GPU, not on a CPU")
     device: str | None = knob(None, "torch device; default: cuda when there is one, else cpu")
     seed: int = knob(42, "seed of sampling")
 

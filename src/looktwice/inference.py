@@ -34,12 +34,10 @@ class OvisInference:
         self.config = config or InferenceConfig()
         self.processor = Ovis2_5Processor.from_pretrained(locate(self.config.model_path))
         self.processor.policy = self.processor.policy.override(image_max_pixels=self.config.max_pixels)
-        model = load_model(
-            self.config.model_path,
-            dtype=torch.bfloat16 if self.config.bf16 else torch.float32,
-            device=pick_device(self.config.device),
-            attn_implementation=self.config.attn_implementation,
-        )
+        device = pick_device(self.config.device)
+        is_bf16 = device.startswith("cuda") if self.config.bf16 is None else self.config.bf16
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
+        model = load_model(self.config.model_path, dtype=dtype, device=device)
         self.model = base_of(model.merge_and_unload() if isinstance(model, PeftModel) else model)
 
     def generate(self, image: ImageSource | None, question: str) -> dict[str, Any]:

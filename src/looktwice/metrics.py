@@ -60,7 +60,8 @@ class Recorder:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / LOG_FILE).open("a" if append else "w", encoding="utf-8")
+        self.path = folder / LOG_FILE
+        self.is_started = append
         self.board = SummaryWriter(str(folder / "tensorboard"))
         self.shown = shown
         self.console = Console(stderr=True)
@@ -84,7 +85,8 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.file.close()
+        if error is None and not self.is_started:
+            self.path.write_text("", encoding="utf-8")
         self.board.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -93,8 +95,10 @@ class Recorder:
         if unknown:
             raise KeyError(f"metrics {unknown} are not in the table METRICS")
         line: dict[str, Any] = {"step": step, **{name: round(float(value), 8) for name, value in metrics.items()}}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        # an earlier log is replaced only once there is something to log
+        with self.path.open("a" if self.is_started else "w", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.is_started = True
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
 

@@ -11,8 +11,8 @@ import torch
 from looktwice.config import ModelConfig, SFTConfig
 from looktwice.data.dataset import encode_sample
 from looktwice.data.records import read_samples
-from looktwice.errors import CheckpointError
-from looktwice.model.weights import load_model
+from looktwice.errors import CheckpointError, ConfigError
+from looktwice.model.weights import is_adapter, load_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
 from looktwice.training.learner import Learner, TrainingError
@@ -197,9 +197,21 @@ def test_an_adapter_goes_on_from_its_own_weights(load, examples, tmp_path) -> No
     first = load(use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0)
     update(first, examples[:1])
     first.save(tmp_path, [], with_optimizer=False)
-    second = load(name=tmp_path, use_lora=True, lora_r=16)
+    second = load(name=tmp_path, use_lora=True)
     for old, new in zip(first.parameters, second.parameters, strict=True):
         assert torch.equal(old, new)
+
+
+def test_an_adapter_of_another_rank_than_asked_for_is_refused(load, examples, tmp_path) -> None:
+    load(use_lora=True, lora_r=4).save(tmp_path, [], with_optimizer=False)
+    with pytest.raises(ConfigError, match="lora_r is 16, the adapter to go on from has 4"):
+        load(name=tmp_path, use_lora=True, lora_r=16)
+
+
+def test_a_whole_model_saved_over_an_adapter_replaces_it(load, tmp_path) -> None:
+    load(use_lora=True, lora_r=4).save(tmp_path, [], with_optimizer=False)
+    load().save(tmp_path, [], with_optimizer=False)
+    assert not is_adapter(str(tmp_path))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4}])

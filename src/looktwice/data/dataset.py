@@ -8,7 +8,7 @@ import torch
 
 from looktwice.calls import TOOL_CALL_CLOSE, split_calls
 from looktwice.data.records import Sample
-from looktwice.errors import DataError
+from looktwice.errors import DataError, ImageError
 from looktwice.messages import Conversation, ImagePart, Message, TextPart, user
 from looktwice.processing.images import open_image
 from looktwice.processing.processor import Example, Ovis2_5Processor
@@ -20,7 +20,10 @@ def encode_sample(sample: Sample, processor: Ovis2_5Processor, *, max_length: in
 
     Raises DataError for a call that cannot be run and for a sample longer than `max_length` tokens.
     """
-    image = open_image(sample.image_path)
+    try:
+        image = open_image(sample.image_path)
+    except ImageError as error:
+        raise ImageError(f"{sample.where}: image_path: {error}") from error
     look = CropTool(processor).look
     parts: list[TextPart | ImagePart] = []
     images = [processor.patch_image(image)]

@@ -17,6 +17,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_
 from looktwice.errors import BoxError, DataError, ImageError, nearest
 from looktwice.geometry import Box, BoxFrame, Size, check_box, crop_rectangle, iou, to_original
 from looktwice.messages import ANSWER_OPEN
-from looktwice.processing.images import image_size
+from looktwice.processing.images import open_image
 
 MAX_PROBLEMS_SHOWN = 20
 PICTURE_PLACE = "<image>"
@@ -100,7 +101,7 @@ def check_pictures(
 ) -> None:
     """Make sure, before anything long starts, that every picture can be opened and every box can be cut from it.
 
-    Reads headers only, each picture once; a file cut short is not noticed. Boxes of calls are in `box_frame`, gold
+    Decodes each picture once, so that a file cut short is found too. Boxes of calls are in `box_frame`, gold
     boxes in original pixels; a box that lies partly outside is good. `min_side` is the smallest crop in pixels;
     `overview_size` (the size at which the model sees a picture) is needed for "resized_px".
     Raises one DataError that counts all problems and lists the first 20.
@@ -111,17 +112,25 @@ def check_pictures(
     for sample in samples:
         by_picture.setdefault(sample.image_path, []).append(sample)
     problems: list[str] = []
-    for picture, asked in by_picture.items():
-        try:
-            original = image_size(picture)
-        except ImageError as error:
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        sizes = list(pool.map(_decoded_size, by_picture))
+    for asked, original in zip(by_picture.values(), sizes):
+        if isinstance(original, ImageError):
             others = f" ({len(asked) - 1} more use it)" if len(asked) > 1 else ""
-            problems.append(f"{asked[0].where}: image_path: {error}{others}")
+            problems.append(f"{asked[0].where}: image_path: {original}{others}")
             continue
         resized = overview_size(original) if overview_size else original
         for sample in asked:
             problems += _box_problems(sample, original, resized, box_frame, min_side)
     _raise_if_any(problems, f"{len(by_picture)} picture{'s' if len(by_picture) != 1 else ''}")
+
+
+def _decoded_size(picture: Path) -> Size | ImageError:
+    """The upright size of a picture that decodes to its end, else what is wrong with it."""
+    try:
+        return Size(*open_image(picture).size)
+    except ImageError as error:
+        return error
 
 
 class _Fields:
@@ -322,7 +331,7 @@ def _read_objects(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[s
     for line, raw in _read_lines(path):
         where = f"{path}:{line}"
         try:
-            values = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+            values = json.loads(raw.rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_unique)
         except UnicodeDecodeError as error:
             problems.append(f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
         except json.JSONDecodeError as error:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from PIL import Image
 
-from looktwice.geometry import Box, Size
+from looktwice.geometry import Box, Size, iou
 from looktwice.messages import ANSWER_OPEN, THINK_CLOSE
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.crop_tool import CropTool, Observation, refusal
@@ -50,6 +50,11 @@ def control_look(control: Control, processor: Ovis2_5Processor, seed: int) -> Lo
 
 
 def _elsewhere(box: Box, original: Size, rng: random.Random) -> tuple[int, int, int, int]:
+    """A rectangle of the same size, clear of the box when one of 50 draws is."""
     width, height = int(box.x2 - box.x1), int(box.y2 - box.y1)
-    left, top = rng.randint(0, original.width - width), rng.randint(0, original.height - height)
-    return left, top, left + width, top + height
+    for _ in range(50):
+        left, top = rng.randint(0, original.width - width), rng.randint(0, original.height - height)
+        rectangle = left, top, left + width, top + height
+        if iou(box, Box(*rectangle)) == 0:
+            break
+    return rectangle

@@ -148,9 +148,11 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         if implementation != PACKED_SDPA and not implementation.startswith("flash_attention"):
             raise ValueError(f'packed rows need attention "sdpa" or "flash_attention_2", not "{implementation}"')
         longest = int(cu_seqlens.diff().max())
+        # as a list, or every layer would wait for the GPU to hand the numbers over
+        starts = cu_seqlens.tolist() if implementation == PACKED_SDPA else cu_seqlens
         return {
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
             "max_length_q": longest,
             "max_length_k": longest,
         }

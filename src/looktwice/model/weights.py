@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from looktwice.errors import CheckpointError
+from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.adapters import base_of
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
@@ -38,7 +38,7 @@ def locate(name: str) -> str:
             raise CheckpointError(f"{name}: no weights ({WEIGHT_FILES[0]} or {ADAPTER_CONFIG}) in this folder")
         if "config.json" not in files:
             raise CheckpointError(f"{name}: no config.json in this folder")
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif folder.exists() or folder.parent.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such model folder; give a folder, a hub name (AIDC-AI/Ovis2.5-2B) or tiny")
     return name
 
@@ -74,6 +74,9 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=False,
         )
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{attn_implementation}: {reason}; install looktwice[flash] or use sdpa") from error
     except (OSError, ValueError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
         raise CheckpointError(f"{name}: cannot be loaded as an Ovis2.5 model ({error})") from error
     model, info = loaded
@@ -107,18 +110,37 @@ def _load_adapter(folder: Path, **options: Any) -> PeftModel:
 
 
 def pick_device(name: str | None) -> str:
-    """The torch device of a setting: as named, else cuda when there is one, else cpu."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The torch device of a setting: as named, else cuda when there is one, else cpu.
+
+    Raises ConfigError for a device that is not there.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}); choose cpu, or leave it out") from error
+    return name
+
+
+def _clear_weights(folder: Path) -> None:
+    """Remove weights of an earlier save, so that a folder never holds an adapter beside a whole model."""
+    stale = [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS, *(folder / name for name in WEIGHT_FILES)]
+    for path in [*stale, *folder.glob("model-*.safetensors")]:
+        path.unlink(missing_ok=True)
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
     """Write weights under the released names, or the adapter with the name of its base model."""
     base = base_of(model)
+    _clear_weights(Path(folder))
     if isinstance(model, PeftModel):
         for adapter in model.peft_config.values():
             adapter.base_model_name_or_path = str(base.name_or_path)
             adapter.inference_mode = True
         model.save_pretrained(str(folder), save_embedding_layers=False)
         base.config.save_pretrained(folder)
+        (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
     else:
         base.save_pretrained(folder)

@@ -26,7 +26,7 @@ from looktwice.rollout.engine import Request, Respond, Segment
 from looktwice.rollout.sampling import Sampling, sample
 
 PREFILL_TOKENS = 16384
-"""Prompts are computed together up to about this many tokens, which bounds the memory of their activations."""
+"""Prompts are computed together up to this many tokens, padding counted: it bounds the memory of activations."""
 
 
 class RowCache:
@@ -177,7 +177,11 @@ class _Run:
         """Compute waiting prompts into free rows, and share each with its siblings."""
         groups: list[range] = []
         forced: dict[int, tuple[list[int], list[PatchedImage]]] = {}
-        while self._has_room() and sum(len(ids) for ids, _ in forced.values()) < PREFILL_TOKENS:
+        longest = 0
+        while self._has_room():
+            longest = max(longest, len(self.waiting[0][1].prompt))
+            if forced and longest * (len(forced) + 1) > PREFILL_TOKENS:
+                break
             number, request = self.waiting.popleft()
             group = range(len(self.rows), len(self.rows) + request.num_rollouts)
             groups.append(group)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from looktwice.config import Config, ModelConfig, StageConfig
-from looktwice.errors import CheckpointError, LooktwiceError
+from looktwice.errors import CheckpointError, ConfigError, LooktwiceError
 from looktwice.model.adapters import add_lora, base_of, freeze_vision, trained_parameters
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import is_adapter, load_model, pick_device, save_model
@@ -81,6 +82,8 @@ class Learner:
                 model = add_lora(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
             elif config.freeze_vision:
                 freeze_vision(model)
+        elif isinstance(model, PeftModel):
+            check_adapter(model, config)
         if config.memory_efficient:
             base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base_of(model).enable_input_require_grads()
@@ -163,9 +166,18 @@ class Learner:
         with torch.no_grad():
             for name, parameter in trained_parameters(self.model):
                 parameter.copy_(saved[name])
-        state = torch.load(path, map_location=self.base.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def check_adapter(model: PeftModel, config: StageConfig) -> None:
+    """Refuse LoRA settings that were given and that the loaded adapter does not have. Raises ConfigError."""
+    for adapter in model.peft_config.values():
+        for name, field in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+            given, has = getattr(config, name), getattr(adapter, field)
+            if name in config.model_fields_set and given != has:
+                raise ConfigError(f"{name} is {given}, the adapter to go on from has {has}; leave the setting out")
 
 
 def state_file(folder: Path) -> Path:
