@@ -114,10 +114,11 @@ def check_pictures(
     problems: list[str] = []
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         sizes = list(pool.map(_decoded_size, by_picture))
-    for asked, original in zip(by_picture.values(), sizes):
+    for (picture, asked), original in zip(by_picture.items(), sizes):
         if isinstance(original, ImageError):
             others = f" ({len(asked) - 1} more use it)" if len(asked) > 1 else ""
-            problems.append(f"{asked[0].where}: image_path: {original}{others}")
+            hint = "" if picture.exists() else " and --image_base_path"
+            problems.append(f"{asked[0].where}: image_path: {original}{hint}{others}")
             continue
         resized = overview_size(original) if overview_size else original
         for sample in asked:

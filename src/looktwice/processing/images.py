@@ -111,7 +111,7 @@ def _open(source: ImageSource) -> Iterator[Image.Image]:
     try:
         image = Image.open(source)
     except FileNotFoundError as error:
-        raise ImageError(f"{source}: no such picture; check the path and --image_base_path") from error
+        raise ImageError(f"{source}: no such picture; check the path") from error
     except UNREADABLE as error:
         raise ImageError(f"{source}: not a readable picture ({error}); replace or remove it") from error
     with image:
