@@ -210,8 +210,8 @@ def add_flags(
     group = parser.add_argument_group("For stage 2 alone" if prefix else title.removesuffix("."))
     for name in names:
         field = config_class.model_fields[name]
-        help_text = f"{field.description}" + ("" if field.default is None else f" ({field.default})")
-        help_text = help_text.replace("%", "%%")
+        default = "" if field.default is None else f" ({field.default})"
+        help_text = f"{field.description}{default}".replace("%", "%%")
         flag = f"--{prefix}{flag_of(config_class, name)}"
         if field.annotation in (bool, bool | None):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)

@@ -9,9 +9,8 @@ from statistics import fmean
 from looktwice.answers import answers_match, extract_answer
 from looktwice.data.records import Sample
 from looktwice.evaluation.controls import Control, control_look
-from looktwice.geometry import iou
 from looktwice.inference import OvisInference
-from looktwice.rollout.trajectory import Trajectory
+from looktwice.rollout.trajectory import Trajectory, gold_overlaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +35,12 @@ def evaluate(
         answers_match(extract_answer(trajectory.text), sample.solution)
         for trajectory, sample in zip(trajectories, samples)
     )
-    calls = [(call, sample) for trajectory, sample in zip(trajectories, samples) for call in trajectory.calls]
-    overlaps = [iou(call.box, sample.gold_box) for call, sample in calls if call.box and sample.gold_box]
+    calls = [call for trajectory in trajectories for call in trajectory.calls]
+    overlaps = gold_overlaps(trajectories, [sample.gold_box for sample in samples])
     return Evaluation(
         accuracy=fmean(is_right),
         calls_per_answer=len(calls) / len(samples),
-        valid_share=fmean(call.is_valid for call, _ in calls) if calls else None,
+        valid_share=fmean(call.is_valid for call in calls) if calls else None,
         mean_iou=fmean(overlaps) if overlaps else None,
         is_right=is_right,
         trajectories=tuple(trajectories),

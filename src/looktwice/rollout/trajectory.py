@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from looktwice.geometry import Box, Size
+from looktwice.geometry import Box, Size, iou
 
 StopReason = Literal["answered", "max_turns", "max_tokens", "no_answer"]
 """answered: ended its turn with an answer; no_answer: ended without one; the others name the limit that cut it."""
@@ -52,3 +53,14 @@ class Trajectory:
     @property
     def is_truncated(self) -> bool:
         return self.stop_reason in ("max_turns", "max_tokens")
+
+
+def gold_overlaps(trajectories: Sequence[Trajectory], gold_boxes: Sequence[Box | None]) -> list[float]:
+    """IoU of every crop with its trajectory's gold box, both in original pixels; none where there is no gold box."""
+    return [
+        iou(call.box, gold)
+        for trajectory, gold in zip(trajectories, gold_boxes)
+        if gold is not None
+        for call in trajectory.calls
+        if call.box is not None
+    ]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.data.records import Sample, check_solutions
-from looktwice.geometry import iou
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import describe_trained
 from looktwice.processing.packing import PackedBatch
@@ -22,7 +21,7 @@ from looktwice.rewards import Reward, RewardFunction, load_reward, score
 from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.sampling import Sampling
-from looktwice.rollout.trajectory import Trajectory
+from looktwice.rollout.trajectory import Trajectory, gold_overlaps
 from looktwice.training.learner import Learner, Reference, Scores
 from looktwice.training.losses import (
     aggregate,
@@ -35,11 +34,12 @@ from looktwice.training.losses import (
 )
 from looktwice.training.run import (
     batch_order,
+    close_step,
+    is_due,
     load_processor,
     load_samples,
     prepare_output,
     required,
-    save_checkpoint,
     save_final,
 )
 
@@ -94,13 +94,9 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 "time/update_s": time.perf_counter() - rolled_out,
                 "time/step_s": time.perf_counter() - started,
             }
-            is_last = learner.step == order.total_steps
-            if held_out and (is_last or learner.step % eval_every == 0):
+            if held_out and is_due(learner, eval_every):
                 metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, config)
-            if is_last or learner.step % config.logging_steps == 0 or "eval/accuracy" in metrics:
-                recorder.log(learner.step, metrics)
-            recorder.advance(learner.step, metrics)
-            save_checkpoint(learner, resolved, is_last=is_last)
+            close_step(learner, recorder, metrics, resolved)
     return save_final(learner, resolved)
 
 
@@ -189,10 +185,11 @@ def update_policy(
         learner.model.eval()
         with torch.no_grad(), reference.active():
             ref_logprobs = [learner.score(row, temperature=config.temperature).logprobs for row in rows]
+    place_of = {id(row): place for place, row in enumerate(rows)}
     sums: Counter[str] = Counter()
 
     def loss(scores: Scores, row: PackedBatch) -> Tensor:
-        place = next(i for i, candidate in enumerate(rows) if candidate is row)
+        place = place_of[id(row)]
         sampling_logprobs, advantages = (fact.to(scores.logprobs.device) for fact in facts[place])
         sequences = row.loss_sequence().to(scores.logprobs.device)
         per_token, seen = surrogate(scores.logprobs, sampling_logprobs, advantages, sequences, config)
@@ -249,7 +246,7 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """Means over the rollouts of a step; reward parts over those whose reward did not fail."""
     rollouts = [rollout for group in groups for rollout in group]
     trajectories = [rollout.trajectory for rollout in rollouts]
-    calls = [(call, rollout.sample) for rollout in rollouts for call in rollout.trajectory.calls]
+    calls = [call for trajectory in trajectories for call in trajectory.calls]
     rewards = [rollout.reward for rollout in rollouts if rollout.reward.error is None]
     stops = Counter(trajectory.stop_reason for trajectory in trajectories)
     metrics = {
@@ -263,8 +260,8 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         metrics["reward/total"] = mean(reward.total for reward in rewards)
         metrics |= {f"reward/{part}": mean(reward.parts[part] for reward in rewards) for part in rewards[0].parts}
     if calls:
-        metrics["tool/valid_share"] = mean(call.is_valid for call, _ in calls)
-    overlaps = [iou(call.box, sample.gold_box) for call, sample in calls if call.box and sample.gold_box]
+        metrics["tool/valid_share"] = mean(call.is_valid for call in calls)
+    overlaps = gold_overlaps(trajectories, [rollout.sample.gold_box for rollout in rollouts])
     if overlaps:
         metrics["tool/mean_iou"] = mean(overlaps)
     return metrics

@@ -13,6 +13,7 @@ from looktwice.config import Config, DataConfig, StageConfig
 from looktwice.data.dataset import BatchOrder
 from looktwice.data.records import Sample, check_pictures, read_samples
 from looktwice.errors import ConfigError
+from looktwice.metrics import Recorder
 from looktwice.model.weights import locate
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training.learner import FINAL_MODEL, Learner, state_file
@@ -67,11 +68,20 @@ def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
     )
 
 
-def save_checkpoint(learner: Learner, resolved: Sequence[Config], *, is_last: bool) -> None:
-    """Write `checkpoint-N`, from which a run can go on, when the settings ask for one after this step."""
-    every = learner.config.save_steps
-    if every and learner.step % every == 0 and not is_last:
-        learner.save(learner.config.output_dir / f"checkpoint-{learner.step}", resolved, with_optimizer=True)
+def is_due(learner: Learner, every: int) -> bool:
+    """Whether what happens every so many steps happens now; the last step always counts."""
+    return learner.step == learner.total_steps or learner.step % every == 0
+
+
+def close_step(learner: Learner, recorder: Recorder, metrics: dict[str, float], resolved: Sequence[Config]) -> None:
+    """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due."""
+    config = learner.config
+    if is_due(learner, config.logging_steps) or any(name.startswith("eval/") for name in metrics):
+        recorder.log(learner.step, metrics)
+    recorder.advance(learner.step, metrics)
+    is_last = learner.step == learner.total_steps
+    if config.save_steps and learner.step % config.save_steps == 0 and not is_last:
+        learner.save(config.output_dir / f"checkpoint-{learner.step}", resolved, with_optimizer=True)
 
 
 def save_final(learner: Learner, resolved: Sequence[Config]) -> Path:

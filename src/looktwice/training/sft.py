@@ -17,11 +17,12 @@ from looktwice.processing.packing import PackedBatch
 from looktwice.training.learner import Learner
 from looktwice.training.run import (
     batch_order,
+    close_step,
+    is_due,
     load_processor,
     load_samples,
     prepare_output,
     required,
-    save_checkpoint,
     save_final,
 )
 
@@ -48,13 +49,9 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
             metrics = train_step(learner, [train[number] for number in order[learner.step]], data)
             learner.step += 1
             metrics["epoch"] = order.epoch(learner.step)
-            is_last = learner.step == order.total_steps
-            if held_out and (is_last or learner.step % eval_every == 0):
+            if held_out and is_due(learner, eval_every):
                 metrics["eval/loss"] = evaluation_loss(learner, held_out, data)
-            if is_last or learner.step % config.logging_steps == 0 or "eval/loss" in metrics:
-                recorder.log(learner.step, metrics)
-            recorder.advance(learner.step, metrics)
-            save_checkpoint(learner, resolved, is_last=is_last)
+            close_step(learner, recorder, metrics, resolved)
     return save_final(learner, resolved)
 
 
