@@ -29,6 +29,6 @@ def publish(figures: dict[str, float]) -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     for name, value in figures.items():
-        print(f"{name:36} {value:10.3f}")
+        print(f"{name:44} {value:12.4g}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

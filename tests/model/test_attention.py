@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from looktwice.model.attention import packed_attention
+from looktwice.model.attention import packed_attention, packed_inputs
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -20,6 +20,30 @@ def test_no_sequence_sees_another(is_causal: bool, num_key_heads: int) -> None:
     if is_causal:
         mask = mask.tril()
     wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
-    cu_seqlens = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    cu_seqlens = [0, 3, 4, 9]
     packed = packed_attention(query, key, value, cu_seqlens, scale=0.3, is_causal=is_causal)
     torch.testing.assert_close(packed, wanted)
+
+
+def test_dropout_reaches_the_product() -> None:
+    query = torch.ones(1, 1, 4, 8)
+    dropped = packed_attention(query, query, query, [0, 4], scale=1.0, is_causal=False, dropout=1.0)
+    assert not dropped.any()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_masks_of_eager_and_flex_attention_show_the_same_tokens(is_causal: bool) -> None:
+    like, cu_seqlens = torch.zeros(1), [0, 1, 4, 6]
+    additive = packed_inputs(cu_seqlens, "eager", is_causal=is_causal, like=like)["attention_mask"]
+    blocks = packed_inputs(cu_seqlens, "flex_attention", is_causal=is_causal, like=like)["attention_mask"]
+    places = torch.arange(6)
+    flex = blocks.mask_mod(None, None, places[:, None], places[None])
+    pairs = {(0, 0), (1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 4), (5, 4), (5, 5)}
+    seen = pairs if is_causal else pairs | {(b, a) for a, b in pairs}
+    assert {(int(a), int(b)) for a, b in flex.nonzero()} == seen
+    assert {(int(a), int(b)) for a, b in (additive[0, 0] == 0).nonzero()} == seen
+
+
+def test_an_attention_that_would_mix_sequences_is_refused() -> None:
+    with pytest.raises(ValueError, match='not "paged|eager"'):
+        packed_inputs([0, 2], "paged|eager", is_causal=True, like=torch.zeros(1))

@@ -4,27 +4,54 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+import transformers.modeling_flash_attention_utils as flash_utils
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tests.model import oracle
+from tests.model.mixer import Mixer, image_inputs, padded_inputs
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import PreTrainedModel
 
 import looktwice.model.visual_tokenizer
 import looktwice.training.losses
 from looktwice.geometry import Size, smart_resize
+from looktwice.model.attention import packed_attention
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.modeling import IGNORE_INDEX, Ovis2_5ForConditionalGeneration
 from looktwice.processing.images import open_image, patchify, resize
 from looktwice.processing.packing import PackedBatch, pack
-from looktwice.processing.processor import Example, Ovis2_5Processor
+from looktwice.processing.processor import Example
 
+SMALL_LLM: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 12,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "pad_token_id": 0,
+}
+SMALL_VIT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 20,
+    "window_size": 8,
+}
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
 ALL_CASES, CASES_WITH_PICTURES = range(3), range(2)
@@ -39,12 +66,6 @@ CONFIG_IDS = {
     "image_end_token_id": 516,
     "video_start_token_id": 517,
     "video_end_token_id": 518,
-}
-RELEASED_PREFIXES = {
-    "llm.model.": "model.language_model.",
-    "visual_tokenizer.vit.vision_model.": "model.visual_tokenizer.vit.",
-    "visual_tokenizer.head.": "model.visual_tokenizer.head.",
-    "vte.": "model.vte.",
 }
 
 
@@ -148,8 +169,7 @@ def test_the_loss_has_the_golden_gradients(case: int) -> None:
     wanted = {name.removeprefix("grad."): value for name, value in expected(case).items() if name.startswith("grad.")}
     assert len(wanted) == 6
     for name, gradient in wanted.items():
-        prefix = next(prefix for prefix in RELEASED_PREFIXES if name.startswith(prefix))
-        ours = parameters[RELEASED_PREFIXES[prefix] + name.removeprefix(prefix)].grad
+        ours = parameters[oracle.our_name(name)].grad
         assert_equal_to_golden(torch.zeros_like(gradient) if ours is None else ours, gradient)
 
 
@@ -173,36 +193,10 @@ def test_the_divisor_of_the_loss_can_be_given(golden: Ovis2_5ForConditionalGener
 # -- packed, padded and alone
 
 
-class Mixer:
-    """Random examples for the tiny model: text of any length around pictures of any small size."""
-
-    def __init__(self, processor: Ovis2_5Processor, seed: int) -> None:
-        self.processor = processor
-        self.rng = np.random.default_rng(seed)
-
-    def example(self, num_images: int) -> Example:
-        example = Example()
-        self._text(example)
-        for _ in range(num_images):
-            self.processor.append_image(example, self.image())
-            self._text(example)
-        example.loss_mask[0] = False
-        return example
-
-    def image(self) -> Any:
-        height, width = self.rng.integers(1, 5, 2) * self.processor.factor
-        return self.processor.patch(Image.fromarray(self.rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
-
-    def _text(self, example: Example) -> None:
-        length = int(self.rng.integers(2, 9))
-        example.append([int(token) for token in self.rng.integers(0, 450, length)], is_trained=False)
-        example.loss_mask[-length:] = [bool(flag) for flag in self.rng.integers(0, 2, length)]
-
-
 @pytest.fixture
-def mix(processor: Ovis2_5Processor) -> Callable[..., list[Example]]:
+def mix(model: Ovis2_5ForConditionalGeneration) -> Callable[..., list[Example]]:
     def make(*num_images: int, seed: int = 0) -> list[Example]:
-        mixer = Mixer(processor, seed)
+        mixer = Mixer(model.config, seed)
         return [mixer.example(number) for number in num_images]
 
     return make
@@ -216,12 +210,7 @@ def without_mask(batch: PackedBatch) -> dict[str, Any]:
 
 @torch.no_grad()
 def logits_alone(model: Ovis2_5ForConditionalGeneration, example: Example) -> Tensor:
-    images = example.images
-    return model(
-        input_ids=torch.tensor([example.input_ids]),
-        pixel_values=torch.cat([image.pixel_values for image in images]) if images else None,
-        image_grid_thw=torch.tensor([image.grid_thw for image in images]) if images else None,
-    ).logits[0]
+    return model(input_ids=torch.tensor([example.input_ids]), **image_inputs([example])).logits[0]
 
 
 MIXES = [(0, 0), (1, 0, 2), (0, 3, 1), (2, 2, 0, 1)]
@@ -244,35 +233,20 @@ def test_padded_rows_give_the_logits_they_give_alone(
     model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]], num_images: tuple[int, ...], side: str
 ) -> None:
     examples = mix(*num_images)
-    longest = max(len(example) for example in examples)
-    rows, masks = [], []
-    for example in examples:
-        padding = [model.config.llm_config.pad_token_id] * (longest - len(example))
-        ones, zeros = [1] * len(example), [0] * len(padding)
-        rows.append(padding + example.input_ids if side == "left" else example.input_ids + padding)
-        masks.append(zeros + ones if side == "left" else ones + zeros)
-    batch = pack(examples)
-    attention_mask = torch.tensor(masks)
+    inputs = padded_inputs(examples, side)
     with torch.no_grad():
-        padded = model(
-            input_ids=torch.tensor(rows),
-            attention_mask=attention_mask,
-            pixel_values=batch.pixel_values,
-            image_grid_thw=batch.image_grid_thw,
-        ).logits
+        padded = model(**inputs).logits
     alone = torch.cat([logits_alone(model, example) for example in examples])
-    torch.testing.assert_close(padded[attention_mask.bool()], alone, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(padded[inputs["attention_mask"].bool()], alone, atol=2e-5, rtol=1e-5)
 
 
-def test_a_picture_shown_in_two_sequences_needs_to_be_stored_only_once(
-    model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor
-) -> None:
-    mixer = Mixer(processor, seed=0)
+def test_a_picture_shown_in_two_sequences_needs_to_be_stored_only_once(model: Ovis2_5ForConditionalGeneration) -> None:
+    mixer = Mixer(model.config, seed=0)
     shared, other = mixer.image(), mixer.image()
     first, second = Example(), Example()
     for example, images in ((first, [shared, other]), (second, [shared])):
         for image in images:
-            processor.append_image(example, image)
+            mixer.append_image(example, image)
             example.append([5, 6, 7], is_trained=True)
     once = pack([first, second])
     twice = without_mask(once) | {
@@ -347,19 +321,278 @@ def test_a_pack_gives_the_sum_of_the_gradients_of_its_sequences(
     assert_same_gradients(together, {name: parts[0][name] + parts[1][name] for name in parts[0]})
 
 
+def tower_of(model: Ovis2_5ForConditionalGeneration, name: str) -> PreTrainedModel:
+    towers = {"llm": model.model.language_model, "vit": model.model.visual_tokenizer.vit, "both": model}
+    return towers[name]
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-def test_gradient_checkpointing_recomputes_every_layer_and_gives_the_same_gradients(
-    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]]
+@pytest.mark.parametrize("tower", ["llm", "vit", "both"])
+def test_gradient_checkpointing_recomputes_the_layers_of_its_tower_and_gives_the_same_gradients(
+    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]], tower: str
 ) -> None:
     model, batch = copy.deepcopy(model), pack(mix(1, 0))
     kept = gradients(model, batch)
-    model.gradient_checkpointing_enable()
-    calls = []
-    layers = [*model.model.language_model.layers, *model.model.visual_tokenizer.vit.encoder.layers]
-    for number, layer in enumerate(layers):
-        layer.self_attn.register_forward_hook(lambda *_, number=number: calls.append(number))
+    tower_of(model, tower).gradient_checkpointing_enable()
+    calls = Counter[str]()
+    layers = {
+        "llm": model.model.language_model.layers,
+        "vit": model.model.visual_tokenizer.vit.encoder.layers,
+    }
+    for name, stack in layers.items():
+        for layer in stack:
+            layer.self_attn.register_forward_hook(lambda *_, name=name: calls.update([name]))
     assert_same_gradients(gradients(model, batch), kept)
-    assert sorted(calls) == sorted([*range(len(layers))] * 2)
+    passes = {name: calls[name] / len(stack) for name, stack in layers.items()}
+    assert passes == {name: 2 if tower in (name, "both") else 1 for name in layers}
+
+
+# -- equal to a plain re-implementation, for configs that were never released
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Ovis2_5Config:
+    patch_size, stride, num_layers = (draw(st.sampled_from(values)) for values in ((4, 8, 14), (1, 2, 3), (1, 2, 3)))
+    listed = draw(st.none() | st.sets(st.integers(0, 3), min_size=1))
+    key_heads, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
+    vit_heads, vit_head_dim = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([4, 8, 12]))
+    return Ovis2_5Config(
+        llm_config={
+            "vocab_size": 60,
+            "hidden_size": draw(st.sampled_from([8, 12])),
+            "intermediate_size": 16,
+            "num_hidden_layers": draw(st.sampled_from([1, 2])),
+            "num_attention_heads": key_heads * group,
+            "num_key_value_heads": key_heads,
+            "head_dim": draw(st.sampled_from([4, 8])),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+            "tie_word_embeddings": draw(st.booleans()),
+            "pad_token_id": 0,
+        },
+        vit_config={
+            "hidden_size": vit_heads * vit_head_dim,
+            "intermediate_size": 20,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": vit_heads,
+            "patch_size": patch_size,
+            "hidden_stride": stride,
+            "image_size": patch_size * draw(st.sampled_from([2, 5])),
+            "num_patches": draw(st.sampled_from([-1, -1, 9])),
+            "window_size": patch_size * stride * draw(st.sampled_from([1, 2])) + draw(st.sampled_from([0, 3])),
+            "fullatt_block_indexes": None if listed is None else "|".join(map(str, sorted(listed))),
+            "use_rope": draw(st.sampled_from([True, True, False])),
+            "preserve_original_pe": draw(st.sampled_from([True, True, False])),
+        },
+        visual_vocab_size=24,
+        **dict(zip(CONFIG_IDS, range(53, 60))),
+    )
+
+
+def small_config(*, is_tied: bool = False, fullatt_block_indexes: str | None = None) -> Ovis2_5Config:
+    return Ovis2_5Config(
+        llm_config=SMALL_LLM | {"tie_word_embeddings": is_tied},
+        vit_config=SMALL_VIT | {"fullatt_block_indexes": fullatt_block_indexes},
+        visual_vocab_size=24,
+        **dict(zip(CONFIG_IDS, range(53, 60))),
+    )
+
+
+def implementations(model: Ovis2_5ForConditionalGeneration) -> tuple[str, str]:
+    towers = (model.model.language_model, model.model.visual_tokenizer.vit)
+    return tuple(tower.config._attn_implementation for tower in towers)  # type: ignore[return-value]
+
+
+def build(config: Ovis2_5Config, seed: int) -> Ovis2_5ForConditionalGeneration:
+    """Weights spread wide enough that every part of the network shows in the logits."""
+    torch.manual_seed(seed)
+    model = Ovis2_5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            is_norm = weight.ndim == 1 and name.endswith("weight")
+            weight.normal_(1.0 if is_norm else 0.0, 0.3)
+    return model
+
+
+def released_weights(model: Ovis2_5ForConditionalGeneration) -> oracle.Weights:
+    return {oracle.released_name(name): weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def oracle_logits(weights: oracle.Weights, config: Ovis2_5Config, example: Example) -> Tensor:
+    pixels = image_inputs([example]).get("pixel_values")
+    return oracle.logits(weights, config, example.input_ids, pixels, [image.grid_thw for image in example.images])
+
+
+def random_mix(config: Ovis2_5Config, num_frames: list[list[int]], seed: int) -> list[Example]:
+    """One example for each list, with a picture or video of so many frames for each number."""
+    mixer = Mixer(config, seed)
+    examples = []
+    for numbers in num_frames:
+        example = mixer.example(0)
+        for number in numbers:
+            mixer.append_image(example, mixer.image(number))
+            example.append([3, 4], is_trained=True)
+        examples.append(example)
+    return examples
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    config=configs(),
+    num_frames=st.lists(st.lists(st.sampled_from([1, 1, 1, 2, 3]), max_size=3), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+)
+@torch.no_grad()
+def test_alone_packed_and_padded_give_the_logits_of_the_plain_network(
+    config: Ovis2_5Config, num_frames: list[list[int]], seed: int
+) -> None:
+    model, examples = build(config, seed), random_mix(config, num_frames, seed)
+    wanted = torch.cat([oracle_logits(released_weights(model), config, example) for example in examples])
+    tolerance = 1e-4 * float(wanted.abs().max())
+    alone = torch.cat([logits_alone(model, example) for example in examples])
+    torch.testing.assert_close(alone, wanted, atol=tolerance, rtol=1e-4)
+    packed = model(**without_mask(pack(examples))).logits[0]
+    torch.testing.assert_close(packed, wanted, atol=tolerance, rtol=1e-4)
+    for side in ("left", "right"):
+        inputs = padded_inputs(examples, side)
+        padded = model(**inputs).logits[inputs["attention_mask"].bool()]
+        torch.testing.assert_close(padded, wanted, atol=tolerance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("listed", [None, "0"])
+def test_gradients_are_those_of_the_plain_network(is_tied: bool, listed: str | None) -> None:
+    config = small_config(is_tied=is_tied, fullatt_block_indexes=listed)
+    model = build(config, seed=0)
+    examples = random_mix(config, [[1, 2], [], [1]], seed=0)
+    weights = {name: weight.requires_grad_() for name, weight in released_weights(model).items()}
+    wanted = torch.cat([oracle_logits(weights, config, example) for example in examples])
+    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    (wanted * direction).sum().backward()
+    (model(**without_mask(pack(examples))).logits[0] * direction).sum().backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert_same_gradients(
+        found, {oracle.our_name(name): weight.grad for name, weight in weights.items() if weight.grad is not None}
+    )
+
+
+# -- every attention implementation
+
+
+def uncompiled_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes half a minute; the arithmetic is the same without."""
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **options: Any) -> Any:
+        return flex_attention(query, key, value, **options)
+
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", plain)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("listed", [None, "0"])
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_packed_rows_give_the_logits_of_sdpa_with_any_attention(
+    implementation: str, listed: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uncompiled_flex(monkeypatch)
+    config = small_config(fullatt_block_indexes=listed)
+    model = build(config, seed=0)
+    batch = pack(random_mix(config, [[1, 2], [], [1]], seed=0))
+    wanted = model(**without_mask(batch)).logits
+    model.set_attn_implementation(implementation)
+    assert implementations(model) == (implementation, implementation)
+    torch.testing.assert_close(model(**without_mask(batch)).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_rows_give_the_logits_of_sdpa_with_eager_attention(side: str) -> None:
+    config = small_config()
+    model = build(config, seed=0)
+    inputs = padded_inputs(random_mix(config, [[1, 2], [], [1]], seed=0), side)
+    is_real = inputs["attention_mask"].bool()
+    wanted = model(**inputs).logits[is_real]
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**inputs).logits[is_real], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_eager_attention_has_the_gradients_of_sdpa() -> None:
+    config = small_config(fullatt_block_indexes="0")
+    model = build(config, seed=0)
+    batch = pack(random_mix(config, [[1, 2], [], [1]], seed=0))
+    wanted = gradients(model, batch)
+    model.set_attn_implementation("eager")
+    assert_same_gradients(gradients(model, batch), wanted)
+
+
+@torch.no_grad()
+def test_flash_attention_gets_the_sequences_and_segments_of_both_towers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel runs on GPUs only. In its place stands one that notes its arguments and computes the same by SDPA."""
+    config = small_config(fullatt_block_indexes="0")
+    model = build(config, seed=0)
+    examples = random_mix(config, [[2], []], seed=0)
+    batch = pack(examples)
+    wanted = model(**without_mask(batch)).logits
+    calls: list[dict[str, Any]] = []
+
+    def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = packed_attention(
+            *heads_first,
+            options["cu_seqlens_q"].tolist(),
+            scale=options["softmax_scale"],
+            is_causal=options["causal"],
+        )
+        return out[0].transpose(0, 1)
+
+    everything = defaultdict(lambda: True)
+    functions = (None, varlen_kernel, None, None, None)
+    process = partial(flash_utils._process_flash_attention_kwargs, supports_mapping=everything)
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *_, **__: (functions, (process, None)))
+    for part in (config.llm_config, config.vit_config):
+        part._attn_implementation_internal = "flash_attention_2"
+    torch.testing.assert_close(model(**without_mask(batch)).logits, wanted, atol=1e-4, rtol=1e-4)
+
+    _, h, w = examples[0].images[0].grid_thw
+    full_layer, windowed_layer, llm_layer, *_ = calls
+    assert full_layer["cu_seqlens_q"].tolist() == [0, h * w, 2 * h * w]
+    assert len(windowed_layer["cu_seqlens_q"]) > 3
+    assert llm_layer["cu_seqlens_q"].tolist() == batch.cu_seqlens.tolist()
+    assert [call["causal"] for call in calls] == [False, False, True, True]
+    for call, head_dim in zip(calls, [8, 8, 4, 4]):
+        starts = call["cu_seqlens_q"]
+        assert starts.dtype == torch.int32 and torch.equal(call["cu_seqlens_k"], starts)
+        assert call["max_seqlen_q"] == call["max_seqlen_k"] == int(starts.diff().max())
+        assert call["softmax_scale"] == head_dim**-0.5
+        assert call["dropout_p"] == 0.0 and "window_size" not in call
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [
+        ("sdpa", ("packed_sdpa", "packed_sdpa")),
+        ("eager", ("eager", "eager")),
+        ({"llm_config": "flex_attention", "vit_config": "eager"}, ("flex_attention", "eager")),
+        ({"vit_config": "eager"}, ("packed_sdpa", "eager")),
+    ],
+)
+def test_attention_is_chosen_for_both_towers_or_for_each(chosen: str | dict[str, str], found: tuple[str, str]) -> None:
+    assert implementations(load_golden(attn_implementation=chosen)) == found
+    later = load_golden()
+    later.set_attn_implementation(chosen)
+    assert implementations(later) == found
+
+
+def test_going_back_to_sdpa_packs_again() -> None:
+    config = small_config()
+    model = build(config, seed=0)
+    batch = pack(random_mix(config, [[1], []], seed=0))
+    with torch.no_grad():
+        wanted = model(**without_mask(batch)).logits
+        model.set_attn_implementation("eager")
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(model(**without_mask(batch)).logits, wanted)
 
 
 # -- what is refused, and what is allowed
@@ -410,89 +643,17 @@ def test_a_pack_of_two_rows_is_refused(model: Ovis2_5ForConditionalGeneration) -
         model(input_ids=torch.tensor([[5, 6], [7, 8]]), cu_seqlens=torch.tensor([0, 2], dtype=torch.int32))
 
 
-def test_packed_rows_refuse_an_attention_that_would_mix_them(mix: Callable[..., list[Example]]) -> None:
-    eager = load_golden(attn_implementation="eager")
-    with pytest.raises(ValueError, match='not "eager"'):
-        eager(**without_mask(pack(mix(0, 0))))
-
-
-def test_padded_rows_give_the_same_logits_with_eager_attention(golden: Ovis2_5ForConditionalGeneration) -> None:
-    inputs = golden_inputs(0)
-    with torch.no_grad():
-        eager = load_golden(attn_implementation="eager")(**inputs).logits
-        torch.testing.assert_close(eager, golden(**inputs).logits, atol=1e-4, rtol=1e-4)
-
-
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_frozen_embeddings_with_input_gradients_train(
-    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]]
+    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]], is_checkpointed: bool
 ) -> None:
-    model = copy.deepcopy(model)
+    model, batch = copy.deepcopy(model), pack(mix(1, 0))
+    wanted = gradients(model, batch)
     model.get_input_embeddings().requires_grad_(False)
     model.enable_input_require_grads()
-    found = gradients(model, pack(mix(1, 0)))
-    assert "model.language_model.embed_tokens.weight" not in found
-    assert "model.vte.weight" in found
-
-
-# -- generation
-
-
-def greedy(model: Ovis2_5ForConditionalGeneration, example: Example, num_tokens: int) -> list[int]:
-    """The most likely continuation without visual ids, and without any cache."""
-    example = example.copy()
-    for _ in range(num_tokens):
-        logits = logits_alone(model, example)[-1]
-        logits[list(model.config.visual_token_ids)] = -torch.inf
-        example.append([int(logits.argmax())], is_trained=False)
-    return example.input_ids[-num_tokens:]
-
-
-def greedy_options(model: Ovis2_5ForConditionalGeneration, num_tokens: int) -> dict[str, Any]:
-    return {
-        "max_new_tokens": num_tokens,
-        "do_sample": False,
-        "suppress_tokens": list(model.config.visual_token_ids),
-        "eos_token_id": None,
-    }
-
-
-def test_generate_continues_a_left_padded_batch_as_each_row_alone(
-    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]]
-) -> None:
-    examples = mix(2, 0, 1)
-    longest = max(len(example) for example in examples)
-    lengths = [longest - len(example) for example in examples]
-    batch = pack(examples)
-    generated = model.generate(
-        input_ids=torch.tensor([[0] * n + example.input_ids for n, example in zip(lengths, examples)]),
-        attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in lengths]),
-        pixel_values=batch.pixel_values,
-        image_grid_thw=batch.image_grid_thw,
-        **greedy_options(model, 4),
-    )
-    assert generated[:, longest:].tolist() == [greedy(model, example, 4) for example in examples]
-
-
-def test_generate_goes_on_from_a_cache_with_only_the_new_picture(
-    model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor
-) -> None:
-    mixer = Mixer(processor, seed=1)
-    example = mixer.example(1)
-    first = without_mask(pack([example]))
-    with torch.no_grad():
-        cache = model(
-            input_ids=first["input_ids"],
-            pixel_values=first["pixel_values"],
-            image_grid_thw=first["image_grid_thw"],
-            use_cache=True,
-        ).past_key_values
-    crop = mixer.image()
-    processor.append_image(example, crop)
-    generated = model.generate(
-        input_ids=torch.tensor([example.input_ids]),
-        past_key_values=cache,
-        pixel_values=crop.pixel_values,
-        image_grid_thw=torch.tensor([crop.grid_thw]),
-        **greedy_options(model, 4),
-    )
-    assert generated[0, len(example) :].tolist() == greedy(model, example, 4)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    found = gradients(model, batch)
+    del wanted["model.language_model.embed_tokens.weight"]
+    assert_same_gradients(found, wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from looktwice.model.vision import VisionTower, block_order
 GRIDS = [(1, 8, 14), (2, 4, 8), (1, 2, 2)]
 
 
-def make_tower(fullatt_block_indexes: str | None = None) -> VisionTower:
+def make_tower(fullatt_block_indexes: str | None = None, **fields: Any) -> VisionTower:
     """Random weights with a spread that makes attention matter; windows of 6 x 6 patches."""
     config = Siglip2NavitConfig(
         hidden_size=32,
@@ -24,6 +26,7 @@ def make_tower(fullatt_block_indexes: str | None = None) -> VisionTower:
         patch_size=16,
         window_size=112,
         fullatt_block_indexes=fullatt_block_indexes,
+        **fields,
     )
     torch.manual_seed(0)
     tower = VisionTower(config).eval()
@@ -79,7 +82,7 @@ def reference(tower: VisionTower, pixels: Tensor, grids: list[tuple[int, int, in
     return hidden.view(-1, 4 * 32)
 
 
-@pytest.mark.parametrize("fullatt_block_indexes", [None, "0", "0|2"])
+@pytest.mark.parametrize("fullatt_block_indexes", [None, "0", "0|2", "0|1|7"])
 @torch.no_grad()
 def test_attention_reaches_the_frame_in_full_layers_and_the_window_in_others(fullatt_block_indexes: str | None) -> None:
     tower, pixels = make_tower(fullatt_block_indexes), make_pixels(GRIDS)
@@ -122,3 +125,28 @@ def test_patches_come_in_blocks_of_four_from_top_left_to_bottom_right() -> None:
     assert block_order(4, 6, 2).tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11] + [
         12, 13, 18, 19, 14, 15, 20, 21, 16, 17, 22, 23
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["position_embedding.weight", "patch_embedding.weight"])
+def test_the_config_decides_what_the_embeddings_are(name: str) -> None:
+    released = make_tower().embeddings.state_dict()
+    other = make_tower(preserve_original_pe=False, num_patches=9).embeddings.state_dict()
+    shapes = {"position_embedding.weight": ((16, 32), None), "patch_embedding.weight": ((32, 3, 16, 16), (32, 768))}
+    found = tuple(tuple(state[name].shape) if name in state else None for state in (released, other))
+    assert found == shapes[name]
+
+
+@torch.no_grad()
+def test_without_a_position_table_and_rotation_patches_of_one_kind_are_all_alike() -> None:
+    tower = make_tower(preserve_original_pe=False, use_rope=False)
+    features = tower(torch.ones(16, 768), torch.tensor([(1, 4, 4)]))
+    torch.testing.assert_close(features, features[:1].expand_as(features))
+
+
+def test_attention_of_the_tower_can_be_set_alone() -> None:
+    tower, pixels, grid = make_tower("0"), make_pixels(GRIDS), torch.tensor(GRIDS)
+    with torch.no_grad():
+        wanted = tower(pixels, grid)
+        tower.set_attn_implementation("eager")
+        assert tower.config._attn_implementation == "eager"
+        torch.testing.assert_close(tower(pixels, grid), wanted, atol=1e-4, rtol=1e-4)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import looktwice.model.visual_tokenizer
 from looktwice.model.configuration import Siglip2NavitConfig
@@ -59,3 +65,86 @@ def test_features_are_embedded_alike_in_one_chunk_or_many(
         whole = embed_features(features, tokenizer, table)
         monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
         torch.testing.assert_close(embed_features(features, tokenizer, table), whole)
+
+
+def gradients_of(embed: Callable[[Tensor], Tensor], features: Tensor, *modules: torch.nn.Module) -> list[Tensor]:
+    """The vectors, then gradients of the features and of every weight that is trained."""
+    features = features.clone().requires_grad_()
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    vectors = embed(features)
+    return [vectors, *torch.autograd.grad(vectors.float().square().sum(), [features, *weights])]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_chunks_give_vectors_and_gradients_of_the_plain_product(
+    monkeypatch: pytest.MonkeyPatch, is_trained: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
+    head, table = make_head(num_words=50, width=20)
+    head.to(dtype).requires_grad_(is_trained)
+    table.to(dtype).requires_grad_(is_trained)
+    features = torch.randn(11, 32).to(dtype)
+    plain = gradients_of(lambda x: table(head.probabilities(x)), features, head.head, table)
+    chunked = gradients_of(lambda x: embed_features(x, head, table), features, head.head, table)
+    assert len(chunked) == (6 if is_trained else 2)
+    for found, wanted in zip(chunked, plain, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted, atol=tolerance * float(wanted.detach().abs().max()), rtol=tolerance)
+
+
+def make_head(*, num_words: int, width: int) -> tuple[VisualTokenizer, VisualEmbedding]:
+    config = Siglip2NavitConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=32
+    )
+    torch.manual_seed(0)
+    return VisualTokenizer(config, num_words + 4), VisualEmbedding(num_words + 4, width)
+
+
+class MostRows(TorchDispatchMode):
+    """The most rows that any tensor as wide as the visual vocabulary had, weights and their gradients aside."""
+
+    def __init__(self, num_words: int, others: set[int]) -> None:
+        super().__init__()
+        self.num_words, self.others, self.found = num_words, others, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and self.num_words in tensor.shape:
+                rows = tensor.numel() // self.num_words
+                self.found = max(self.found, 0 if rows in self.others else rows)
+        return out
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_no_tensor_ever_holds_the_visual_words_of_all_tokens(monkeypatch: pytest.MonkeyPatch, is_trained: bool) -> None:
+    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
+    head, table = make_head(num_words=50, width=20)
+    head.requires_grad_(is_trained)
+    table.requires_grad_(is_trained)
+    # 1: a norm's weight, 32: the head, 20: the table
+    with MostRows(num_words=50, others={1, 32, 20}) as forward, torch.no_grad():
+        embed_features(torch.randn(11, 32), head, table)
+    with MostRows(num_words=50, others={1, 32, 20}) as both:
+        gradients_of(lambda x: embed_features(x, head, table), torch.randn(11, 32), head.head, table)
+    assert (forward.found, both.found) == (3, 3)
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_nothing_as_wide_as_the_visual_words_is_kept_for_backward(
+    monkeypatch: pytest.MonkeyPatch, is_trained: bool
+) -> None:
+    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
+    head, table = make_head(num_words=50, width=20)
+    head.requires_grad_(is_trained)
+    table.requires_grad_(is_trained)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embed_features(torch.randn(11, 32, requires_grad=True), head, table)
+    assert [tensor.shape for tensor in kept if 50 in tensor.shape] == []

@@ -102,6 +102,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Ovis2_5Config:
             "patch_size": 8,
             "image_size": 96,
             "hidden_stride": 2,
+            "initializer_range": 0.08,
         },
         visual_vocab_size=VISUAL_VOCAB_SIZE,
         image_placeholder_id=ids["<image>"],

@@ -1,4 +1,4 @@
-"""Packed attention: several sequences in one row, none of which sees another.
+"""Packed attention: several sequences in one row, none of which sees another, with any attention implementation.
 
 Legend: T tokens of the row, S sequences, H query heads, K key heads, D head width.
 `cu_seqlens` [S + 1] holds where each sequence starts and, last, where the row ends.
@@ -12,26 +12,92 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
 
 PACKED_SDPA = "packed_sdpa"
 
 
+class PackedAttentionModel(PreTrainedModel):
+    """A transformers model whose rows may be packed: when `sdpa` is chosen, it gets the SDPA that can do that."""
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return PACKED_SDPA if chosen == "sdpa" else chosen
+
+
+def packed_inputs(cu_seqlens: list[int], implementation: str, *, is_causal: bool, like: Tensor) -> dict[str, Any]:
+    """What an attention function of transformers must be given to keep the sequences of a row apart.
+
+    `cu_seqlens` is a list, or every layer would wait for a GPU to hand the numbers over. Device and dtype of masks are
+    those of `like`. Raises ValueError for an implementation that would let the sequences see each other.
+    """
+    if implementation == PACKED_SDPA:
+        return {"attention_mask": None, "cu_seq_lens_q": cu_seqlens}
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
+        starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=like.device)
+        longest = max(end - start for start, end in pairwise(cu_seqlens))
+        lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+        return {"attention_mask": None, **lengths}
+    if implementation == "eager":
+        return {"attention_mask": _additive_mask(cu_seqlens, is_causal=is_causal, like=like)}
+    if implementation == "flex_attention":
+        return {"attention_mask": _block_mask(cu_seqlens, is_causal=is_causal, device=like.device)}
+    raise ValueError(
+        f'packed rows need attention "sdpa", "eager", "flex_attention" or "flash_attention_2", not "{implementation}"'
+    )
+
+
+def _owners(cu_seqlens: list[int], device: torch.device) -> Tensor:
+    """Number of the sequence that each token belongs to: [T]."""
+    starts = torch.tensor(cu_seqlens, device=device)
+    return torch.repeat_interleave(torch.arange(len(starts) - 1, device=device), starts.diff())
+
+
+def _additive_mask(cu_seqlens: list[int], *, is_causal: bool, like: Tensor) -> Tensor:
+    """0 where a token sees another and a very low number elsewhere: [1, 1, T, T]."""
+    owners = _owners(cu_seqlens, like.device)
+    is_seen = owners[:, None] == owners
+    if is_causal:
+        is_seen = is_seen.tril()
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros(is_seen.shape, dtype=like.dtype, device=like.device).masked_fill(~is_seen, lowest)[None, None]
+
+
+def _block_mask(cu_seqlens: list[int], *, is_causal: bool, device: torch.device) -> BlockMask:
+    owners = _owners(cu_seqlens, device)
+
+    def is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_same = owners[query] == owners[key]
+        return is_same & (query >= key) if is_causal else is_same
+
+    # uncompiled, the mask is T x T before it becomes blocks; on a CPU compiling would take longer than attention
+    is_compiled = device.type != "cpu"
+    return create_block_mask(is_seen, None, None, len(owners), len(owners), device=device, _compile=is_compiled)
+
+
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | list[int], *, scale: float, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: list[int],
+    *,
+    scale: float,
+    is_causal: bool,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention within each sequence of a packed row: [1, H, T, D], [1, K, T, D], [1, K, T, D] -> [1, H, T, D].
 
     A loop of SDPA over sequences: on CPU 2 to 13 times faster than padding or a block-diagonal mask, and it has no
     mask to get wrong. On a GPU choose `flash_attention_2`, which takes the same `cu_seqlens`.
     """
-    starts = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    lengths = [end - start for start, end in pairwise(starts)]
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
     grouped = query.shape[1] != key.shape[1]
     parts = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+        F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout, enable_gqa=grouped)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
     ]
     return torch.cat(parts, 2)
@@ -43,15 +109,26 @@ def _packed_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: packed when `cu_seq_lens_q` is given, its own SDPA otherwise."""
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = packed_attention(query, key, value, cu_seq_lens_q, scale=scale, is_causal=True)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    out = packed_attention(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        is_causal=bool(module.is_causal if is_causal is None else is_causal),
+        dropout=dropout,
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig, Qwen3Config
 
 NUM_INDICATORS = 4
+OFFICIAL_TRAINER_TYPE = "ovis"
+RELEASED_ARCHITECTURE = "Ovis2_5"
+SERVING_CONFIG = Path(__file__).parents[1] / "serving" / "configuration_ovis2_5.py"
+AUTO_MAP = {"AutoConfig": f"{SERVING_CONFIG.stem}.Ovis2_5_Config"}
 
 
 class Siglip2NavitConfig(PretrainedConfig):
@@ -56,6 +65,37 @@ class Siglip2NavitConfig(PretrainedConfig):
         self.preserve_original_pe = preserve_original_pe
         self.use_rope = use_rope
         self.initializer_range = initializer_range
+        problem = self._problem()
+        if problem:
+            raise ValueError(f"vit_config: {problem}")
+
+    def _problem(self) -> str | None:
+        """Why the tower cannot be built as the released code would build it, if so."""
+        if self.temporal_patch_size != 1:
+            return f"temporal_patch_size is {self.temporal_patch_size}; the patch embedding takes single frames, so 1"
+        if self.hidden_size % self.num_attention_heads:
+            return f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+        if self.use_rope and self.hidden_size // self.num_attention_heads % 4:
+            width = self.hidden_size // self.num_attention_heads
+            return f"use_rope needs heads whose width is a multiple of 4; hidden_size / num_attention_heads is {width}"
+        if self.preserve_original_pe and self.num_patches > 0 and math.isqrt(self.num_patches) ** 2 != self.num_patches:
+            return f"num_patches is {self.num_patches}; the position table is a square, so give a square number or -1"
+        if not re.fullmatch(r"None|\d+(\|\d+)*", str(self.fullatt_block_indexes)):
+            return f"fullatt_block_indexes is {self.fullatt_block_indexes!r}; give numbers such as '0|13|26', or null"
+        is_windowed = not self.full_attention_layers.issuperset(range(self.num_hidden_layers))
+        if is_windowed and self.window_side < 1:
+            return f"window_size {self.window_size} is less than one visual token, {self.factor} pixels"
+        return None
+
+    @property
+    def window_side(self) -> int:
+        """Side of an attention window in patches."""
+        return self.hidden_stride * (self.window_size // self.hidden_stride // self.patch_size)
+
+    @property
+    def position_table_side(self) -> int:
+        """Rows, and columns, of the learned position table."""
+        return math.isqrt(self.num_patches) if self.num_patches > 0 else self.image_size // self.patch_size
 
     @property
     def factor(self) -> int:
@@ -79,6 +119,7 @@ class Ovis2_5Config(PretrainedConfig):
 
     model_type = "ovis2_5"
     sub_configs = {"llm_config": Qwen3Config, "vit_config": Siglip2NavitConfig}
+    attribute_map = {"text_config": "llm_config", "vision_config": "vit_config"}  # the names that TRL and others read
 
     def __init__(
         self,
@@ -108,8 +149,35 @@ class Ovis2_5Config(PretrainedConfig):
         self.vocab_size = self.llm_config.vocab_size
         kwargs.pop("hidden_size", None)
         kwargs.pop("vocab_size", None)
+        others = set(self.llm_config.layer_types or ()) - {"full_attention"}
+        if others:
+            # a packed row and the rollout cache know no other pattern
+            raise ValueError(f"llm_config: layer_types has {', '.join(others)}; only full_attention is supported")
         kwargs["tie_word_embeddings"] = bool(self.llm_config.tie_word_embeddings)
         super().__init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields of a config.json; the official trainer's model type `ovis` is taken as `ovis2_5`."""
+        fields, rest = super().get_config_dict(*args, **kwargs)
+        if fields.get("model_type") == OFFICIAL_TRAINER_TYPE:
+            fields["model_type"] = cls.model_type
+        return fields, rest
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: the released spelling, which vLLM and the official code read too."""
+        fields = super().to_diff_dict()
+        fields |= {"architectures": [RELEASED_ARCHITECTURE], "auto_map": AUTO_MAP}
+        fields.pop("quantization_config", None)  # weights are stored whole
+        rope = dict(fields["llm_config"].pop("rope_parameters"))
+        is_plain = rope.get("rope_type", "default") == "default"
+        fields["llm_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if is_plain else rope}
+        return fields
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write config.json, and beside it the classes that read it where looktwice is not installed."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        shutil.copyfile(SERVING_CONFIG, Path(save_directory) / SERVING_CONFIG.name)
 
     @property
     def indicator_token_ids(self) -> tuple[int, int, int, int]:

@@ -6,6 +6,7 @@ Released checkpoints load by renaming keys, and saving writes the released names
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.utils import ModelOutput
 
-from looktwice.model.attention import PACKED_SDPA
+from looktwice.model.attention import PackedAttentionModel, packed_inputs
 from looktwice.model.configuration import NUM_INDICATORS, Ovis2_5Config
 from looktwice.model.visual_tokenizer import VisualEmbedding, VisualTokenizer, embed_features
 from looktwice.training.losses import chunked_logprobs
 
 IGNORE_INDEX = -100
+"""The label of a token that is not trained, in transformers and here."""
 
 
 @dataclass
@@ -54,14 +56,20 @@ class Ovis2_5PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
 
+class LanguageModel(PackedAttentionModel, Qwen3Model):
+    """transformers' own Qwen3, with packed rows under every attention implementation."""
+
+
 class Ovis2_5Model(Ovis2_5PreTrainedModel):
-    """Everything but the output head."""
+    """Everything but the output head.
+
+    Its two towers, `language_model` and `visual_tokenizer.vit`, are transformers models themselves: gradient
+    checkpointing and attention are switched on the whole model for both, or on a tower for that tower alone.
+    """
 
     def __init__(self, config: Ovis2_5Config) -> None:
         super().__init__(config)
-        if config.llm_config._attn_implementation in (None, "sdpa"):
-            config.llm_config._attn_implementation = PACKED_SDPA
-        self.language_model = Qwen3Model(config.llm_config)
+        self.language_model = LanguageModel(config.llm_config)
         self.visual_tokenizer = VisualTokenizer(config.vit_config, config.visual_vocab_size)
         self.vte = VisualEmbedding(config.visual_vocab_size, config.hidden_size)
         self.post_init()
@@ -131,9 +139,11 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         if cu_seqlens is not None:
             if inputs_embeds.shape[0] != 1 or past_key_values is not None:
                 raise ValueError("a packed batch is one row and uses no cache")
-            kwargs |= self._packed_kwargs(cu_seqlens)
+            implementation = self.language_model.config._attn_implementation
+            packed = packed_inputs(cu_seqlens.tolist(), implementation, is_causal=True, like=inputs_embeds)
             # a mapping of masks keeps transformers from building one: with its own defaults, packed rows leak
-            attention_mask, use_cache = {"full_attention": None, "sliding_attention": None}, False
+            attention_mask, use_cache = {"full_attention": packed.pop("attention_mask")}, False
+            kwargs |= packed
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -143,23 +153,12 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
             **kwargs,
         )
 
-    def _packed_kwargs(self, cu_seqlens: Tensor) -> dict[str, Any]:
-        implementation = self.config.llm_config._attn_implementation
-        if implementation != PACKED_SDPA and not implementation.startswith("flash_attention"):
-            raise ValueError(f'packed rows need attention "sdpa" or "flash_attention_2", not "{implementation}"')
-        longest = int(cu_seqlens.diff().max())
-        # as a list, or every layer would wait for the GPU to hand the numbers over
-        starts = cu_seqlens.tolist() if implementation == PACKED_SDPA else cu_seqlens
-        return {
-            "cu_seq_lens_q": starts,
-            "cu_seq_lens_k": starts,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+    def num_visual_tokens(self, image_grid_thw: Tensor) -> list[int]:
+        """Of each picture: [I, 3] -> I numbers."""
+        return (image_grid_thw.prod(-1) // self.config.vit_config.hidden_stride**2).tolist()
 
     def _repeat_images(self, features: Tensor, image_grid_thw: Tensor, image_index: Tensor) -> Tensor:
-        counts = (image_grid_thw.prod(-1) // self.config.vit_config.hidden_stride**2).tolist()
-        images = features.split(counts)
+        images = features.split(self.num_visual_tokens(image_grid_thw))
         return torch.cat([images[index] for index in image_index.tolist()])
 
 
@@ -248,23 +247,53 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Any, *args: Any, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict:
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's settings, and no visual id is ever sampled."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
+        suppressed = {*(generation_config.suppress_tokens or ()), *self.config.visual_token_ids}
+        generation_config.suppress_tokens = sorted(suppressed)
+        return generation_config, model_kwargs
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Rows repeated `expand_size` times; their pictures are stored, and encoded, only once."""
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw", "image_index")}
+        if expand_size > 1 and images["image_grid_thw"] is not None:
+            cache = model_kwargs.get("past_key_values")
+            new_ids = input_ids if cache is None else input_ids[:, cache.get_seq_length() :]
+            shown = self._images_of_rows(new_ids, images["image_grid_thw"], images["image_index"])
+            repeated = [index for row in shown for _ in range(expand_size) for index in row]
+            images["image_index"] = images["image_grid_thw"].new_tensor(repeated)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs["pixel_values"] = inputs["image_grid_thw"] = None
-        return inputs
+        return input_ids, model_kwargs | {name: value for name, value in images.items() if value is not None}
+
+    def _images_of_rows(self, ids: Tensor, image_grid_thw: Tensor, image_index: Tensor | None) -> list[list[int]]:
+        """Indices of the pictures shown in each row of ids [B, T], told by how many visual tokens each needs."""
+        counts = self.model.num_visual_tokens(image_grid_thw)
+        indices = iter(range(len(counts)) if image_index is None else image_index.tolist())
+        rows: list[list[int]] = []
+        for num_left in (ids == self.config.image_token_id).sum(-1).tolist():
+            row: list[int] = []
+            while num_left > 0:
+                row.append(next(indices))
+                num_left -= counts[row[-1]]
+            rows.append(row)
+        return rows
 
 
+RELEASED_PREFIXES = {
+    "llm.model.": "model.language_model.",
+    "llm.lm_head.": "lm_head.",
+    "visual_tokenizer.vit.vision_model.": "model.visual_tokenizer.vit.",
+    "visual_tokenizer.head.": "model.visual_tokenizer.head.",
+    "vte.": "model.vte.",
+}
+"""Beginnings of released tensor names, and of ours."""
 RELEASED_NAMES: list[WeightConverter | WeightRenaming] = [
-    WeightRenaming(r"^llm\.model\.", "model.language_model."),
-    WeightRenaming(r"^llm\.lm_head\.", "lm_head."),
-    WeightRenaming(r"^visual_tokenizer\.vit\.vision_model\.", "model.visual_tokenizer.vit."),
-    WeightRenaming(r"^visual_tokenizer\.head\.", "model.visual_tokenizer.head."),
-    WeightRenaming(r"^vte\.", "model.vte."),
+    WeightRenaming(rf"^{re.escape(released)}", ours) for released, ours in RELEASED_PREFIXES.items()
 ]
 
 AutoConfig.register(Ovis2_5Config.model_type, Ovis2_5Config)

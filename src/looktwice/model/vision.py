@@ -7,39 +7,48 @@ Rows run frame by frame, and inside a frame in blocks of s x s patches (top-left
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
-from looktwice.model.attention import packed_attention
+from looktwice.model.attention import PackedAttentionModel, packed_inputs
 from looktwice.model.configuration import Siglip2NavitConfig
 
 ROPE_THETA = 10000.0
 
 
 class VisionEmbeddings(nn.Module):
-    """Patch projection plus the learned position table, resized to each picture's grid."""
+    """Patch projection plus, if the config has one, the learned position table, resized to each picture's grid."""
 
     def __init__(self, config: Siglip2NavitConfig) -> None:
         super().__init__()
         self.stride = config.hidden_stride
-        self.side = config.image_size // config.patch_size
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        self.side = config.position_table_side
+        self.patch_embedding = (
+            nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+            if config.num_patches > 0
+            else nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
         )
-        self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
+        self.position_embedding = (
+            nn.Embedding(self.side**2, config.hidden_size) if config.preserve_original_pe else None
+        )
 
     def forward(self, pixel_values: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
         """pixel_values [P, C * p * p] -> [P, W]. A convolution of kernel = stride is one matrix product."""
         weight = self.patch_embedding.weight
         patches = F.linear(pixel_values.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        return patches + self._positions(grids)
+        if self.position_embedding is None:
+            return patches
+        return patches + self._positions(self.position_embedding.weight, grids)
 
-    def _positions(self, grids: list[tuple[int, int, int]]) -> Tensor:
-        table = self.position_embedding.weight
+    def _positions(self, table: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
         table = table.view(self.side, self.side, -1).permute(2, 0, 1)[None]
         resized: dict[tuple[int, int], Tensor] = {}
         for _, h, w in grids:
@@ -50,8 +59,12 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
+    is_causal = False
+    num_key_value_groups = 1
+
     def __init__(self, config: Siglip2NavitConfig) -> None:
         super().__init__()
+        self.config = config
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -59,16 +72,19 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, cu_seqlens: list[int], rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """hidden [P, W] -> [P, W]; patches attend within their own segment of `cu_seqlens`."""
+    def forward(self, hidden: Tensor, packed: dict[str, Any], rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """hidden [P, W] -> [P, W]; patches attend within their own segment of what `packed_inputs` was given."""
         query, key, value = (
             proj(hidden).view(-1, self.num_heads, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rope is not None:
             query, key = rotate(query, *rope), rotate(key, *rope)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-        out = packed_attention(query, key, value, cu_seqlens, scale=self.head_dim**-0.5, is_causal=False)
-        return self.out_proj(out[0].transpose(0, 1).flatten(1))
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        out, _ = attend(self, query, key, value, scaling=self.head_dim**-0.5, is_causal=False, **packed)
+        return self.out_proj(out.reshape(hidden.shape))
 
 
 class VisionMLP(nn.Module):
@@ -90,8 +106,8 @@ class VisionLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, hidden: Tensor, cu_seqlens: list[int], rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        hidden = hidden + self.self_attn(self.layer_norm1(hidden), cu_seqlens, rope)
+    def forward(self, hidden: Tensor, packed: dict[str, Any], rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden), packed, rope)
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 
@@ -101,12 +117,25 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList([VisionLayer(config) for _ in range(config.num_hidden_layers)])
 
 
-class VisionTower(nn.Module):
-    """SigLIP2-NaViT. `post_layernorm` is stored in released checkpoints and not used (using it is a known bug)."""
+class VisionTower(PackedAttentionModel):
+    """SigLIP2-NaViT. `post_layernorm` is stored in released checkpoints and not used (using it is a known bug).
+
+    A transformers model of its own, so that attention and gradient checkpointing can be chosen for the tower alone.
+    It is part of the whole model, which draws its weights and loads them: hence no `post_init` here.
+    """
+
+    config_class = Siglip2NavitConfig
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VisionLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: Siglip2NavitConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.gradient_checkpointing = False
         self.embeddings = VisionEmbeddings(config)
         self.encoder = VisionEncoder(config)
@@ -121,14 +150,18 @@ class VisionTower(nn.Module):
             raise ValueError(f"image_grid_thw describes {sum(frames)} patches, pixel_values has {len(pixel_values)}")
         hidden = self.embeddings(pixel_values, grids)
         rope = self._rope(grids, hidden) if config.use_rope else None
-        full = cumulative(frames)
-        windows, order = full, None
-        if len(config.full_attention_layers) < config.num_hidden_layers:
-            windows, order = self._windows(grids, hidden.device)
+        attends_fully = [index in config.full_attention_layers for index in range(config.num_hidden_layers)]
+        segments, order = {True: cumulative(frames)}, None
+        if not all(attends_fully):
+            segments[False], order = self._windows(grids, hidden.device)
             hidden = hidden[order]
             rope = None if rope is None else (rope[0][order], rope[1][order])
-        for index, layer in enumerate(self.encoder.layers):
-            hidden = layer(hidden, full if index in config.full_attention_layers else windows, rope)
+        packed = {
+            is_full: packed_inputs(segments[is_full], config._attn_implementation, is_causal=False, like=hidden)
+            for is_full in set(attends_fully)
+        }
+        for layer, is_full in zip(self.encoder.layers, attends_fully):
+            hidden = layer(hidden, packed[is_full], rope)
         if order is not None:
             hidden = hidden[order.argsort()]
         return hidden.view(-1, config.hidden_stride**2 * config.hidden_size)
@@ -153,8 +186,7 @@ class VisionTower(nn.Module):
 
     def _windows(self, grids: list[tuple[int, int, int]], device: torch.device) -> tuple[list[int], Tensor]:
         """Where each window starts once the patches are put in window order, and that order [P]."""
-        stride = self.config.hidden_stride
-        side = stride * (self.config.window_size // stride // self.config.patch_size)
+        side = self.config.window_side
         rows, columns = self._grid_positions(grids, device)
         patches = torch.tensor([h * w for t, h, w in grids for _ in range(t)], device=device)
         frame = torch.repeat_interleave(torch.arange(len(patches), device=device), patches)
