@@ -11,7 +11,7 @@ import pytest
 
 from looktwice import cli
 from looktwice.cli import train_configs
-from looktwice.config import Config, DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
+from looktwice.config import Config, DataConfig, ExportConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
 from looktwice.errors import ConfigError
 
 
@@ -75,6 +75,33 @@ def test_a_wrong_value_is_named_with_what_it_takes(values, problem) -> None:
     assert refusal(GRPOConfig, **values).startswith(problem)
 
 
+def test_parts_are_given_as_a_list_or_with_commas() -> None:
+    assert SFTConfig(freeze="vit, embeddings").freeze == SFTConfig(freeze=["vit", "embeddings"]).freeze
+
+
+def test_rates_of_parts_are_given_as_a_mapping_or_as_pairs() -> None:
+    assert SFTConfig(part_learning_rates="vit=2e-6, llm=1e-5").part_learning_rates == {"vit": 2e-6, "llm": 1e-5}
+    assert SFTConfig(part_learning_rates={"vit": 2e-6}).part_learning_rates == {"vit": 2e-6}
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"freeze": "vit,head"}, "freeze.1 is 'head': input should be 'vit', 'visual_head', 'visual_table'"),
+        ({"part_learning_rates": "vit"}, "part_learning_rates.vit is '': input should be a valid number"),
+        ({"part_learning_rates": "tower=1"}, "part_learning_rates.tower.[key] is 'tower': input should be 'vit'"),
+        ({"part_learning_rates": "vit=-1"}, "part_learning_rates.vit is '-1': input should be greater than or equal"),
+        ({"modules_to_save": "vit"}, "modules_to_save.0 is 'vit': input should be 'visual_head' or 'visual_table'"),
+    ],
+)
+def test_a_wrong_part_is_named(values, problem) -> None:
+    assert refusal(SFTConfig, **values).startswith(problem)
+
+
+def test_freezing_vision_is_short_for_its_three_parts() -> None:
+    assert SFTConfig(freeze_vision=True, freeze="llm").frozen_parts == ("llm", "vit", "visual_head", "visual_table")
+
+
 def test_all_problems_are_named_at_once() -> None:
     message = refusal(SFTConfig, seeed=1, lora_r=0, bf16="maybe")
     assert sorted(line.split()[0] for line in message.splitlines()) == ["bf16", "lora_r", "unknown"]
@@ -85,7 +112,9 @@ def test_a_config_cannot_be_changed() -> None:
         SFTConfig().seed = 1
 
 
-@pytest.mark.parametrize("config_class", [ModelConfig, DataConfig, SFTConfig, GRPOConfig, InferenceConfig])
+@pytest.mark.parametrize(
+    "config_class", [ModelConfig, DataConfig, SFTConfig, GRPOConfig, InferenceConfig, ExportConfig]
+)
 def test_every_knob_has_a_help_of_one_line(config_class) -> None:
     for name, field in config_class.model_fields.items():
         assert field.description and "\n" not in field.description and len(field.description) < 80, name
@@ -243,9 +272,14 @@ def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConfigError("seen")
 
     monkeypatch.setattr(cli.Parser, "parse_strictly", note)
-    for command in ("train", "ask", "demo"):
+    for command in ("train", "ask", "export", "demo"):
         cli.main([command])
-    assert seen == {"looktwice train": TRAIN_FLAGS, "looktwice ask": ASK_FLAGS, "looktwice demo": DEMO_FLAGS}
+    assert seen == {
+        "looktwice train": TRAIN_FLAGS,
+        "looktwice ask": ASK_FLAGS,
+        "looktwice export": EXPORT_FLAGS,
+        "looktwice demo": DEMO_FLAGS,
+    }
 
 
 HELP = ("-h", "--help")
@@ -264,30 +298,39 @@ TRAIN_FLAGS = [
     "--epsilon",
     "--epsilon_high",
     "--eval_steps",
+    "--freeze",
     "--freeze_vision",
     "--gradient_accumulation_steps",
+    "--gradient_checkpointing",
     "--grpo_batch_size",
     "--grpo_bf16",
     "--grpo_config",
     "--grpo_eval_steps",
+    "--grpo_freeze",
     "--grpo_freeze_vision",
     "--grpo_gradient_accumulation_steps",
+    "--grpo_gradient_checkpointing",
     "--grpo_learning_rate",
     "--grpo_logging_steps",
     "--grpo_lora_alpha",
     "--grpo_lora_dropout",
     "--grpo_lora_r",
+    "--grpo_lora_targets",
     "--grpo_lr_scheduler_type",
     "--grpo_max_grad_norm",
     "--grpo_max_steps",
     "--grpo_max_tokens_per_row",
     "--grpo_memory_efficient",
+    "--grpo_modules_to_save",
     "--grpo_num_epochs",
     "--grpo_output_dir",
+    "--grpo_part_learning_rates",
     "--grpo_resume_from_checkpoint",
     "--grpo_save_steps",
     "--grpo_seed",
+    "--grpo_use_dora",
     "--grpo_use_lora",
+    "--grpo_use_rslora",
     "--grpo_warmup_ratio",
     "--grpo_weight_decay",
     "--image_base_path",
@@ -296,6 +339,7 @@ TRAIN_FLAGS = [
     "--lora_alpha",
     "--lora_dropout",
     "--lora_r",
+    "--lora_targets",
     "--loss_aggregation",
     "--lr_scheduler_type",
     "--mask_truncated_completions",
@@ -310,10 +354,13 @@ TRAIN_FLAGS = [
     "--min_pixels",
     "--model_config",
     "--model_name",
+    "--modules_to_save",
     "--num_epochs",
     "--num_generations",
     "--num_iterations",
+    "--part_learning_rates",
     "--preset",
+    "--quantization",
     "--resume_from_checkpoint",
     "--reward",
     "--rollout_batch_size",
@@ -330,12 +377,15 @@ TRAIN_FLAGS = [
     "--top_k",
     "--top_p",
     "--train_data",
+    "--use_dora",
     "--use_lora",
+    "--use_rslora",
     "--val_data",
     "--warmup_ratio",
     "--weight_decay",
 ]
 ASK_FLAGS = [
+    "--attn_implementation",
     "--batch_size",
     "--bf16",
     "--device",
@@ -345,13 +395,23 @@ ASK_FLAGS = [
     "--max_pixels",
     "--max_turns",
     "--model_path",
+    "--num_frames",
     "--output_json",
+    "--quantization",
     "--question",
     "--seed",
     "--temperature",
     "--thinking_budget",
     "--top_k",
     "--top_p",
+]
+EXPORT_FLAGS = [
+    "--device",
+    "--dtype",
+    "--max_shard_size",
+    "--verify",
+    "--verify_with",
+    "--vllm_python",
 ]
 DEMO_FLAGS = [
     "--output_dir",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from looktwice.errors import ConfigError, nearest
 from looktwice.geometry import BoxFrame
@@ -15,6 +15,25 @@ from looktwice.geometry import BoxFrame
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Part = Literal["vit", "visual_head", "visual_table", "llm", "embeddings"]
+WholePart = Literal["visual_head", "visual_table"]
+VISION_PARTS: tuple[Part, ...] = ("vit", "visual_head", "visual_table")
+AttnImplementation = Literal["sdpa", "flash_attention_2", "flex_attention", "eager"]
+Quantization = Literal["none", "nf4", "int8"]
+DEVICE_HELP = "torch device; auto: spread over all; default: cuda if there is one, else cpu"
+
+
+def split_commas(value: Any) -> Any:
+    """`a,b` as the list it stands for; a list stays as it is."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def split_pairs(value: Any) -> Any:
+    """`a=1,b=2` as the mapping it stands for; a mapping stays as it is."""
+    if not isinstance(value, str):
+        return value
+    pairs = [item.partition("=") for item in split_commas(value)]
+    return {name.strip(): number.strip() for name, _, number in pairs}
 
 
 def knob(default: Any, help: str, *, flag: str | None = None) -> Any:
@@ -57,8 +76,9 @@ class ModelConfig(Config):
     """Which model, and how it computes."""
 
     model_name: str = knob("AIDC-AI/Ovis2.5-9B", "model folder or hub name; `tiny` is the built-in small model")
-    attn_implementation: Literal["sdpa", "flash_attention_2"] = knob("sdpa", "attention of the language model")
-    device: str | None = knob(None, "torch device; default: cuda when there is one, else cpu")
+    attn_implementation: AttnImplementation = knob("sdpa", "attention of both towers")
+    quantization: Quantization = knob("none", "4 bits (nf4) or 8 for the language model; trains LoRA alone")
+    device: str | None = knob(None, DEVICE_HELP)
 
 
 class DataConfig(Config):
@@ -89,18 +109,36 @@ class StageConfig(Config):
     weight_decay: NonNegative = knob(0.0, "AdamW weight decay of matrices")
     max_grad_norm: NonNegative = knob(1.0, "gradients are scaled down to this norm")
     bf16: bool = knob(False, "compute in bfloat16")
-    use_lora: bool = knob(False, "train LoRA adapters of the language model instead of all weights")
+    part_learning_rates: Annotated[dict[Part, NonNegative], BeforeValidator(split_pairs)] = knob(
+        {}, "peak learning rates of single parts, such as vit=2e-6,visual_table=1e-4"
+    )
+    freeze: Annotated[tuple[Part, ...], BeforeValidator(split_commas)] = knob(
+        (), "parts not trained, of vit,visual_head,visual_table,llm,embeddings"
+    )
+    freeze_vision: bool = knob(False, "short for --freeze vit,visual_head,visual_table")
+    use_lora: bool = knob(False, "train LoRA adapters instead of all weights")
     lora_r: Positive = knob(128, "LoRA rank")
     lora_alpha: Positive = knob(256, "LoRA scale: updates count alpha / r")
     lora_dropout: Share = knob(0.0, "dropout before LoRA")
-    freeze_vision: bool = knob(False, "keep tower, visual head and visual table as they are")
-    memory_efficient: bool = knob(False, "gradient checkpointing and one sample a row: slower, same result")
+    lora_targets: str = knob("llm", "llm, llm+vit, all-linear-llm, or a regular expression of full names")
+    use_dora: bool = knob(False, "DoRA: magnitude and direction apart")
+    use_rslora: bool = knob(False, "rsLoRA: updates count alpha / sqrt(r)")
+    modules_to_save: Annotated[tuple[WholePart, ...], BeforeValidator(split_commas)] = knob(
+        (), "parts trained whole beside LoRA: visual_head, visual_table"
+    )
+    gradient_checkpointing: Literal["none", "llm", "vit", "all"] = knob("none", "layers recomputed in backward")
+    memory_efficient: bool = knob(False, "all layers recomputed, one sample a row: slower, same result")
     max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward; a batch becomes as many as it needs")
     logging_steps: Positive = knob(1, "steps between log lines")
     eval_steps: Positive | None = knob(None, "steps between evaluations; default: at each epoch's end")
     save_steps: Positive | None = knob(None, "steps between checkpoints; default: final_model only")
     resume_from_checkpoint: Path | None = knob(None, "checkpoint-N folder of this run to go on from")
     seed: int = knob(42, "seed of order, sampling and new weights")
+
+    @property
+    def frozen_parts(self) -> tuple[Part, ...]:
+        """`freeze`, with the three parts of `freeze_vision`."""
+        return (*self.freeze, *(VISION_PARTS if self.freeze_vision else ()))
 
 
 class SFTConfig(StageConfig):
@@ -178,10 +216,24 @@ class InferenceConfig(Config):
     enable_thinking: bool = knob(True, "let the model think before it answers")
     thinking_budget: Positive | None = knob(2048, "tokens of thinking before it is closed")
     max_pixels: Positive | None = knob(None, "most pixels of a resized picture; default: the checkpoint's")
+    num_frames: Positive = knob(8, "frames seen of a video file, spread over it")
     batch_size: Positive = knob(16, "answers that advance together")
     bf16: bool | None = knob(None, "load and compute in bfloat16; default: on a GPU, not on a CPU")
-    device: str | None = knob(None, "torch device; default: cuda when there is one, else cpu")
+    attn_implementation: AttnImplementation = knob("sdpa", "attention of both towers")
+    quantization: Quantization = knob("none", "4 bits (nf4) or 8 for the language model")
+    device: str | None = knob(None, DEVICE_HELP)
     seed: int = knob(42, "seed of sampling")
+
+
+class ExportConfig(Config):
+    """Writing a trained model in the released layout."""
+
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = knob("same", "dtype of the weights; same: as stored")
+    max_shard_size: str = knob("5GB", "largest weight file")
+    verify: bool = knob(True, "read everything back and compare tensors and logits")
+    verify_with: Literal["none", "vllm"] = knob("none", "also compare a greedy answer with another runtime's")
+    vllm_python: Path | None = knob(None, "python of the environment that has vLLM; default: this one")
+    device: str | None = knob(None, DEVICE_HELP)
 
 
 def flag_of(config_class: type[Config], name: str) -> str:

@@ -19,7 +19,7 @@ class DataError(LooktwiceError):
 
 
 class ImageError(LooktwiceError):
-    """A picture is missing, unreadable or too large."""
+    """A picture or video is missing, unreadable or too large."""
 
 
 class CheckpointError(LooktwiceError):

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from looktwice.errors import CheckpointError
-from looktwice.model.adapters import add_lora, base_of, describe_trained, freeze_vision, trained_parameters
+from looktwice.errors import CheckpointError, ConfigError
+from looktwice.model.adapters import (
+    LLM_LINEARS,
+    add_lora,
+    base_of,
+    check_same_adapter,
+    freeze,
+    merge,
+    part_of,
+    part_sizes,
+    trained_parameters,
+)
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
 # PEFT asks transformers by an older name
@@ -20,26 +33,108 @@ def fresh(model: Ovis2_5ForConditionalGeneration) -> Ovis2_5ForConditionalGenera
     return copy.deepcopy(model)
 
 
+def adapted_layers(model: nn.Module) -> list[str]:
+    return [name for name, layer in base_of(model).named_modules() if hasattr(layer, "lora_A")]
+
+
+# -- where LoRA goes
+
+
 def test_lora_sits_on_the_seven_linear_layers_of_every_decoder_layer(fresh: Ovis2_5ForConditionalGeneration) -> None:
-    adapted = add_lora(fresh, r=2, alpha=4, dropout=0.0)
-    names = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    names = adapted_layers(add_lora(fresh, r=2, alpha=4))
     assert len(names) == 7 * fresh.config.llm_config.num_hidden_layers
-    assert [name for name in names if "model.language_model.layers." not in name] == []
+    assert [name for name in names if not name.startswith("model.language_model.layers.")] == []
+
+
+def test_lora_on_the_tower_too_adds_the_six_linear_layers_of_its_layers(
+    fresh: Ovis2_5ForConditionalGeneration,
+) -> None:
+    names = adapted_layers(add_lora(fresh, r=2, alpha=4, targets="llm+vit"))
+    in_tower = [name for name in names if name.startswith("model.visual_tokenizer.vit.encoder.layers.")]
+    assert len(in_tower) == 6 * fresh.config.vit_config.num_hidden_layers
+    assert len(names) - len(in_tower) == 7 * fresh.config.llm_config.num_hidden_layers
+
+
+def test_all_linear_layers_of_qwen3_are_the_seven(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    by_name = adapted_layers(add_lora(copy.deepcopy(fresh), r=2, alpha=4))
+    assert adapted_layers(add_lora(fresh, r=2, alpha=4, targets="all-linear-llm")) == by_name
+
+
+def test_an_expression_of_full_names_chooses_single_layers(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    names = adapted_layers(add_lora(fresh, r=2, alpha=4, targets=r"model\.language_model\.layers\.1\..*\.(q|v)_proj"))
+    assert names == [f"model.language_model.layers.1.self_attn.{layer}_proj" for layer in "qv"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            "q_proj",
+            "lora_targets: 'q_proj' names no layer; give llm, llm\\+vit, all-linear-llm or an expression of full",
+        ),
+        ("(", "lora_targets: '\\(' is not a regular expression"),
+        (r"model\.vte", "hits model.vte, where LoRA cannot go: .* use --modules_to_save visual_table"),
+        (r"model\.visual_tokenizer\.head\.0", "hits model.visual_tokenizer.head.0, .* --modules_to_save visual_head"),
+        (".*head", "where LoRA cannot go"),
+        ("lm_head", "hits lm_head, where LoRA cannot go: the loss reads its weight"),
+        (r"model\.language_model\.norm", r"hits model.language_model.norm \(Qwen3RMSNorm\); LoRA goes on linear"),
+        (r".*patch_embedding", r"patch_embedding \(Conv2d\); LoRA goes on linear layers"),
+    ],
+)
+def test_layers_that_cannot_carry_lora_are_refused_with_the_reason(
+    model: Ovis2_5ForConditionalGeneration, targets: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        add_lora(model, r=2, alpha=4, targets=targets)
+
+
+# -- what trains
 
 
 def test_only_lora_weights_are_trained(fresh: Ovis2_5ForConditionalGeneration) -> None:
-    adapted = add_lora(fresh, r=2, alpha=4, dropout=0.0)
+    adapted = add_lora(fresh, r=2, alpha=4)
     assert [name for name, _ in trained_parameters(adapted) if "lora_" not in name] == []
 
 
-def test_freezing_vision_leaves_the_language_model_and_its_head(fresh: Ovis2_5ForConditionalGeneration) -> None:
-    freeze_vision(fresh)
-    trained = {name.split(".")[1] for name, _ in trained_parameters(fresh)}
-    assert trained == {"language_model", "weight"}
+def test_whole_parts_are_trained_beside_lora(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    adapted = add_lora(fresh, r=2, alpha=4, modules_to_save=["visual_head", "visual_table"])
+    whole = {part_of(name) for name, _ in trained_parameters(adapted) if "lora_" not in name}
+    assert whole == {"visual_head", "visual_table"}
+
+
+def test_freezing_leaves_the_other_parts(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    freeze(fresh, ["vit", "visual_head", "visual_table"])
+    assert {part_of(name) for name, _ in trained_parameters(fresh)} == {"llm", "embeddings"}
+
+
+def test_lora_of_a_frozen_part_is_not_trained(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    adapted = add_lora(fresh, r=2, alpha=4, targets="llm+vit")
+    freeze(adapted, ["llm"])
+    assert {part_of(name) for name, _ in trained_parameters(adapted)} == {"vit"}
+
+
+def test_freezing_everything_is_refused(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    with pytest.raises(ConfigError, match="frozen nothing is trained"):
+        freeze(fresh, ["vit", "visual_head", "visual_table", "llm", "embeddings"])
+
+
+def test_every_parameter_belongs_to_a_part(model: Ovis2_5ForConditionalGeneration) -> None:
+    sizes = {size.part: size.total for size in part_sizes(model)}
+    assert sum(sizes.values()) == sum(parameter.numel() for parameter in model.parameters())
+    assert sizes["visual_table"] == model.model.vte.weight.numel()
+    assert sizes["embeddings"] == 2 * model.lm_head.weight.numel()
+
+
+def test_a_parameter_of_no_part_is_named() -> None:
+    with pytest.raises(CheckpointError, match="projector.weight belongs to no part"):
+        part_of("projector.weight")
+
+
+# -- adapters that exist
 
 
 def test_the_base_of_an_adapted_model_is_the_network(fresh: Ovis2_5ForConditionalGeneration) -> None:
-    assert base_of(add_lora(fresh, r=2, alpha=4, dropout=0.0)) is fresh
+    assert base_of(add_lora(fresh, r=2, alpha=4)) is fresh
 
 
 def test_the_base_of_a_plain_model_is_itself(model: Ovis2_5ForConditionalGeneration) -> None:
@@ -51,7 +146,69 @@ def test_another_kind_of_model_is_refused_by_name() -> None:
         base_of(nn.Linear(1, 1))
 
 
-def test_the_description_counts_trained_and_all_parameters() -> None:
-    model = nn.Sequential(nn.Linear(99, 10, bias=False), nn.Linear(10, 1, bias=False))
-    model[0].requires_grad_(False)
-    assert describe_trained(model) == "training 10 of 1,000 parameters (1.00 %)"
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"r": 4}, "lora_r is 4, the adapter to go on from has 2; leave the setting out"),
+        ({"targets": "llm+vit"}, "lora_targets is llm\\+vit, the adapter to go on from has other layers"),
+        ({"use_dora": True}, "use_dora is True, the adapter to go on from has none"),
+        ({"modules_to_save": ["visual_head"]}, "modules_to_save is .*, the adapter to go on from has {'visual_table'}"),
+    ],
+)
+def test_settings_that_an_adapter_does_not_have_are_refused(
+    fresh: Ovis2_5ForConditionalGeneration, given: dict, message: str
+) -> None:
+    adapted = add_lora(fresh, r=2, alpha=4, modules_to_save=["visual_table"])
+    with pytest.raises(ConfigError, match=message):
+        check_same_adapter(adapted, **given)
+
+
+@pytest.mark.parametrize("targets", ["llm", "llm+vit", "all-linear-llm"])
+def test_settings_that_an_adapter_has_pass(fresh: Ovis2_5ForConditionalGeneration, targets: str) -> None:
+    settings = {"r": 2, "alpha": 4, "dropout": 0.1, "targets": targets, "modules_to_save": ["visual_head"]}
+    check_same_adapter(add_lora(fresh, **settings), **settings)
+
+
+# -- merging
+
+
+def trained_by_chance(model: nn.Module) -> nn.Module:
+    """The model with every trained weight moved."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, parameter in trained_parameters(model):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(("use_dora", "use_rslora"), list(product([False, True], repeat=2)))
+def test_a_merged_model_gives_the_logits_of_the_adapted_one(
+    fresh: Ovis2_5ForConditionalGeneration, use_dora: bool, use_rslora: bool
+) -> None:
+    adapted = trained_by_chance(
+        add_lora(fresh, r=2, alpha=4, targets="llm+vit", use_dora=use_dora, use_rslora=use_rslora)
+    )
+    ids = torch.arange(10, 20)[None]
+    with torch.no_grad():
+        before = base_of(adapted)(ids).logits
+        torch.testing.assert_close(merge(adapted)(ids).logits, before, atol=1e-4, rtol=1e-4)
+
+
+def test_parts_trained_whole_are_merged_in_the_dtype_of_the_base(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    adapted = trained_by_chance(add_lora(fresh.to(torch.bfloat16), r=2, alpha=4, modules_to_save=["visual_table"]))
+    table = dict(trained_parameters(adapted))["base_model.model.model.vte.modules_to_save.default.weight"]
+    merged = merge(adapted)
+    assert torch.equal(merged.model.vte.weight, table.to(torch.bfloat16))
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+def test_a_plain_model_is_merged_already(model: Ovis2_5ForConditionalGeneration) -> None:
+    assert merge(model) is model
+
+
+def test_an_adapter_that_is_not_finite_is_not_merged(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    adapted = get_peft_model(fresh, LoraConfig(r=2, target_modules=LLM_LINEARS))
+    with torch.no_grad():
+        next(parameter for _, parameter in trained_parameters(adapted)).fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="the adapter cannot be merged"):
+        merge(adapted)

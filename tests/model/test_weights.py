@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +16,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from looktwice.errors import CheckpointError
 from looktwice.model.adapters import add_lora
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import load_model, locate, save_model
+from looktwice.processing.processor import Ovis2_5Processor
 
 # PEFT asks transformers by an older name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -52,6 +57,11 @@ def adapter_folder(saved_adapter: Path, tmp_path: Path) -> Path:
 
 def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert [name for name in ours.keys() | theirs.keys() if not torch.equal(ours[name], theirs[name])] == []
 
 
 # -- whole models
@@ -163,6 +173,113 @@ def test_a_misshaped_tensor_is_named_with_both_shapes(folder: Path) -> None:
         load_model(str(folder))
 
 
+# -- where a model is found
+
+
+def put_into_cache(folder: Path, cache: Path, name: str) -> None:
+    """Lay a model folder into a hub cache as a download would."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
+def run_offline(cache: Path, code: str) -> str:
+    """What a fresh interpreter prints that has only a hub cache and no network."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_hub_names_are_read_from_the_cache_alone_when_offline(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    settings = adapter_folder / "adapter_config.json"
+    fields = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": "someone/model"}
+    settings.write_text(json.dumps(fields), encoding="utf-8")
+    put_into_cache(model_folder, tmp_path / "cache", "someone/model")
+    put_into_cache(adapter_folder, tmp_path / "cache", "someone/adapter")
+    code = """
+from looktwice.errors import CheckpointError
+from looktwice.model.weights import is_adapter, load_model
+from looktwice.processing.processor import Ovis2_5Processor
+for name in ("someone/model", "someone/adapter"):
+    print(type(load_model(name)).__name__, is_adapter(name), Ovis2_5Processor.from_pretrained("someone/model").factor)
+try:
+    load_model("someone/absent")
+except CheckpointError as error:
+    print(str(error)[:15])
+"""
+    assert run_offline(tmp_path / "cache", code).splitlines() == [
+        "Ovis2_5ForConditionalGeneration False 16",
+        "PeftModelForCausalLM True 16",
+        "someone/absent:",
+    ]
+
+
+def test_a_sharded_folder_is_loaded_by_its_index(model: Ovis2_5ForConditionalGeneration, tmp_path: Path) -> None:
+    save_model(model, tmp_path, max_shard_size="2MB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
+    assert_same_weights(load_model(str(tmp_path)), model)
+
+
+def test_a_shard_that_is_gone_is_named(model: Ovis2_5ForConditionalGeneration, tmp_path: Path) -> None:
+    save_model(model, tmp_path, max_shard_size="2MB")
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_a_folder_of_the_official_trainer_is_loaded(model: Ovis2_5ForConditionalGeneration, folder: Path) -> None:
+    file = folder / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8")) | {"model_type": "ovis", "architectures": ["Ovis"]}
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    assert_same_weights(load_model(str(folder)), model)
+
+
+def test_remote_code_in_a_folder_is_not_run(model: Ovis2_5ForConditionalGeneration, folder: Path) -> None:
+    for name in ("configuration_ovis2_5", "modeling_ovis2_5"):
+        (folder / f"{name}.py").write_text("raise SystemExit('remote code was run')\n", encoding="utf-8")
+    file = folder / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields["auto_map"] = {
+        "AutoConfig": "configuration_ovis2_5.Ovis2_5_Config",
+        "AutoModelForImageTextToText": "modeling_ovis2_5.Ovis2_5",
+    }
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    assert_same_weights(load_model(str(folder)), model)
+    assert_same_weights(AutoModelForImageTextToText.from_pretrained(folder), model)
+    Ovis2_5Processor.from_pretrained(folder)
+
+
+# -- how a model is loaded
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_model_is_loaded_where_asked(device: str, model_folder: Path) -> None:
+    assert {parameter.device.type for parameter in load_model(str(model_folder), device=device).parameters()} == {"cpu"}
+
+
+def test_the_stored_dtype_is_kept_on_request(model: Ovis2_5ForConditionalGeneration, tmp_path: Path) -> None:
+    save_model(copy.deepcopy(model).to(torch.bfloat16), tmp_path)
+    assert {parameter.dtype for parameter in load_model(str(tmp_path), dtype="auto").parameters()} == {torch.bfloat16}
+
+
+def test_each_tower_can_have_its_own_attention(model_folder: Path) -> None:
+    loaded = load_model(str(model_folder), attn_implementation={"llm_config": "eager", "vit_config": "sdpa"})
+    assert loaded.model.language_model.config._attn_implementation == "eager"
+    assert loaded.model.visual_tokenizer.vit.config._attn_implementation != "eager"
+
+
+def test_the_generation_settings_travel_with_the_weights(folder: Path, tmp_path: Path) -> None:
+    settings = {"do_sample": True, "temperature": 0.6, "eos_token_id": [462, 460], "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    save_model(load_model(str(folder)), tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text(encoding="utf-8"))
+    assert {name: written[name] for name in settings} == settings
+
+
 # -- adapters
 
 
@@ -246,4 +363,13 @@ def test_an_adapter_whose_base_is_gone_names_the_base(adapter_folder: Path) -> N
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="/gone/base: no such model folder"):
+        load_model(str(adapter_folder))
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "loftq"])
+def test_an_adapter_whose_base_cannot_be_rebuilt_is_refused(adapter_folder: Path, start: str) -> None:
+    file = adapter_folder / "adapter_config.json"
+    fields = json.loads(file.read_text(encoding="utf-8")) | {"init_lora_weights": start}
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"started with {start}, which changed the base's weights"):
         load_model(str(adapter_folder))

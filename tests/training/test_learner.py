@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from io import StringIO
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
 
 from looktwice.config import ModelConfig, SFTConfig
 from looktwice.data.dataset import encode_sample
 from looktwice.data.records import read_samples
 from looktwice.errors import CheckpointError, ConfigError
-from looktwice.model.weights import is_adapter, load_model
+from looktwice.model.adapters import LLM_LINEARS, part_sizes
+from looktwice.model.weights import is_adapter, load_model, save_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
 from looktwice.training.learner import Learner, TrainingError
+from looktwice.training.run import trained_table
 
 LoadLearner = Callable[..., Learner]
 
 
 @pytest.fixture
 def load(model_folder, processor) -> LoadLearner:
-    def make(*, name: object = model_folder, total_steps: int = 10, **settings: object) -> Learner:
-        config = SFTConfig(**settings)
-        return Learner.load(str(name), ModelConfig(device="cpu"), config, processor, total_steps=total_steps)
+    def make(
+        *, name: object = model_folder, total_steps: int = 10, quantization: str = "none", **settings: object
+    ) -> Learner:
+        model_config = ModelConfig(device="cpu", quantization=quantization)
+        return Learner.load(str(name), model_config, SFTConfig(**settings), processor, total_steps=total_steps)
 
     return make
 
@@ -112,18 +119,18 @@ def test_matrices_decay_and_vectors_do_not(load, examples) -> None:
     ("kind", "rates"),
     [("cosine", [0.5, 1, 1, 0.8535534, 0.5, 0.1464466]), ("constant", [0.5, 1, 1, 1, 1, 1])],
 )
-def test_the_learning_rate_rises_and_then_falls_or_stays(kind, rates, load) -> None:
-    learner = load(total_steps=6, learning_rate=1, warmup_ratio=0.3, lr_scheduler_type=kind)
+def test_the_schedule_rises_and_then_falls_or_stays(kind, rates, load) -> None:
+    learner = load(total_steps=6, warmup_ratio=0.3, lr_scheduler_type=kind)
     seen = []
     for learner.step in range(6):
-        seen.append(learner.learning_rate())
+        seen.append(learner.schedule())
     assert seen == pytest.approx(rates)
 
 
 def test_the_update_uses_the_rate_of_its_step(load, examples) -> None:
     learner = load(learning_rate=1e-3, warmup_ratio=0.5)
     update(learner, examples[:1])
-    assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([2e-4, 2e-4])
+    assert [group["lr"] for group in learner.optimizer.param_groups] == [pytest.approx(2e-4)] * 8
 
 
 def test_bfloat16_computes_nearly_the_same_loss_on_float32_weights(load, examples) -> None:
@@ -168,6 +175,140 @@ def test_a_frozen_vision_tower_stays_as_it_is(load) -> None:
         for name, _ in learner.model.named_parameters()
         if name.startswith(("model.visual_tokenizer.", "model.vte."))
     }
+
+
+def test_parts_learn_at_their_own_rates(load, examples) -> None:
+    rates = {"vit": 2e-3, "visual_table": 0}
+    learner = load(learning_rate=1e-3, part_learning_rates=rates, freeze="embeddings", warmup_ratio=0)
+    before = {name: parameter.clone() for name, parameter in learner.model.named_parameters()}
+    update(learner, examples[:1])
+    # the first step of Adam moves a weight by its learning rate, whatever the gradient
+    moved = {
+        name: float((parameter - before[name]).detach().abs().max())
+        for name, parameter in learner.model.named_parameters()
+    }
+    assert moved["model.visual_tokenizer.vit.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(2e-3, rel=1e-2)
+    assert moved["model.visual_tokenizer.head.0.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["model.language_model.layers.0.mlp.up_proj.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["model.vte.weight"] == moved["model.language_model.embed_tokens.weight"] == 0
+
+
+def test_rates_of_parts_follow_the_schedule(load, examples) -> None:
+    learner = load(learning_rate=1e-3, part_learning_rates={"vit": 1e-4}, warmup_ratio=0.5)
+    update(learner, examples[:1])
+    rates = {group["part"]: group["lr"] for group in learner.optimizer.param_groups}
+    assert (rates["vit"], rates["llm"]) == (pytest.approx(2e-5), pytest.approx(2e-4))
+
+
+def test_a_rate_of_a_part_that_is_not_trained_is_refused(load) -> None:
+    with pytest.raises(ConfigError, match="part_learning_rates: vit is not trained"):
+        load(use_lora=True, part_learning_rates={"vit": 1e-4})
+
+
+@pytest.mark.parametrize("towers", ["llm", "vit", "all"])
+def test_recomputing_the_layers_of_a_tower_gives_the_same_gradient(towers, load, examples) -> None:
+    plain, recomputed = load(), load(gradient_checkpointing=towers)
+    model = recomputed.base.model
+    assert model.language_model.gradient_checkpointing is (towers != "vit")
+    assert model.visual_tokenizer.vit.gradient_checkpointing is (towers != "llm")
+    for learner in (plain, recomputed):
+        update(learner, examples[:1])
+    for expected, gradient in zip(gradients(plain), gradients(recomputed), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"lora_targets": "llm+vit", "modules_to_save": "visual_head,visual_table"},
+    ],
+)
+def test_every_kind_of_lora_trains_and_goes_on_from_disk(settings, load, examples, tmp_path) -> None:
+    learner = load(use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0, **settings)
+    losses = [update(learner, examples[:1]) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    learner.save(tmp_path, [], with_optimizer=False)
+    assert update(load(name=tmp_path, **settings), examples[:1]) == pytest.approx(update(learner, examples[:1]))
+
+
+def test_the_table_of_what_trains_names_each_part(load) -> None:
+    learner = load(use_lora=True, lora_r=4, modules_to_save="visual_table", part_learning_rates={"visual_table": 1e-4})
+    console = Console(width=100, file=StringIO())
+    console.print(trained_table(learner))
+    rows = {line.split()[0]: line.split()[1:] for line in console.file.getvalue().splitlines()}
+    table = learner.base.config.visual_vocab_size * learner.base.config.hidden_size
+    assert rows["visual_table"] == [f"{2 * table:,}", f"{table:,}", "0.0001"]
+    assert rows["vit"][1:] == ["0", "frozen"]
+    assert rows["all"][1] == f"{sum(parameter.numel() for parameter in learner.parameters):,}"
+
+
+# -- quantised bases
+
+
+@pytest.fixture
+def bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize(("kind", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_lora_trains_over_a_quantised_language_model(kind, layer, load, examples) -> None:
+    learner = load(quantization=kind, use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0)
+    attention = learner.base.model.language_model.layers[0].self_attn
+    assert type(attention.q_proj.base_layer).__name__ == layer
+    losses = [update(learner, examples[:1]) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert losses[0] == pytest.approx(update(load(), examples[:1]), rel=0.05)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_what_pictures_and_words_pass_through_is_not_quantised(load) -> None:
+    base = load(quantization="nf4", use_lora=True).base
+    vision = [layer for layer in base.model.visual_tokenizer.modules() if isinstance(layer, torch.nn.Linear)]
+    assert {type(layer) for layer in [*vision, base.lm_head]} == {torch.nn.Linear}
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_an_adapter_of_a_quantised_base_fits_the_whole_one(load, examples, tmp_path) -> None:
+    learner = load(quantization="nf4", use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0)
+    update(learner, examples[:1])
+    learner.save(tmp_path, [], with_optimizer=False)
+    whole = load(name=tmp_path)
+    for old, new in zip(learner.parameters, whole.parameters, strict=True):
+        assert torch.equal(old, new)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_the_parameters_of_a_quantised_model_are_counted_as_what_they_stand_for(load) -> None:
+    quantised = part_sizes(load(quantization="nf4", use_lora=True).model)
+    assert quantised == part_sizes(load(use_lora=True).model)
+
+
+def test_quantised_weights_are_not_trained_themselves(load) -> None:
+    with pytest.raises(ConfigError, match="quantization nf4 trains adapters alone; add --use_lora"):
+        load(quantization="nf4")
+
+
+# -- the KL reference
+
+
+def test_the_reference_of_a_pissa_start_is_the_adapted_model(model_folder, load, examples, tmp_path) -> None:
+    """PiSSA moves part of the base into the adapter, so the model with the adapter off is no policy at all."""
+    base = load_model(str(model_folder))
+    start = get_peft_model(base, LoraConfig(r=4, target_modules=LLM_LINEARS, init_lora_weights="pissa"))
+    save_model(start, tmp_path)
+    learner = load(name=tmp_path, learning_rate=0.01, warmup_ratio=0)
+    row = pack(examples[:1])
+    reference, before = learner.freeze_reference(), learner.score(row).logprobs.detach()
+    update(learner, examples[:1])
+    with torch.no_grad():
+        with reference.active():
+            kept = learner.score(row).logprobs
+        assert torch.equal(kept, before)
+        assert not torch.equal(learner.score(row).logprobs, before)
 
 
 # -- checkpoints

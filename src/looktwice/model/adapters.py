@@ -1,31 +1,192 @@
-"""What is trained: LoRA on the language model, or all weights with parts frozen."""
+"""What is trained: LoRA on chosen linear layers, or whole parts of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, get_args
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from looktwice.errors import CheckpointError
+from looktwice.config import Part, WholePart
+from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
-LANGUAGE_MODEL_LINEARS = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
-"""By full path: a bare suffix such as q_proj would also hit the vision tower."""
+LLM_LINEARS = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+VIT_LINEARS = r"model\.visual_tokenizer\.vit\.encoder\.layers\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+ALL_LINEAR = "all-linear-llm"
+LORA_TARGETS = {
+    "llm": LLM_LINEARS,
+    "llm+vit": f"{LLM_LINEARS}|{VIT_LINEARS}",
+    ALL_LINEAR: r"model\.language_model\..*",
+}
+"""By full path: a bare suffix such as q_proj would also hit the vision tower. In Qwen3 the last is the same as the
+first; it also takes linear layers under other names."""
+
+NO_LORA = {
+    "model.visual_tokenizer.head": "the visual head is trained whole or not at all; use --modules_to_save visual_head",
+    "model.vte": "it mixes its rows by probability, and LoRA only looks rows up; use --modules_to_save visual_table",
+    "lm_head": "the loss reads its weight in chunks and would miss the adapter",
+}
+PART_PREFIXES: dict[Part, tuple[str, ...]] = {
+    "vit": ("model.visual_tokenizer.vit.",),
+    "visual_head": ("model.visual_tokenizer.head.",),
+    "visual_table": ("model.vte.",),
+    "llm": ("model.language_model.layers.", "model.language_model.norm."),
+    "embeddings": ("model.language_model.embed_tokens.", "lm_head."),
+}
+WHOLE_MODULES: dict[WholePart, str] = {"visual_head": "model.visual_tokenizer.head", "visual_table": "model.vte"}
+INSIDE_ADAPTER = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module)(\.|$)")
+PEFT_PREFIX = "base_model.model."
 
 
-def add_lora(model: Ovis2_5ForConditionalGeneration, *, r: int, alpha: int, dropout: float) -> PeftModel:
-    """The model with fresh LoRA adapters on the language model's linear layers; only they are trained."""
+LORA_KNOBS = {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_targets"} | {
+    name: name for name in ("use_dora", "use_rslora", "modules_to_save")
+}
+"""The arguments of `add_lora` and the settings they come from."""
+
+
+class PartSize(NamedTuple):
+    """Parameters of one part, quantised ones counted as what they stand for."""
+
+    part: Part
+    total: int
+    trained: int
+
+
+def add_lora(
+    model: Ovis2_5ForConditionalGeneration,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float = 0.0,
+    targets: str = "llm",
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    modules_to_save: Sequence[WholePart] = (),
+) -> PeftModel:
+    """The model with fresh LoRA adapters on `targets` (a key of LORA_TARGETS or a regular expression of full module
+    names); they and the whole parts of `modules_to_save` are trained, nothing else is.
+
+    Raises ConfigError when the expression names no layer or one that LoRA cannot be put on.
+    """
+    pattern = _layer_pattern(model, targets)
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LANGUAGE_MODEL_LINEARS, task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=pattern,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        modules_to_save=[WHOLE_MODULES[part] for part in modules_to_save] or None,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 
 
-def freeze_vision(model: Ovis2_5ForConditionalGeneration) -> None:
-    """Keep tower, visual head and visual table as they are."""
-    for part in (model.model.visual_tokenizer, model.model.vte):
-        part.requires_grad_(False)
+def _layer_pattern(model: nn.Module, targets: str) -> str:
+    """The expression of the linear layers that `targets` stands for."""
+    layers = dict(model.named_modules())
+    chosen = layers_named(model, targets)
+    if not chosen:
+        raise ConfigError(
+            f"lora_targets: {targets!r} names no layer; give {', '.join(LORA_TARGETS)} or an expression of full names "
+            "such as model.language_model.layers.0.self_attn.q_proj"
+        )
+    for name in chosen:
+        reasons = [why for prefix, why in NO_LORA.items() if name == prefix or name.startswith(f"{prefix}.")]
+        if reasons:
+            raise ConfigError(f"lora_targets: {targets!r} hits {name}, where LoRA cannot go: {reasons[0]}")
+        if not isinstance(layers[name], nn.Linear):
+            raise ConfigError(
+                f"lora_targets: {targets!r} hits {name} ({type(layers[name]).__name__}); LoRA goes on linear layers"
+            )
+    return "|".join(map(re.escape, chosen)) if targets == ALL_LINEAR else LORA_TARGETS.get(targets, targets)
+
+
+def layers_named(model: nn.Module, targets: str) -> list[str]:
+    """Full names of the layers that `targets` stands for, in a plain model or under adapters."""
+    try:
+        pattern = re.compile(LORA_TARGETS.get(targets, targets))
+    except re.error as error:
+        raise ConfigError(f"lora_targets: {targets!r} is not a regular expression ({error})") from error
+    kinds = (nn.Linear, BaseTunerLayer) if targets == ALL_LINEAR else nn.Module
+    return [
+        name
+        for name, layer in model.named_modules()
+        if pattern.fullmatch(name) and isinstance(layer, kinds) and not INSIDE_ADAPTER.search(name)
+    ]
+
+
+def check_same_adapter(model: PeftModel, **given: Any) -> None:
+    """Refuse settings of `add_lora` that the adapter of a loaded model does not have. Raises ConfigError."""
+    adapter: Any = model.peft_config[model.active_adapter]
+    base = base_of(model)
+    has = {
+        "r": adapter.r,
+        "alpha": adapter.lora_alpha,
+        "dropout": adapter.lora_dropout,
+        "targets": [name for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)],
+        "use_dora": adapter.use_dora,
+        "use_rslora": adapter.use_rslora,
+        "modules_to_save": {part for part, name in WHOLE_MODULES.items() if name in (adapter.modules_to_save or ())},
+    }
+    as_compared: dict[str, Callable[[Any], Any]] = {
+        "targets": lambda targets: layers_named(base, targets),
+        "modules_to_save": set,
+    }
+    for name, value in given.items():
+        if as_compared.get(name, lambda value: value)(value) != has[name]:
+            found = "other layers" if name == "targets" else has[name] or "none"
+            raise ConfigError(
+                f"{LORA_KNOBS[name]} is {value}, the adapter to go on from has {found}; leave the setting out"
+            )
+
+
+def freeze(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Keep these parts as they are. Raises ConfigError when nothing is left to train."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"freeze: with {', '.join(parts)} frozen nothing is trained")
+
+
+def part_of(name: str) -> Part:
+    """The part that a parameter belongs to, by its name in the model or under PEFT."""
+    name = name.removeprefix(PEFT_PREFIX)
+    for part, prefixes in PART_PREFIXES.items():
+        if name.startswith(prefixes):
+            return part
+    raise CheckpointError(f"{name} belongs to no part of an Ovis2.5 model ({', '.join(PART_PREFIXES)})")
+
+
+def part_sizes(model: nn.Module) -> list[PartSize]:
+    """Parameters of each part, and how many of them are trained."""
+    sizes: dict[Part, list[int]] = {part: [0, 0] for part in get_args(Part)}
+    for name, parameter in model.named_parameters():
+        quantised = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if quantised is None else quantised.shape.numel()
+        sizes[part_of(name)][0] += count
+        sizes[part_of(name)][1] += count * parameter.requires_grad
+    return [PartSize(part, total, trained) for part, (total, trained) in sizes.items()]
+
+
+def merge(model: nn.Module) -> Ovis2_5ForConditionalGeneration:
+    """The network with its adapters merged into the weights, in the dtype of the base; a plain model as it is.
+
+    Raises CheckpointError when a merged weight is not finite.
+    """
+    if not isinstance(model, PeftModel):
+        return base_of(model)
+    dtype = base_of(model).dtype
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise CheckpointError(f"the adapter cannot be merged: {error}") from error
+    return base_of(merged.to(dtype))  # whole parts were trained in float32
 
 
 def base_of(model: nn.Module) -> Ovis2_5ForConditionalGeneration:
@@ -38,10 +199,3 @@ def base_of(model: nn.Module) -> Ovis2_5ForConditionalGeneration:
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def describe_trained(model: nn.Module) -> str:
-    """One line: how many parameters train, of how many."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for _, parameter in trained_parameters(model))
-    return f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"

@@ -8,15 +8,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from looktwice.config import Config, ModelConfig, StageConfig
+from looktwice.config import Config, ModelConfig, Part, StageConfig
 from looktwice.errors import CheckpointError, ConfigError, LooktwiceError
-from looktwice.model.adapters import add_lora, base_of, freeze_vision, trained_parameters
+from looktwice.model.adapters import (
+    LORA_KNOBS,
+    add_lora,
+    base_of,
+    check_same_adapter,
+    freeze,
+    part_of,
+    trained_parameters,
+)
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import is_adapter, load_model, pick_device, save_model
 from looktwice.processing.packing import PackedBatch, pack, split_by_tokens
@@ -57,14 +65,8 @@ class Learner:
         self.config = config
         self.total_steps = total_steps
         self.step = 0
-        named = list(trained_parameters(model))
-        self.parameters = [parameter for _, parameter in named]
-        matrices = [parameter for parameter in self.parameters if parameter.ndim >= 2]
-        others = [parameter for parameter in self.parameters if parameter.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.learning_rate,
-        )
+        self.parameters = [parameter for _, parameter in trained_parameters(model)]
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
 
     @classmethod
     def load(
@@ -72,21 +74,23 @@ class Learner:
     ) -> Learner:
         """Load the model and make the parts trainable that the settings name; an adapter folder keeps its adapter."""
         torch.manual_seed(config.seed)
-        # full fine-tuning keeps float32 weights and computes in bfloat16; under LoRA only the adapters are float32
         has_adapter = config.use_lora or is_adapter(name)
-        dtype = torch.bfloat16 if config.bf16 and has_adapter else torch.float32
-        device = pick_device(model_config.device)
-        model = load_model(name, dtype=dtype, device=device, attn_implementation=model_config.attn_implementation)
-        if isinstance(model, Ovis2_5ForConditionalGeneration):
-            if config.use_lora:
-                model = add_lora(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
-            elif config.freeze_vision:
-                freeze_vision(model)
-        elif isinstance(model, PeftModel):
-            check_adapter(model, config)
-        if config.memory_efficient:
-            base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            base_of(model).enable_input_require_grads()
+        if model_config.quantization != "none" and not has_adapter:
+            raise ConfigError(f"quantization {model_config.quantization} trains adapters alone; add --use_lora")
+        # full fine-tuning keeps float32 weights and computes in bfloat16; under LoRA only the adapters are float32
+        model = load_model(
+            name,
+            dtype=torch.bfloat16 if config.bf16 and has_adapter else torch.float32,
+            device=pick_device(model_config.device),
+            attn_implementation=model_config.attn_implementation,
+            quantization=model_config.quantization,
+        )
+        if isinstance(model, PeftModel):
+            check_same_adapter(model, **lora_settings(config, only_given=True))
+        elif config.use_lora:
+            model = add_lora(base_of(model), **lora_settings(config))
+        freeze(model, config.frozen_parts)
+        recompute_layers(base_of(model), "all" if config.memory_efficient else config.gradient_checkpointing)
         return cls(model, processor, config, total_steps=total_steps)
 
     @property
@@ -125,19 +129,19 @@ class Learner:
                 f"step {self.step + 1}: loss {total}, gradient norm {norm}; lower --learning_rate or check the data"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = self.schedule() * group["peak_lr"]
         self.optimizer.step()
         return Update(loss=total, grad_norm=norm)
 
-    def learning_rate(self) -> float:
-        """The rate of the coming update: linear warm-up, then cosine to zero or constant."""
+    def schedule(self) -> float:
+        """Share of the peak learning rates at the coming update: linear warm-up, then cosine to zero or constant."""
         warmup = math.ceil(self.config.warmup_ratio * self.total_steps)
         if self.step < warmup:
-            return self.config.learning_rate * (self.step + 1) / warmup
+            return (self.step + 1) / warmup
         if self.config.lr_scheduler_type == "constant":
-            return self.config.learning_rate
+            return 1.0
         share = (self.step - warmup) / max(1, self.total_steps - warmup)
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+        return 0.5 * (1 + math.cos(math.pi * share))
 
     def freeze_reference(self) -> Reference:
         """A copy of the trained weights as they are now, for the KL term."""
@@ -171,13 +175,44 @@ class Learner:
         self.step = state["step"]
 
 
-def check_adapter(model: PeftModel, config: StageConfig) -> None:
-    """Refuse LoRA settings that were given and that the loaded adapter does not have. Raises ConfigError."""
-    for adapter in model.peft_config.values():
-        for name, field in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
-            given, has = getattr(config, name), getattr(adapter, field)
-            if name in config.model_fields_set and given != has:
-                raise ConfigError(f"{name} is {given}, the adapter to go on from has {has}; leave the setting out")
+def parameter_groups(model: nn.Module, config: StageConfig) -> list[dict[str, Any]]:
+    """The optimizer's groups: trained parameters by part, matrices apart from the rest, which has no weight decay.
+
+    Raises ConfigError for a learning rate of a part that is not trained.
+    """
+    groups: dict[tuple[Part, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained_parameters(model):
+        groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
+    rates = config.part_learning_rates
+    for part in rates:
+        if part not in {trained for trained, _ in groups}:
+            raise ConfigError(f"part_learning_rates: {part} is not trained; leave it out, or train it")
+    return [
+        {
+            "params": parameters,
+            "part": part,
+            "peak_lr": rates.get(part, config.learning_rate),
+            "weight_decay": config.weight_decay if is_matrix else 0.0,
+        }
+        for (part, is_matrix), parameters in groups.items()
+    ]
+
+
+def recompute_layers(model: Ovis2_5ForConditionalGeneration, towers: str) -> None:
+    """Keep only the inputs of each layer of `llm`, `vit` or `all`, and recompute the rest in backward."""
+    chosen = {"llm": model.model.language_model, "vit": model.model.visual_tokenizer.vit}
+    for name, tower in chosen.items():
+        if towers in (name, "all"):
+            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def lora_settings(config: StageConfig, *, only_given: bool = False) -> dict[str, Any]:
+    """The arguments of `add_lora`: all, or those that were set and not left at their defaults."""
+    return {
+        argument: getattr(config, name)
+        for argument, name in LORA_KNOBS.items()
+        if not only_given or name in config.model_fields_set
+    }
 
 
 def state_file(folder: Path) -> Path:

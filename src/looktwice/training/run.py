@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from rich.table import Table
+
 from looktwice.config import Config, DataConfig, StageConfig
 from looktwice.data.dataset import BatchOrder
 from looktwice.data.records import Sample, check_pictures, read_samples
 from looktwice.errors import ConfigError
 from looktwice.metrics import Recorder
+from looktwice.model.adapters import part_sizes
 from looktwice.model.weights import locate
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training.learner import FINAL_MODEL, Learner, state_file
@@ -66,6 +69,22 @@ def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
         max_steps=config.max_steps,
         seed=config.seed,
     )
+
+
+def trained_table(learner: Learner) -> Table:
+    """What trains: parameters of each part, how many of them are trained, and their peak learning rate."""
+    rates = {group["part"]: group["peak_lr"] for group in learner.optimizer.param_groups}
+    sizes = part_sizes(learner.model)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("part")
+    for title in ("parameters", "trained", "learning rate"):
+        table.add_column(title, justify="right")
+    for part, total, trained in sizes:
+        rate = f"{rates[part]:g}" if trained else "frozen"
+        table.add_row(part, f"{total:,}", f"{trained:,}", rate)
+    all_total, all_trained = sum(size.total for size in sizes), sum(size.trained for size in sizes)
+    table.add_row("all", f"{all_total:,}", f"{all_trained:,}", f"{100 * all_trained / all_total:.2f} %", style="bold")
+    return table
 
 
 def is_due(learner: Learner, every: int) -> bool:

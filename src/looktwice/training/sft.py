@@ -12,7 +12,6 @@ from looktwice.config import DataConfig, ModelConfig, SFTConfig
 from looktwice.data.dataset import encode_sample
 from looktwice.data.records import Sample
 from looktwice.metrics import Recorder
-from looktwice.model.adapters import describe_trained
 from looktwice.processing.packing import PackedBatch
 from looktwice.training.learner import Learner
 from looktwice.training.run import (
@@ -24,6 +23,7 @@ from looktwice.training.run import (
     prepare_output,
     required,
     save_final,
+    trained_table,
 )
 
 SHOWN = ("loss", "eval/loss", "optim/lr", "perf/tokens_per_s")
@@ -43,7 +43,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     with Recorder(
         config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="SFT", append=learner.step > 0
     ) as recorder:
-        recorder.console.print(describe_trained(learner.model))
+        recorder.console.print(trained_table(learner))
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:
             metrics = train_step(learner, [train[number] for number in order[learner.step]], data)
