@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "src" / "looktwice"
 
 # one layer a line, the lowest first; a name stands for itself and for all below it
 LAYERS = (
-    ("errors", "geometry", "metrics"),
+    ("errors", "geometry", "metrics", "serving"),
     ("config", "messages", "calls", "model.configuration"),
     ("model", "training.losses"),
     ("processing",),
     ("data", "rollout", "answers", "grounding", "rewards"),
-    ("training", "inference", "evaluation", "report", "demo"),
+    ("training", "inference", "export", "evaluation", "report", "demo"),
     ("cli", "server", "__init__"),
 )
 DRAWERS = ("utils", "common", "helpers", "misc")

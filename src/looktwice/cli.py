@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, NoReturn, get_args
 from looktwice.config import (
     Config,
     DataConfig,
+    ExportConfig,
     GRPOConfig,
     InferenceConfig,
     ModelConfig,
@@ -41,17 +43,29 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
     def parse_strictly(self, arguments: Sequence[str]) -> dict[str, Any]:
-        known, unknown = self.parse_known_args(arguments)
+        """The flags that were given; `--verify-with` is read as `--verify_with`."""
+        written = [_with_underscores(argument) for argument in arguments]
+        known, unknown = self.parse_known_args(written)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             raise ConfigError(f"unknown argument {unknown[0]}.{nearest(unknown[0].split('=')[0], flags)}")
         return vars(known)
 
 
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    start = "--no-" if flag.startswith("--no-") else "--"
+    return f"{start}{flag.removeprefix(start).replace('-', '_')}{equals}{value}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0, 1 after an error a user can mend, 130 when interrupted."""
+    # on a CPU it warns at import about a faster kernel that nothing here needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train, "ask": ask, "demo": demo}
+    commands = {"train": train, "ask": ask, "export": export, "demo": demo}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(f"usage: looktwice {{{','.join(commands)}}} ...\n")
@@ -142,13 +156,13 @@ def number_of(flag: str, value: str) -> float:
 
 
 def ask(arguments: Sequence[str]) -> None:
-    """Ask a model a question about a picture: looktwice ask photo.jpg "What does the sign say?"."""
+    """Ask a model about a picture or a video: looktwice ask photo.jpg "What does the sign say?"."""
     parser = Parser(
         "looktwice ask", usage="looktwice ask PICTURE QUESTION [options]", description=ask.__doc__, allow_abbrev=False
     )
-    parser.add_argument("image", nargs="?", help="picture to look at")
+    parser.add_argument("image", nargs="?", help="picture or video to look at")
     parser.add_argument("text", nargs="?", metavar="question", help="what to ask about it")
-    parser.add_argument("--image_path", help="the picture, as a flag")
+    parser.add_argument("--image_path", help="the picture or video, as a flag")
     parser.add_argument("--question", help="the question, as a flag")
     parser.add_argument("--output_json", type=Path, help="also write the answer to this file")
     add_flags(parser, InferenceConfig, list(InferenceConfig.model_fields))
@@ -158,13 +172,18 @@ def ask(arguments: Sequence[str]) -> None:
         raise ConfigError('a picture and a question are needed: looktwice ask photo.jpg "What does the sign say?"')
     config = InferenceConfig(**{name: flags[name] for name in InferenceConfig.model_fields if name in flags})
     from looktwice.processing.images import image_size
+    from looktwice.processing.video import is_video_file, open_video
 
     # a missing picture or a bad path should not wait for the model
-    image_size(image)
+    if is_video_file(image):
+        shown: dict[str, Any] = {"video": open_video(image, config.num_frames)}
+    else:
+        image_size(image)
+        shown = {"image": image}
     prepare_file(flags["output_json"])
     from looktwice.inference import OvisInference
 
-    result = OvisInference(config).generate(image, question)
+    result = OvisInference(config).generate(question=question, **shown)
     print_answer(result)
     if flags["output_json"]:
         record = {"image_path": image, "question": question, "model_path": config.model_path, **result}
@@ -182,6 +201,8 @@ def prepare_file(path: Path | None) -> None:
 
 
 def print_answer(result: dict[str, Any]) -> None:
+    if line := describe_sizes(result["picture"]):
+        print(line)
     if thinking := result["parsed"]["think_content"]:
         print(f"thinking: {thinking}\n")
     for number, crop in enumerate(result["crops"], 1):
@@ -189,6 +210,33 @@ def print_answer(result: dict[str, Any]) -> None:
     print(f"answer: {result['parsed']['answer_content'] or result['response']}")
     if result["stop_reason"].startswith("max_"):
         print(f"(cut by --{'max_turns' if result['stop_reason'] == 'max_turns' else 'max_new_tokens'})")
+
+
+def describe_sizes(picture: dict[str, Any] | None) -> str:
+    """At which size the model saw the picture or video, where that is not the original one."""
+    if picture is None or picture["original"] == picture["seen"]:
+        return ""
+    (width, height), (seen_width, seen_height) = picture["original"], picture["seen"]
+    what = f"video: {picture['frames']} frames of" if "frames" in picture else "picture:"
+    return f"{what} {width}x{height}, seen as {seen_width}x{seen_height}"
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a trained model or adapter as a released-layout folder, checked: looktwice export MODEL FOLDER."""
+    parser = Parser(
+        "looktwice export",
+        usage="looktwice export MODEL FOLDER [options]",
+        description=export.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="model or adapter folder, hub name, or tiny")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write; must be new or empty")
+    add_flags(parser, ExportConfig, list(ExportConfig.model_fields))
+    flags = parser.parse_strictly(arguments)
+    config = ExportConfig(**{name: flags[name] for name in ExportConfig.model_fields if name in flags})
+    from looktwice.export import describe, export_model
+
+    print(describe(export_model(flags["model"], flags["folder"], config)))
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -210,7 +258,7 @@ def add_flags(
     group = parser.add_argument_group("For stage 2 alone" if prefix else title.removesuffix("."))
     for name in names:
         field = config_class.model_fields[name]
-        default = "" if field.default is None else f" ({field.default})"
+        default = "" if field.default in (None, (), {}) else f" ({field.default})"
         help_text = f"{field.description}{default}".replace("%", "%%")
         flag = f"--{prefix}{flag_of(config_class, name)}"
         if field.annotation in (bool, bool | None):
