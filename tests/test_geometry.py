@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looktwice.errors import BoxError, ConfigError
@@ -30,7 +30,8 @@ from looktwice.geometry import (
 
 MIN_PIXELS = 448**2
 MAX_PIXELS = (1792**2, 1344 * 1792, 896**2, 448**2)
-# (height, width) in; (height, width) out for each of MAX_PIXELS. Where the released code gives a side of 0, 32 stands.
+# (height, width) in; (height, width) out for each of MAX_PIXELS. Where the released code gives a side of 0, 32 stands,
+# beside the longest side that keeps the picture within the limit.
 RESIZED = [
     ((448, 448), [(448, 448), (448, 448), (448, 448), (448, 448)]),
     ((480, 640), [(480, 640), (480, 640), (480, 640), (384, 512)]),
@@ -44,9 +45,9 @@ RESIZED = [
     ((1, 1), [(448, 448)] * 4),
     ((80, 48), [(608, 352)] * 4),
     ((20, 300), [(128, 1760)] * 4),
-    ((10, 5000), [(32, 16000), (32, 16000), (32, 16000), (32, 10016)]),
-    ((40, 10000), [(32, 8000), (32, 8000), (32, 8000), (32, 6304)]),
-    ((32, 6400), [(32, 6400), (32, 6400), (32, 6400), (32, 6304)]),
+    ((10, 5000), [(32, 16000), (32, 16000), (32, 16000), (32, 6272)]),
+    ((40, 10000), [(32, 8000), (32, 8000), (32, 8000), (32, 6272)]),
+    ((32, 6400), [(32, 6400), (32, 6400), (32, 6400), (32, 6272)]),
 ]
 
 
@@ -67,11 +68,41 @@ def test_smart_resize_rounds_halves_to_even() -> None:
     assert smart_resize(Size(48, 80), factor=32, min_pixels=0, max_pixels=10**6) == Size(64, 64)
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000))
-def test_smart_resize_never_gives_an_empty_or_uneven_side(width: int, height: int) -> None:
-    resized = smart_resize(Size(width, height), factor=32, min_pixels=448**2, max_pixels=448**2)
+@pytest.mark.parametrize(
+    ("given_size", "max_pixels", "resized"),
+    [
+        (Size(1, 5000), 896**2, Size(32, 25088)),
+        (Size(5000, 1), 896**2, Size(25088, 32)),
+        (Size(1, 5000), 448**2, Size(32, 6272)),
+        (Size(1, 100_000), 448**2, Size(32, 6272)),
+        (Size(100_000, 1), 448**2, Size(6272, 32)),
+        (Size(9, 400), 64**2, Size(32, 128)),
+        (Size(400, 9), 64**2, Size(128, 32)),
+        (Size(9, 400), 32**2, Size(32, 32)),
+        (Size(9, 400), 1, Size(32, 32)),
+    ],
+)
+def test_an_extreme_shape_is_clamped_to_the_limit(given_size: Size, max_pixels: int, resized: Size) -> None:
+    assert smart_resize(given_size, factor=32, min_pixels=0, max_pixels=max_pixels) == resized
+
+
+side = st.integers(1, 10**6)
+
+
+@given(side, side, st.integers(1, 10**7))
+@settings(max_examples=200, deadline=None)
+def test_a_resized_picture_has_whole_tokens_and_stays_within_the_limit(width: int, height: int, limit: int) -> None:
+    resized = smart_resize(Size(width, height), factor=32, min_pixels=0, max_pixels=limit)
     assert min(resized) >= 32
     assert resized.width % 32 == resized.height % 32 == 0
+    assert resized.width * resized.height <= max(limit, 32**2)
+
+
+@given(side, side, st.integers(1, 10**7))
+@settings(max_examples=200, deadline=None)
+def test_a_resized_picture_reaches_the_fewest_pixels(width: int, height: int, fewest: int) -> None:
+    resized = smart_resize(Size(width, height), factor=32, min_pixels=fewest, max_pixels=10**15)
+    assert resized.width * resized.height >= fewest
 
 
 def test_a_visual_token_stands_for_a_square_of_the_factor() -> None:
@@ -270,7 +301,7 @@ def test_the_message_about_a_huge_value_stays_short() -> None:
 # -- the pixel policy
 
 
-@pytest.mark.parametrize("kind", ["image", "crop"])
+@pytest.mark.parametrize("kind", ["image", "crop", "video"])
 @pytest.mark.parametrize(("low", "high"), [(200, 100), (-1, 100), (0, 0), (0, -5)])
 def test_a_policy_whose_bounds_contradict_each_other_is_refused(kind: str, low: int, high: int) -> None:
     with pytest.raises(ConfigError, match=f"{kind}_min_pixels is {low} and {kind}_max_pixels is {high}"):
@@ -289,3 +320,12 @@ def test_a_maximum_given_below_the_minimum_takes_the_minimum_along() -> None:
 def test_a_minimum_given_above_the_maximum_is_refused() -> None:
     with pytest.raises(ConfigError, match="image_min_pixels"):
         PixelPolicy(image_min_pixels=500, image_max_pixels=900).override(image_min_pixels=1000)
+
+
+def test_the_frames_of_a_video_have_the_model_card_s_bounds() -> None:
+    assert PixelPolicy(image_max_pixels=1792**2).frame_bounds == (448**2, 896**2)
+
+
+def test_a_frame_never_gets_more_pixels_than_a_picture() -> None:
+    assert PixelPolicy(image_min_pixels=64**2, image_max_pixels=96**2).frame_bounds == (64**2, 96**2)
+    assert PixelPolicy().override(image_max_pixels=128**2).frame_bounds == (128**2, 128**2)

@@ -11,6 +11,7 @@ from looktwice.errors import BoxError, ConfigError
 BoxFrame = Literal["original_px", "resized_px", "unit", "norm1000"]
 BOX_FRAMES: tuple[str, ...] = get_args(BoxFrame)
 
+PIXEL_KINDS = ("image", "crop", "video")
 MAX_RESIZE_ASPECT = 200
 MAX_CROP_ASPECT = 100
 
@@ -37,15 +38,20 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelPolicy:
-    """How many pixels a picture and a crop may have after resizing. Saved in the checkpoint, used everywhere."""
+    """How many pixels a picture, a crop and a frame of a video may have after resizing.
+
+    Saved in the checkpoint, used everywhere. A frame never gets more pixels than a picture would: see `frame_bounds`.
+    """
 
     image_min_pixels: int = 448 * 448
     image_max_pixels: int = 896 * 896
     crop_min_pixels: int = 56 * 56
     crop_max_pixels: int = 448 * 448
+    video_min_pixels: int = 448 * 448
+    video_max_pixels: int = 896 * 896
 
     def __post_init__(self) -> None:
-        for kind in ("image", "crop"):
+        for kind in PIXEL_KINDS:
             low, high = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
             if not 0 <= low <= high or high == 0:
                 raise ConfigError(
@@ -55,10 +61,21 @@ class PixelPolicy:
     def override(self, **given: int | None) -> PixelPolicy:
         """The policy with the bounds that are given; a minimum left out never stands above its maximum."""
         values = asdict(self) | {name: value for name, value in given.items() if value is not None}
-        for kind in ("image", "crop"):
+        for kind in PIXEL_KINDS:
             if given.get(f"{kind}_min_pixels") is None:
                 values[f"{kind}_min_pixels"] = min(values[f"{kind}_min_pixels"], values[f"{kind}_max_pixels"])
         return PixelPolicy(**values)
+
+    @property
+    def frame_bounds(self) -> tuple[int, int]:
+        """Fewest and most pixels of a video's frame: its own bounds, each lowered to the picture's where that is less.
+
+        A policy written without video bounds, or lowered for pictures alone, so keeps frames within what it allows.
+        """
+        return (
+            min(self.video_min_pixels, self.image_min_pixels),
+            min(self.video_max_pixels, self.image_max_pixels),
+        )
 
 
 def iou(a: Box, b: Box) -> float:
@@ -73,8 +90,9 @@ def iou(a: Box, b: Box) -> float:
 def smart_resize(size: Size, *, factor: int, min_pixels: int, max_pixels: int) -> Size:
     """The size Ovis2.5 resizes a picture to: both sides multiples of `factor`, pixel count near the bounds.
 
-    Follows the released rule step by step (rounding half to even, no second check after step 4) with one mend: a
-    side never becomes 0, which the released code allows for extreme shapes.
+    Follows the released rule step by step (rounding half to even, no second check after step 4) with one mend. Where
+    the released code gives a side of 0 for an extreme shape, that side is `factor` and the other is cut to what
+    `max_pixels` leaves, so a shape however extreme takes no more pixels than that (one visual token at the least).
     Source: AIDC-AI/Ovis, modeling_siglip2_navit.py and the hub's preprocess_inputs.
 
     Example: smart_resize(Size(640, 480), factor=32, min_pixels=448**2, max_pixels=448**2) == Size(512, 384)
@@ -94,10 +112,13 @@ def smart_resize(size: Size, *, factor: int, min_pixels: int, max_pixels: int) -
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
         h, w = math.floor(height / beta / factor) * factor, math.floor(width / beta / factor) * factor
+        if min(h, w) == 0:
+            longest = max(1, max_pixels // factor**2) * factor
+            h, w = (min(max(side, factor), longest) for side in (h, w))
     elif h * w < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
         h, w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
-    return Size(max(factor, w), max(factor, h))
+    return Size(w, h)
 
 
 def num_visual_tokens(size: Size, *, factor: int) -> int:

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from looktwice.errors import CheckpointError
-from looktwice.messages import Conversation, ImagePart, Message, TextPart, assistant, system, user
+from looktwice.messages import Conversation, ImagePart, Message, TextPart, VideoPart, assistant, system, user
 from looktwice.processing.chat_template import EARLY_STOP, ChatTemplate, Span
 from looktwice.processing.processor import Ovis2_5Processor
 
@@ -66,6 +66,12 @@ def test_a_user_s_parts_stand_on_lines_of_their_own(template: ChatTemplate) -> N
     parts = (PICTURE, TextPart(text="One."), TextPart(text="Two."), PICTURE, PICTURE, TextPart(text="Three."))
     wanted = "user\n<picture 0>\nOne.\nTwo.\n<picture 1>\n<picture 2>\nThree.<|im_end|>"
     assert wanted in prompt(template, Message(role="user", parts=parts))
+
+
+def test_a_video_stands_where_a_picture_would(template: ChatTemplate) -> None:
+    video = VideoPart(source=[PICTURE.source])  # type: ignore[list-item]
+    parts = (TextPart(text="One."), video, TextPart(text="Two."))
+    assert "user\nOne.\n<picture 0>\nTwo.<|im_end|>" in prompt(template, Message(role="user", parts=parts))
 
 
 def test_pictures_are_numbered_through_the_whole_conversation(template: ChatTemplate) -> None:

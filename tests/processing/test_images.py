@@ -316,6 +316,15 @@ def test_a_patch_runs_over_columns_then_rows_then_channels() -> None:
     assert by_channel[2].unique().tolist() == [255]
 
 
+def test_frames_follow_each_other_in_the_block_order_of_a_picture() -> None:
+    frames = [encoding_places(), encoding_places().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    patched = patchify(*frames, patch_size=16, stride=2, is_video=True)
+    alone = [patchify(frame, patch_size=16, stride=2).pixel_values for frame in frames]
+    assert torch.equal(patched.pixel_values, torch.cat(alone))
+    assert (patched.grid_thw, patched.size, patched.num_tokens) == ((2, 4, 6), Size(96, 64), 12)
+    assert patched.is_video
+
+
 def test_a_patched_picture_knows_its_grid_size_and_tokens() -> None:
     patched = patchify(encoding_places(), patch_size=16, stride=2)
     assert (patched.grid_thw, patched.size, patched.num_tokens) == ((1, 4, 6), Size(96, 64), 6)

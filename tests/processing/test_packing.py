@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from looktwice.geometry import Size
 from looktwice.processing.images import PatchedImage
-from looktwice.processing.packing import pack, split_by_tokens
+from looktwice.processing.packing import collate_packed, pack, split_by_tokens
 from looktwice.processing.processor import Example
 
 
@@ -82,6 +82,24 @@ def test_model_inputs_leave_out_what_is_no_input() -> None:
     assert set(inputs) == {
         "input_ids", "position_ids", "loss_mask", "cu_seqlens", "pixel_values", "image_grid_thw", "image_index"
     }  # fmt: skip
+
+
+def test_a_collated_row_is_the_pack_with_labels_for_its_marks() -> None:
+    examples = [example([5, 6, 7], [0, 1, 1], image(0.1, 2, 2)), example([8, 9], [0, 1])]
+    inputs, batch = collate_packed(examples), pack(examples)
+    assert inputs["labels"].tolist() == [[-100, 6, 7, -100, 9]]
+    assert inputs.keys() - {"labels"} == batch.model_inputs().keys() - {"loss_mask"}
+    assert inputs["cu_seqlens"].tolist() == [0, 3, 5]
+
+
+def test_a_collated_row_of_text_names_no_pictures() -> None:
+    assert set(collate_packed([example([1, 2], [0, 1])])) == {"input_ids", "position_ids", "cu_seqlens", "labels"}
+
+
+def test_no_label_stands_at_the_start_of_a_sequence() -> None:
+    """The token before it belongs to another sequence, and would be asked to predict it."""
+    inputs = collate_packed([example([5, 6], [1, 1]), example([8, 9], [1, 1])])
+    assert inputs["labels"].tolist() == [[-100, 6, -100, 9]]
 
 
 @pytest.mark.parametrize(

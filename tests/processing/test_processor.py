@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
 from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 
-from looktwice.errors import CheckpointError, ConfigError, ImageError
+from looktwice.errors import CheckpointError, ConfigError, DataError, ImageError
 from looktwice.geometry import PixelPolicy, Size
-from looktwice.messages import Conversation, ImagePart, Message, TextPart, assistant, user
+from looktwice.messages import Conversation, ImagePart, Message, TextPart, assistant, system, user
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.processing.processor import VISUAL_TOKENS, Example, Ovis2_5Processor, add_visual_tokens
 
@@ -204,6 +210,148 @@ def test_a_missing_picture_is_named(processor: Ovis2_5Processor, tmp_path: Path)
         processor.encode(Conversation(messages=(user("Q", tmp_path / "gone.png"),)), purpose="prompt")
 
 
+# -- as Hugging Face calls it
+
+
+def hub_messages(conversation: Conversation) -> list[dict[str, Any]]:
+    """The conversation as Hugging Face writes it."""
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part.text}
+                if isinstance(part, TextPart)
+                else {"type": "image", "image": part.source}
+                for part in message.parts
+            ],
+        }
+        for message in conversation.messages
+    ]
+
+
+def assert_same_as_ours(processor: Ovis2_5Processor, conversation: Conversation) -> None:
+    """A whole conversation has the ids and the marks of training, its prompts have those of asking."""
+    whole = processor.apply_chat_template(
+        hub_messages(conversation), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ours = processor.encode(conversation, purpose="train")
+    assert whole["input_ids"] == [ours.input_ids]
+    assert whole["assistant_masks"] == [ours.loss_mask]
+    assert [tuple(grid) for grid in whole.get("image_grid_thw", [])] == [image.grid_thw for image in ours.images]
+    for thinking in (True, False):
+        prompt = processor.apply_chat_template(
+            hub_messages(conversation), add_generation_prompt=True, enable_thinking=thinking, tokenize=True
+        )
+        assert prompt == [processor.encode(conversation, purpose="prompt", thinking=thinking).input_ids]
+
+
+SQUARE = ImagePart(source=Image.new("RGB", (64, 64), "gray"))
+# a text that opens with a space and a newline is left out: see ChatTemplate on newlines that merge
+TEXTS = st.lists(st.sampled_from(["red", " ", "\n", "<think>", "</think>", "<tool_call>", "é!", "12"]), max_size=5).map(
+    lambda words: "".join(words).lstrip(" ")
+)
+PARTS = st.one_of(TEXTS.map(lambda text: TextPart(text=text)), st.just(SQUARE))
+MESSAGES = st.builds(
+    Message, role=st.sampled_from(["system", "user", "assistant"]), parts=st.lists(PARTS, max_size=4).map(tuple)
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(messages=st.lists(MESSAGES, min_size=1, max_size=4))
+@example(messages=[user("Q"), assistant("\n\nA"), Message(role="assistant", parts=(SQUARE, TextPart(text="\nB")))])
+def test_the_hub_s_template_writes_what_ours_does(processor: Ovis2_5Processor, messages: list[Message]) -> None:
+    assert_same_as_ours(processor, Conversation(messages=tuple(messages)))
+
+
+@needs_released_files
+def test_the_released_tokenizer_reads_the_same_ids_from_the_hub_s_template(released: Ovis2_5Processor) -> None:
+    look = (TextPart(text="<think>\nSee <tool_call>[1]</tool_call>"), ImagePart(source=picture(64, 64)))
+    answer = Message(role="assistant", parts=(*look, TextPart(text="\n\n It is.\n</think>\n\nred\n")))
+    messages = (system("S\n"), user(" Q1\n", picture(), picture()), answer, user("\nQ2 "), assistant("\n\nA2"))
+    assert_same_as_ours(released, Conversation(messages=messages))
+
+
+def test_a_text_that_is_no_list_of_parts_is_one_text(processor: Ovis2_5Processor) -> None:
+    written = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert written == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ({"role": "tool", "content": "x"}, "role tool"),
+        ({"role": "user", "content": [{"type": "audio", "audio": "x"}]}, "type audio"),
+    ],
+)
+def test_the_hub_s_template_names_what_it_cannot_write(
+    processor: Ovis2_5Processor, message: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(TemplateError, match=named):
+        processor.apply_chat_template([message])
+
+
+def test_each_placeholder_becomes_the_next_picture(processor: Ovis2_5Processor) -> None:
+    wide, tall = picture(160, 64), picture(64, 160)
+    for images in ([wide, tall, wide], [[wide, tall], [wide]]):
+        out = processor(images, ["<image> and <image>", "or <image>"], return_tensors="pt", padding=True)
+        shown = [processor.patch_image(image) for image in (wide, tall, wide)]
+        ids = processor.image_ids(shown[0]) + processor.template.encode(" and ") + processor.image_ids(shown[1])
+        assert out["input_ids"][0].tolist() == ids
+        assert torch.equal(out["pixel_values"], torch.cat([image.pixel_values for image in shown]))
+
+
+def test_shorter_texts_are_padded_on_the_left(processor: Ovis2_5Processor) -> None:
+    out = processor(text=["red", "red red red"], padding=True, return_tensors="pt")
+    assert set(out) == {"input_ids", "attention_mask"}
+    assert out["attention_mask"][0, 0] == 0
+    assert out["attention_mask"][:, -1].tolist() == [1, 1]
+
+
+def test_pictures_alone_give_no_ids(processor: Ovis2_5Processor) -> None:
+    assert set(processor(picture())) == {"pixel_values", "image_grid_thw"}
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "message"),
+    [
+        (None, ["<image>"], r'text 0: 1 "<image>" for 0 pictures'),
+        ([picture()], ["a", "b"], r'2 texts: 0 "<image>" for 1 pictures'),
+        ([[picture(), picture()], [picture()]], ["<image>", "<image><image>"], r'text 0: 1 "<image>" for 2 pictures'),
+        ([[picture()]], ["<image>", "a"], "1 lists of pictures for 2 texts"),
+        (None, ["a", "<ovis_visual_atom>"], r'a text spells the visual token "<ovis_visual_atom>"'),
+    ],
+)
+def test_pictures_that_do_not_fit_their_texts_are_refused(
+    processor: Ovis2_5Processor, images: Any, texts: list[str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        processor(images, texts)
+
+
+def test_truncation_through_a_picture_is_refused(processor: Ovis2_5Processor) -> None:
+    with pytest.raises(DataError, match="truncation leaves 3 of 36 visual tokens"):
+        processor(picture(), "<image>", truncation=True, max_length=4)
+
+
+def test_a_video_in_the_call_is_refused_with_the_way_that_takes_it(processor: Ovis2_5Processor) -> None:
+    with pytest.raises(DataError, match=r"Ovis2_5Processor\.encode"):
+        processor(text="<video>", videos=[[picture()]])  # type: ignore[arg-type]
+
+
+def test_a_new_policy_holds_for_both_ways_in(processor: Ovis2_5Processor) -> None:
+    limited = Ovis2_5Processor(processor.tokenizer, processor.config)
+    limited.policy = PixelPolicy(image_min_pixels=64 * 64, image_max_pixels=64 * 64)
+    assert limited.patch_image(picture()).grid_thw == (1, 8, 8)
+    assert limited(picture(), "<image>")["image_grid_thw"].tolist() == [[1, 8, 8]]
+
+
+def test_ids_of_any_kind_are_decoded(processor: Ovis2_5Processor) -> None:
+    ids = [*processor.template.encode("red"), processor.config.image_token_id, processor.template.turn_close_id]
+    for form in (ids, np.array(ids), torch.tensor(ids)):
+        assert processor.decode(form) == "red<|im_end|>"
+    assert processor.batch_decode(torch.tensor([ids, ids]), skip_special_tokens=True) == ["red", "red"]
+
+
 # -- model folders
 
 POLICY = PixelPolicy(image_min_pixels=1, image_max_pixels=2, crop_min_pixels=3, crop_max_pixels=4)
@@ -220,6 +368,41 @@ def folder(processor: Ovis2_5Processor, tmp_path: Path) -> Path:
 def test_a_folder_keeps_policy_and_box_frame(folder: Path) -> None:
     again = Ovis2_5Processor.from_pretrained(folder)
     assert (again.policy, again.box_frame) == (POLICY, "norm1000")
+
+
+def test_transformers_finds_the_processor_of_a_folder(folder: Path) -> None:
+    again = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    assert isinstance(again, Ovis2_5Processor) and isinstance(again, ProcessorMixin)
+    assert (again.policy, again.box_frame) == (POLICY, "norm1000")
+    assert '"processor_class": "Ovis2_5Processor"' in repr(again)
+
+
+def test_pixel_bounds_given_on_loading_replace_the_folder_s(folder: Path) -> None:
+    again = AutoProcessor.from_pretrained(folder, min_pixels=20, max_pixels=30)
+    assert again.policy == POLICY.override(image_min_pixels=20, image_max_pixels=30)
+
+
+def test_pixel_bounds_have_one_home_in_a_folder(folder: Path) -> None:
+    homes = [file.name for file in folder.glob("*.json") if "image_max_pixels" in file.read_text(encoding="utf-8")]
+    assert homes == ["preprocessor_config.json"]
+
+
+def test_the_tokenizer_of_a_folder_writes_the_same_prompts(folder: Path) -> None:
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>\nx\n</think>\n\nA"}]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = Ovis2_5Processor.from_pretrained(folder).apply_chat_template(messages)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == wanted
+    assert "x\n</think>" in wanted, "thoughts of past turns stay"
+
+
+def test_a_processor_is_pushed_when_asked(
+    processor: Ovis2_5Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = []
+    monkeypatch.setattr(Ovis2_5Processor, "push_to_hub", lambda self, name, **kwargs: pushed.append((name, kwargs)))
+    processor.save_pretrained(tmp_path / "mine")
+    processor.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    assert pushed == [("mine", {"private": True})]
 
 
 def test_a_folder_keeps_the_ids_of_a_conversation(processor: Ovis2_5Processor, folder: Path) -> None:

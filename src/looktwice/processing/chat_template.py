@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from looktwice.errors import CheckpointError
-from looktwice.messages import THINK_CLOSE, THINK_OPEN, Conversation, ImagePart, Message
+from looktwice.messages import THINK_CLOSE, THINK_OPEN, Conversation, Message, TextPart
 
 EMPTY_THINK = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
 TURN_OPEN, TURN_CLOSE = "<|im_start|>", "<|im_end|>"
@@ -21,7 +21,7 @@ EARLY_STOP = (
 
 @dataclass(kw_only=True)
 class Span:
-    """Consecutive ids by one writer, or, with `image_number`, the place of one picture of the conversation."""
+    """Consecutive ids by one writer, or, with `image_number`, the place of one picture (or the video)."""
 
     ids: list[int] = field(default_factory=list)
     is_trained: bool = False
@@ -87,7 +87,7 @@ class ChatTemplate:
 
 
 def _texts_between_pictures(message: Message) -> list[str]:
-    """One text more than pictures: each is tokenised as a whole.
+    """One text more than pictures or videos: each is tokenised as a whole.
 
     Users' parts stand on lines of their own; an assistant's crop follows its call without a break.
     """
@@ -95,8 +95,8 @@ def _texts_between_pictures(message: Message) -> list[str]:
     texts = [""]
     for number, part in enumerate(message.parts):
         texts[-1] += glue if number else ""
-        if isinstance(part, ImagePart):
-            texts.append("")
-        else:
+        if isinstance(part, TextPart):
             texts[-1] += part.text
+        else:
+            texts.append("")
     return texts

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looktwice.model.modeling import IGNORE_INDEX
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example
 
@@ -71,6 +72,20 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         image_index=torch.tensor([distinct[id(image)] for image in shown]) if images else None,
         examples=tuple(examples),
     )
+
+
+def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """One packed row as keyword arguments of the model, `labels` [1, T] among them: the `data_collator` of
+    transformers' Trainer over Examples, and the last step of one for TRL's SFTTrainer.
+
+    A sequence's first token is never trained, so no label is predicted across the border of two sequences.
+    """
+    batch = pack(examples)
+    starts = batch.cu_seqlens[:-1].long()
+    labels = batch.input_ids.masked_fill(~batch.loss_mask, IGNORE_INDEX).index_fill(1, starts, IGNORE_INDEX)
+    inputs = {name: value for name, value in batch.model_inputs().items() if value is not None}
+    del inputs["loss_mask"]
+    return {**inputs, "labels": labels}
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
