@@ -13,9 +13,10 @@ from PIL import Image
 
 import looktwice
 from looktwice.config import InferenceConfig, ModelConfig, SFTConfig
-from looktwice.errors import CheckpointError, ImageError
+from looktwice.errors import CheckpointError, ConfigError, ImageError
 from looktwice.geometry import Box, Size
 from looktwice.inference import OvisInference, report
+from looktwice.messages import VideoPart
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 from looktwice.training.learner import Learner
@@ -39,7 +40,7 @@ def questions(picture: Image.Image) -> list[tuple[Image.Image | None, str]]:
 
 def test_an_answer_has_the_documented_keys(ask, picture) -> None:
     answer = ask().generate(image=picture, question="What is it?")
-    assert set(answer) == {"response", "parsed", "crops", "stop_reason"}
+    assert set(answer) == {"response", "parsed", "crops", "stop_reason", "picture"}
     assert set(answer["parsed"]) == {"think_content", "answer_content", "grounding"}
     assert answer["stop_reason"] == "max_tokens" and answer["response"]
     assert json.loads(json.dumps(answer)) == answer
@@ -92,6 +93,65 @@ def test_a_picture_can_be_a_path_or_a_decoded_one(ask, picture, tmp_path) -> Non
 def test_sampled_answers_repeat_with_the_seed(ask, questions) -> None:
     first, again, other = (ask(temperature=1.0, seed=seed).generate_batch(questions) for seed in (0, 0, 1))
     assert first == again != other
+
+
+# -- what was shown
+
+
+def test_an_answer_says_at_which_size_the_picture_was_seen(ask, picture) -> None:
+    inference = ask(max_new_tokens=1)
+    assert inference.generate(picture, "What?")["picture"] == {
+        "original": [160, 120],
+        "seen": [96, 80],
+        "num_tokens": 30,
+    }
+    assert inference.generate(None, "What?")["picture"] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"), [((1, 5000), [16, 576]), ((5000, 1), [576, 16]), ((9, 400), [16, 576]), ((1, 100_000), [16, 576])]
+)
+def test_a_picture_of_an_extreme_shape_is_clamped_and_answered(ask, size, seen) -> None:
+    answer = ask(max_new_tokens=2).generate(Image.new("RGB", size, "red"), "What?")
+    assert answer["picture"] == {"original": list(size), "seen": seen, "num_tokens": 36}
+    assert answer["response"]
+
+
+def test_a_video_is_seen_with_all_its_frames(ask, picture) -> None:
+    frames = [picture.rotate(90 * turns) for turns in range(3)]
+    answer = ask(max_new_tokens=1).generate(video=frames, question="What happens?")
+    assert answer["picture"] == {"original": [160, 120], "seen": [96, 80], "num_tokens": 90, "frames": 3}
+    assert json.loads(json.dumps(answer)) == answer
+
+
+def test_the_order_of_frames_and_the_kind_of_what_is_shown_matter(ask, picture) -> None:
+    inference = ask(max_new_tokens=1)
+    other = picture.rotate(180)
+
+    def first_logprob(image: Image.Image | VideoPart) -> float:
+        [trajectory] = inference.play([(image, "What?")])
+        return trajectory.sampling_logprobs[0]
+
+    seen = [picture, *(VideoPart(source=frames) for frames in ([picture], [picture, other], [other, picture]))]
+    assert len({first_logprob(image) for image in seen}) == 4
+
+
+def test_a_batch_mixes_pictures_and_videos(ask, questions, picture) -> None:
+    video = [picture, picture.rotate(180)]
+    together = ask().generate_batch([*questions, (VideoPart(source=video), "What happens?")])
+    alone = ask()
+    assert together[-1] == alone.generate(video=video, question="What happens?")
+    assert together[:-1] == [alone.generate(image, question) for image, question in questions]
+
+
+def test_a_picture_beside_a_video_is_refused(ask, picture) -> None:
+    with pytest.raises(ConfigError, match="a picture and a video are both given"):
+        ask().generate(picture, "What?", video=[picture])
+
+
+def test_a_question_is_needed(ask, picture) -> None:
+    with pytest.raises(ConfigError, match="there is no question"):
+        ask().generate(picture)
 
 
 def test_no_questions_have_no_answers(ask) -> None:
@@ -179,8 +239,25 @@ def test_the_inference_script_prints_the_answer_and_writes_it_as_json(
     assert (record["question"], record["image_path"]) == ("What is it?", str(tmp_path / "picture.png"))
     assert record["model_path"] == str(model_folder) and record["stop_reason"] == "max_tokens"
     printed = capsys.readouterr().out
+    assert printed.startswith("picture: 160x120, seen as 96x80\n")
     assert f"answer: {record['parsed']['answer_content']}" in printed
     assert printed.endswith("(cut by --max_new_tokens)\n")
+
+
+def test_the_inference_script_looks_at_a_video_file(
+    model_folder, picture, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    arguments = [path, "What happens?", "--model_path", model_folder, "--max_new_tokens", 2, "--device", "cpu"]
+    assert run_script("inference.py", arguments, monkeypatch) == 0
+    assert capsys.readouterr().out.startswith("video: 8 frames of 160x120, seen as 96x80\n")
 
 
 @pytest.mark.parametrize("script", ["train_ovis25.py", "train_sft.py", "train_grpo.py"])

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from looktwice.answers import extract_answer, split_thinking
 from looktwice.config import InferenceConfig
+from looktwice.errors import ConfigError
+from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
-from looktwice.messages import ImageSource
-from looktwice.model.adapters import base_of
+from looktwice.messages import ImageSource, VideoPart, VideoSource
+from looktwice.model.adapters import base_of, merge
 from looktwice.model.weights import load_model, locate, pick_device
+from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.processing.video import open_video
 from looktwice.rollout.builtin_engine import BuiltinEngine
-from looktwice.rollout.episode import EpisodeRules, Look, play, start_episodes
+from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory
 
-Question = tuple[ImageSource | None, str]
+Question = tuple[ImageSource | VideoPart | None, str]
 
 
 class OvisInference:
-    """A loaded model that answers questions about pictures.
+    """A loaded model that answers questions about pictures and videos.
 
     Example: OvisInference(InferenceConfig(model_path="outputs/grpo/final_model")).generate(image, "What is this?")
     """
@@ -37,26 +40,45 @@ class OvisInference:
         device = pick_device(self.config.device)
         is_bf16 = device.startswith("cuda") if self.config.bf16 is None else self.config.bf16
         dtype = torch.bfloat16 if is_bf16 else torch.float32
-        model = load_model(self.config.model_path, dtype=dtype, device=device)
-        self.model = base_of(model.merge_and_unload() if isinstance(model, PeftModel) else model)
+        model = load_model(
+            self.config.model_path,
+            dtype=dtype,
+            device=device,
+            attn_implementation=self.config.attn_implementation,
+            quantization=self.config.quantization,
+        )
+        # an adapter merged into quantised weights would be rounded away
+        self.model = merge(model) if self.config.quantization == "none" else base_of(model)
 
-    def generate(self, image: ImageSource | None, question: str) -> dict[str, Any]:
-        """The answer to one question; `image` is a path, a PIL picture or None.
+    def generate(
+        self, image: ImageSource | None = None, question: str = "", video: VideoSource | None = None
+    ) -> dict[str, Any]:
+        """The answer to one question about a picture (a path or a PIL picture), a video, or neither.
+
+        `video` is a path, of which `num_frames` are seen, or a list of frames, which are all seen. Crops are cut from
+        pictures only.
 
         Keys: `response` (all the model wrote), `parsed` (`think_content`, `answer_content`, `grounding`), `crops`
-        (each call's `box` in original pixels and `error`), `stop_reason`.
+        (each call's `box` in original pixels and `error`), `stop_reason`, `picture` (what was shown: sizes in pixels
+        `original` and `seen`, `num_tokens`, and `frames` of a video; None without a picture).
+        Raises ConfigError for a picture beside a video, and without a question.
         """
-        return self.generate_batch([(image, question)])[0]
+        if not question:
+            raise ConfigError("there is no question; give one as `question`")
+        if image is not None and video is not None:
+            raise ConfigError("a picture and a video are both given; ask about one of them")
+        return self.generate_batch([(image if video is None else VideoPart(source=video), question)])[0]
 
     def generate_batch(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """Answers to many questions, all advancing together."""
-        return [report(trajectory) for trajectory in self.play(questions)]
+        """Answers to many questions, all advancing together; a video is given as VideoPart in the picture's place."""
+        return [report(done.trajectory, *done.prompt.images) for done in self._finished(questions, None)]
 
     def play(self, questions: Sequence[Question], look: Look | None = None) -> list[Trajectory]:
-        """The finished rollouts of the questions; `look` replaces the crop tool.
+        """The finished rollouts of the questions; `look` replaces the crop tool."""
+        return [done.trajectory for done in self._finished(questions, look)]
 
-        `batch_size` questions advance together, and only their pictures are held in memory.
-        """
+    def _finished(self, questions: Sequence[Question], look: Look | None) -> Iterator[Episode]:
+        """Episodes at their end: `batch_size` advance together, and only their pictures are held in memory."""
         config = self.config
         rules = EpisodeRules(
             max_turns=config.max_turns,
@@ -71,17 +93,22 @@ class OvisInference:
             max_rows=config.batch_size,
             seed=config.seed,
         )
-        finished: list[Trajectory] = []
         for first in range(0, len(questions), config.batch_size):
-            batch = questions[first : first + config.batch_size]
+            batch = [(self._decoded(shown), text) for shown, text in questions[first : first + config.batch_size]]
             groups = [start_episodes(image, text, self.processor, rules, look=look) for image, text in batch]
             play(engine, groups)
-            finished += [episode.trajectory for (episode,) in groups]
-        return finished
+            yield from (episode for (episode,) in groups)
 
 
-def report(trajectory: Trajectory) -> dict[str, Any]:
-    """What a finished rollout says, as plain data."""
+    def _decoded(self, shown: ImageSource | VideoPart | None) -> ImageSource | VideoPart | None:
+        """A video file as the frames that are seen of it; anything else as it is."""
+        if not isinstance(shown, VideoPart):
+            return shown
+        return VideoPart(source=open_video(shown.source, self.config.num_frames))
+
+
+def report(trajectory: Trajectory, seen: PatchedImage | None = None) -> dict[str, Any]:
+    """What a finished rollout says, as plain data; `seen` is the picture or video of its prompt."""
     thinking, _ = split_thinking(trajectory.text)
     size = trajectory.image_size
     return {
@@ -101,4 +128,10 @@ def report(trajectory: Trajectory) -> dict[str, Any]:
             for call in trajectory.calls
         ],
         "stop_reason": trajectory.stop_reason,
+        "picture": None if seen is None or size is None else _sizes(size, seen),
     }
+
+
+def _sizes(original: Size, seen: PatchedImage) -> dict[str, Any]:
+    sizes = {"original": list(original), "seen": list(seen.size), "num_tokens": seen.num_tokens}
+    return {**sizes, "frames": seen.grid_thw[0]} if seen.is_video else sizes

@@ -1,12 +1,15 @@
-"""A conversation as people write it: roles, texts, pictures. No tokens."""
+"""A conversation as people write it: roles, texts, pictures or a video. No tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
+
+from looktwice.errors import ConfigError
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
@@ -14,6 +17,7 @@ ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 Role = Literal["system", "user", "assistant"]
 ImageSource = str | Path | Image.Image
+VideoSource = str | Path | Sequence[ImageSource]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,25 +35,48 @@ class ImagePart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoPart:
+    """A video: a path, or its frames in order."""
+
+    source: VideoSource
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
     role: Role
-    parts: tuple[TextPart | ImagePart, ...]
+    parts: tuple[TextPart | ImagePart | VideoPart, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages in order. Crop boxes refer to the first picture of the conversation."""
+    """Messages in order. Crop boxes refer to the first picture of the conversation.
+
+    Raises ConfigError for a video beside pictures or beside another one: the model has not learned to read that.
+    """
 
     messages: tuple[Message, ...]
+
+    def __post_init__(self) -> None:
+        if self.videos and len(self.videos) + len(self.images) > 1:
+            raise ConfigError(
+                f"the conversation shows {len(self.videos)} videos and {len(self.images)} pictures; "
+                "give pictures, or one video alone"
+            )
 
     @property
     def images(self) -> list[ImageSource]:
         return [part.source for message in self.messages for part in message.parts if isinstance(part, ImagePart)]
 
+    @property
+    def videos(self) -> list[VideoSource]:
+        """The video, if there is one."""
+        return [part.source for message in self.messages for part in message.parts if isinstance(part, VideoPart)]
 
-def user(text: str, *images: ImageSource) -> Message:
-    """A user message in the recommended form: pictures first, then the text."""
-    return Message(role="user", parts=(*(ImagePart(source=image) for image in images), TextPart(text=text)))
+
+def user(text: str, *shown: ImageSource | VideoPart) -> Message:
+    """A user message in the recommended form: pictures or the video first, then the text."""
+    parts = (part if isinstance(part, VideoPart) else ImagePart(source=part) for part in shown)
+    return Message(role="user", parts=(*parts, TextPart(text=text)))
 
 
 def assistant(text: str) -> Message:

@@ -53,6 +53,13 @@ def test_a_call_without_a_picture_is_refused_and_keeps_the_box_as_written(proces
     assert (call.error, call.requested) == ("no_picture", Box(1, 2, 30, 40))
 
 
+def test_a_call_about_a_video_is_refused_and_keeps_the_box_as_written(processor, picture) -> None:
+    tool = CropTool(processor, is_video=True)
+    call = tool.look("[1, 2, 30, 40]", picture).call
+    assert (call.error, call.requested, call.box) == ("video", Box(1, 2, 30, 40), None)
+    assert tool.look("[1, 2]", None).call.error == "wrong_length"
+
+
 def test_the_model_reads_these_words() -> None:
     assert REFUSALS == {
         "no_box": "No box found. Write four numbers in square brackets.",
@@ -62,6 +69,7 @@ def test_the_model_reads_these_words() -> None:
         "outside": "The box lies outside the picture.",
         "too_thin": "The box is too thin.",
         "no_picture": "There is no picture to look at.",
+        "video": "A video cannot be cropped.",
         "switched_off": "The crop tool is switched off.",
     }
 

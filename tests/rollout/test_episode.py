@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from looktwice.errors import ConfigError
+from looktwice.geometry import Size
+from looktwice.messages import VideoPart
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.rollout.crop_tool import Observation, refusal
 from looktwice.rollout.engine import Continuation
@@ -128,6 +130,24 @@ def test_a_call_without_a_picture_is_refused(play_scripts) -> None:
     [episode], _ = play_scripts(f"{CALL} {ANSWER}", image=None)
     assert outcome(episode) == ("answered", 2, ["no_picture"])
     assert episode.example.images == []
+
+
+def test_a_call_about_a_video_is_refused_and_the_answer_follows(play_scripts, picture) -> None:
+    video = VideoPart(source=[picture, picture.rotate(180)])
+    [episode], engine = play_scripts(f"{CALL} {ANSWER}", image=video)
+    assert outcome(episode) == ("answered", 2, ["video"])
+    assert engine.continuations[0][0].images == []
+    text = "<tool_response>A video cannot be cropped.</tool_response>"
+    assert episode.trajectory.text == f"{CALL}{text} <answer>7</answer>"
+
+
+def test_a_video_is_shown_as_one_span_of_all_its_frames(play_scripts, picture, processor) -> None:
+    [episode], _ = play_scripts(ANSWER, image=VideoPart(source=[picture] * 3))
+    [video] = episode.example.images
+    assert video.grid_thw[0] == 3
+    start = episode.prompt.input_ids.index(processor.config.video_start_token_id)
+    assert episode.prompt.input_ids[start : start + video.num_tokens + 2] == processor.image_ids(video)
+    assert (episode.image, episode.trajectory.image_size) == (None, Size(160, 120))
 
 
 # -- thinking budget

@@ -21,6 +21,7 @@ REFUSALS = {
     "outside": "The box lies outside the picture.",
     "too_thin": "The box is too thin.",
     "no_picture": "There is no picture to look at.",
+    "video": "A video cannot be cropped.",
     "switched_off": "The crop tool is switched off.",
 }
 """What the model reads for each reason: short, and without numbers that could give the answer's place away."""
@@ -36,16 +37,22 @@ class Observation:
 
 
 class CropTool:
-    """Cuts regions of one picture at full resolution, under the policy and box frame of the processor."""
+    """Cuts regions of one picture at full resolution, under the policy and box frame of the processor.
 
-    def __init__(self, processor: Ovis2_5Processor) -> None:
+    With `is_video` the conversation is about a video and every box is refused: the model reads pictures or one video.
+    """
+
+    def __init__(self, processor: Ovis2_5Processor, *, is_video: bool = False) -> None:
         self.processor = processor
+        self.is_video = is_video
 
     def look(self, call_text: str, image: Image.Image | None) -> Observation:
         """Run the call that ends `call_text` on an upright RGB picture. Never raises for what a model can write."""
         requested: Box | None = None
         try:
             requested = parse_call(call_text)
+            if self.is_video:
+                raise BoxError("video", "a crop was asked for in a conversation about a video")
             if image is None:
                 raise BoxError("no_picture", "a crop was asked for in a conversation without a picture")
             original = Size(*image.size)

@@ -14,10 +14,11 @@ from PIL import Image
 from looktwice.calls import TOOL_CALL_CLOSE
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
-from looktwice.messages import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN, Conversation, ImageSource, user
+from looktwice.messages import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN, Conversation, ImageSource, VideoPart, user
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.processing.images import PatchedImage, open_image
 from looktwice.processing.processor import Example, Ovis2_5Processor
+from looktwice.processing.video import open_video
 from looktwice.rollout.crop_tool import CropTool, Observation, observed
 from looktwice.rollout.engine import Continuation, Engine, Request, Segment
 from looktwice.rollout.trajectory import StopReason, Trajectory
@@ -50,7 +51,10 @@ class Look(Protocol):
 
 
 class Episode:
-    """One rollout in progress. `example` is everything so far, trained where sampled; `trajectory` is its record."""
+    """One rollout in progress. `example` is everything so far, trained where sampled; `trajectory` is its record.
+
+    Crops are cut from `image`; a video has none, and gives the size of its frames as `frame_size`.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Episode:
         processor: Ovis2_5Processor,
         rules: EpisodeRules,
         look: Look | None = None,
+        frame_size: Size | None = None,
     ) -> None:
         self.image = image
         self.processor = processor
@@ -67,7 +72,7 @@ class Episode:
         self.prompt = prompt
         self.example = prompt.copy()
         self.trajectory = Trajectory(
-            prompt_ids=list(prompt.input_ids), image_size=None if image is None else Size(*image.size)
+            prompt_ids=list(prompt.input_ids), image_size=frame_size if image is None else Size(*image.size)
         )
         template = processor.template
         self.call_close_id = template.token_id(TOOL_CALL_CLOSE)
@@ -146,7 +151,7 @@ class Episode:
 
 
 def start_episodes(
-    source: ImageSource | None,
+    source: ImageSource | VideoPart | None,
     question: str,
     processor: Ovis2_5Processor,
     rules: EpisodeRules,
@@ -154,11 +159,21 @@ def start_episodes(
     count: int = 1,
     look: Look | None = None,
 ) -> list[Episode]:
-    """`count` sibling episodes of a question about a picture, or about none."""
-    image = None if source is None else open_image(source)
-    conversation = Conversation(messages=(user(question, *([] if image is None else [image])),))
-    prompt = processor.encode(conversation, purpose="prompt", thinking=rules.thinking)
-    return [Episode(prompt, image, processor, rules, look) for _ in range(count)]
+    """`count` sibling episodes of a question about a picture, a video, or nothing to look at."""
+    image = frame_size = None
+    shown: list[Image.Image | VideoPart] = []
+    if isinstance(source, VideoPart):
+        frames = open_video(source.source)
+        frame_size = Size(*frames[0].size)
+        shown = [VideoPart(source=frames)]
+        look = look or CropTool(processor, is_video=True).look
+    elif source is not None:
+        image = open_image(source)
+        shown = [image]
+    prompt = processor.encode(
+        Conversation(messages=(user(question, *shown),)), purpose="prompt", thinking=rules.thinking
+    )
+    return [Episode(prompt, image, processor, rules, look, frame_size) for _ in range(count)]
 
 
 def play(engine: Engine, groups: Sequence[Sequence[Episode]]) -> None:

@@ -37,7 +37,7 @@ class Trajectory:
 
     `is_sampled` [N] is True where the policy wrote the id, False where the tool did; `sampling_logprobs` [N] are 0
     where it is False. `text` is the completion as text, crops left out. `calls` are the crop calls in order.
-    `image_size` is that of the upright original, None without a picture.
+    `image_size` is that of the upright original, or of a video's first frame; None without either.
     """
 
     prompt_ids: list[int]

@@ -15,7 +15,6 @@ from torch import Tensor
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.data.records import Sample, check_solutions
 from looktwice.metrics import Recorder
-from looktwice.model.adapters import describe_trained
 from looktwice.processing.packing import PackedBatch
 from looktwice.rewards import Reward, RewardFunction, load_reward, score
 from looktwice.rollout.builtin_engine import BuiltinEngine
@@ -41,6 +40,7 @@ from looktwice.training.run import (
     prepare_output,
     required,
     save_final,
+    trained_table,
 )
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
@@ -79,7 +79,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     with Recorder(
         config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", append=learner.step > 0
     ) as recorder:
-        recorder.console.print(describe_trained(learner.model))
+        recorder.console.print(trained_table(learner))
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:
             started = time.perf_counter()
