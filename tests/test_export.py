@@ -14,11 +14,19 @@ from looktwice import export
 from looktwice.cli import main
 from looktwice.config import ExportConfig
 from looktwice.errors import CheckpointError, ConfigError
-from looktwice.export import compare_tensors, describe, export_model, fixed_prompt, probe_logits
+from looktwice.export import (
+    compare_answers,
+    compare_tensors,
+    describe,
+    export_model,
+    fixed_prompt,
+    probe_logits,
+    with_placeholder,
+)
 from looktwice.model.adapters import add_lora, base_of, trained_parameters
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import load_model, released_state, save_model
-from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.processing.processor import Example, Ovis2_5Processor
 
 # PEFT asks transformers by an older name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -128,6 +136,68 @@ def test_a_tensor_that_is_not_on_disk_as_meant_is_named(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         compare_tensors(model_folder, change(released_state(model)))
+
+
+# -- another runtime's answer
+
+
+@pytest.fixture
+def prompt(processor: Ovis2_5Processor) -> Example:
+    return fixed_prompt(processor)
+
+
+def greedy(model: Ovis2_5ForConditionalGeneration, prompt: Example, count: int) -> tuple[list[int], list[float]]:
+    """Our own greedy ids, one forward pass each, and their logprobs."""
+    sequence, logprobs = prompt.copy(), []
+    for _ in range(count):
+        best = probe_logits(model, sequence)[-1].log_softmax(-1).max(0)
+        sequence.append([int(best.indices)], is_trained=True)
+        logprobs.append(float(best.values))
+    return sequence.input_ids[len(prompt) :], logprobs
+
+
+def test_an_answer_like_ours_passes_with_its_difference(
+    model: Ovis2_5ForConditionalGeneration, prompt: Example
+) -> None:
+    ids, logprobs = greedy(model, prompt, 4)
+    shifted = [value + 5e-4 for value in logprobs]
+    assert compare_answers(model, prompt, ids, shifted) == pytest.approx(5e-4, rel=0.05)
+
+
+def test_logprobs_unlike_ours_are_refused(model: Ovis2_5ForConditionalGeneration, prompt: Example) -> None:
+    ids, logprobs = greedy(model, prompt, 2)
+    with pytest.raises(CheckpointError, match="the greedy answers differ: logprobs by up to 0.1 nats"):
+        compare_answers(model, prompt, ids, [logprobs[0], logprobs[1] - 0.1])
+
+
+def test_an_id_that_is_not_the_best_is_refused(model: Ovis2_5ForConditionalGeneration, prompt: Example) -> None:
+    best, second = probe_logits(model, prompt)[-1].log_softmax(-1).topk(2).values.tolist()
+    ids = probe_logits(model, prompt)[-1].topk(2).indices.tolist()[1:]
+    with pytest.raises(CheckpointError, match=f"its ids are up to {best - second:.2g} nats behind our best"):
+        compare_answers(model, prompt, ids, [second])
+
+
+def test_a_picture_is_one_placeholder_in_the_prompt_of_vllm(processor: Ovis2_5Processor, prompt: Example) -> None:
+    ids = with_placeholder(prompt.input_ids, processor.config)
+    assert ids.count(processor.config.image_placeholder_id) == 1
+    assert len(ids) == len(prompt) - prompt.images[0].num_tokens - 1
+    assert not {processor.config.image_token_id, processor.config.image_start_token_id} & set(ids)
+
+
+def test_a_python_without_vllm_is_named(model_folder: Path, tmp_path: Path) -> None:
+    config = ExportConfig(device="cpu", verify_with="vllm", vllm_python=tmp_path / "python")
+    with pytest.raises(ConfigError, match="python has no vLLM .*; name another python: --vllm_python"):
+        export_model(str(model_folder), tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_its_own_ids_is_nothing_for_vllm(model_folder: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n", encoding="utf-8")
+    python.chmod(0o755)
+    config = ExportConfig(device="cpu", verify_with="vllm", vllm_python=python)
+    with pytest.raises(ConfigError, match="vLLM knows the released vocabulary alone"):
+        export_model(str(model_folder), tmp_path / "out", config)
 
 
 # -- the command

@@ -39,7 +39,7 @@ def test_visual_ids_are_those_after_the_released_tokenizer() -> None:
 
 def test_a_saved_config_reads_back_the_same(tmp_path: Path) -> None:
     config = Ovis2_5Config(
-        llm_config={"hidden_size": 64, "rope_theta": 12345.0},
+        llm_config={"hidden_size": 64, "rope_theta": 12345.0, "architectures": ["Qwen3ForCausalLM"]},
         vit_config={"hidden_size": 64, "fullatt_block_indexes": "0|1"},
         visual_vocab_size=128,
         image_token_id=7,

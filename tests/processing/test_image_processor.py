@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from looktwice.errors import CheckpointError, ImageError
 from looktwice.geometry import PixelPolicy
@@ -104,18 +103,20 @@ def test_what_is_no_picture_is_refused_by_its_type(pixels: Ovis2_5ImageProcessor
 
 def test_an_image_processor_saved_alone_comes_back(pixels: Ovis2_5ImageProcessor, tmp_path: Path) -> None:
     pixels.save_pretrained(tmp_path)
-    again = AutoImageProcessor.from_pretrained(tmp_path)
-    assert isinstance(again, Ovis2_5ImageProcessor)
+    again = Ovis2_5ImageProcessor.from_pretrained(tmp_path)
     assert (again.patch_size, again.merge_size, again.policy) == (8, 2, POLICY)
 
 
-def test_a_model_folder_s_bounds_are_read_from_their_one_home(processor: Ovis2_5Processor, tmp_path: Path) -> None:
+def test_a_model_folder_has_the_patches_of_its_tower_and_its_own_bounds(
+    processor: Ovis2_5Processor, tmp_path: Path
+) -> None:
     processor.save_pretrained(tmp_path)
+    processor.config.save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["looktwice"]["pixels"]["image_max_pixels"] = 12345
     file.write_text(json.dumps(settings), encoding="utf-8")
-    again = AutoImageProcessor.from_pretrained(tmp_path)
+    again = Ovis2_5ImageProcessor.from_pretrained(tmp_path)
     assert (again.patch_size, again.policy.image_max_pixels) == (processor.patch_size, 12345)
 
 

@@ -171,6 +171,8 @@ class Ovis2_5Config(PretrainedConfig):
         fields.pop("quantization_config", None)  # weights are stored whole
         rope = dict(fields["llm_config"].pop("rope_parameters"))
         is_plain = rope.get("rope_type", "default") == "default"
+        fields["torch_dtype"] = fields.get("dtype")  # as transformers 4 calls it
+        fields["llm_config"]["architectures"] = ["Qwen3ForCausalLM"]
         fields["llm_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if is_plain else rope}
         return fields
 

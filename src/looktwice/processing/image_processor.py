@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 from looktwice.errors import CheckpointError, ImageError
@@ -106,9 +105,12 @@ class Ovis2_5ImageProcessor(BaseImageProcessor):
     def get_image_processor_dict(  # type: ignore[override]
         cls, path: str | PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Patch sizes as transformers finds them; pixel bounds from preprocessor_config.json, their only home."""
+        """Patch sizes of the model beside it, if there is one; pixel bounds from preprocessor_config.json."""
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         settings, rest = super().get_image_processor_dict(path, **kwargs)
+        if cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+            tower = Ovis2_5Config.from_pretrained(path, **hub).vit_config
+            settings |= {"patch_size": tower.patch_size, "merge_size": tower.hidden_stride}
         return {**settings, "policy": read_settings(path, **hub)[0]}, rest
 
     @classmethod
@@ -165,6 +167,3 @@ def read_settings(path: str | PathLike[str], **hub: Any) -> tuple[PixelPolicy, B
         raise CheckpointError(f"{file}: box_frame is {box_frame!r}; it must be one of {BOX_FRAMES}")
     return policy, box_frame
 
-
-# imported from its own module: transformers 5.17 hides the name where torchvision is missing
-AutoImageProcessor.register(Ovis2_5Config, image_processor_classes={"pil": Ovis2_5ImageProcessor})

@@ -1,7 +1,7 @@
 """The processor: a conversation becomes an Example; an Example grows by text, crops and tool replies.
 
-Importing this module registers processor and image processor, after which transformers' AutoProcessor and
-AutoImageProcessor find them for a folder that was saved here.
+Importing this module registers the processor, after which transformers' AutoProcessor finds it for a folder that was
+saved here.
 
 Legend: B texts, T tokens of a padded text, P patches, I pictures.
 """
@@ -26,7 +26,6 @@ from looktwice.model.configuration import Ovis2_5Config
 from looktwice.processing.chat_template import ChatTemplate, Span
 from looktwice.processing.image_processor import (
     HUB_ARGUMENTS,
-    OWN_SETTINGS,
     Images,
     Ovis2_5ImageProcessor,
     flatten,
@@ -142,10 +141,11 @@ class Ovis2_5Processor(ProcessorMixin):
         return written
 
     def to_dict(self) -> dict[str, Any]:
-        """What processor_config.json holds: the classes and facts by which the Auto classes find and build us."""
-        image_processor = self.image_processor.to_dict()
-        del image_processor[OWN_SETTINGS]  # their one home is preprocessor_config.json
-        return {"processor_class": type(self).__name__, "image_processor": image_processor}
+        """What processor_config.json holds: the class that AutoProcessor looks for.
+
+        Nothing more: vLLM, which does not know our image processor, would read it here and give up on pictures.
+        """
+        return {"processor_class": type(self).__name__}
 
     def __call__(  # type: ignore[override]
         self,
