@@ -268,3 +268,22 @@ def test_the_training_scripts_are_the_train_command(
     assert capsys.readouterr().err.startswith("looktwice: unknown argument --no_such_flag.")
     assert run_script(script, [], monkeypatch) == 1
     assert capsys.readouterr().err.startswith("looktwice: --train_data is missing")
+
+
+# -- ways to compute
+
+
+@pytest.mark.parametrize(
+    "settings", [{"attn_implementation": "eager"}, {"quantization": "nf4"}, {"quantization": "int8"}, {"bf16": True}]
+)
+def test_the_tiny_model_reads_a_card_however_it_computes(settings, picture: Image.Image) -> None:
+    if "quantization" in settings:
+        pytest.importorskip("bitsandbytes")
+    question = "What digit is on the red tile?"
+    plain, other = (
+        OvisInference(InferenceConfig(model_path="tiny", device="cpu", max_new_tokens=8, **chosen)).generate(
+            picture, question
+        )
+        for chosen in ({}, settings)
+    )
+    assert other["response"] == plain["response"]
