@@ -166,4 +166,3 @@ def read_settings(path: str | PathLike[str], **hub: Any) -> tuple[PixelPolicy, B
     if box_frame not in BOX_FRAMES:
         raise CheckpointError(f"{file}: box_frame is {box_frame!r}; it must be one of {BOX_FRAMES}")
     return policy, box_frame
-
