@@ -9,7 +9,8 @@ import torch
 from measure import medians, publish
 
 from looktwice.config import InferenceConfig
-from looktwice.data.records import Sample, read_samples
+from looktwice.data.records import read_samples
+from looktwice.data.sample import Sample
 from looktwice.demo.task import make_dataset
 from looktwice.inference import OvisInference
 from looktwice.model.weights import TINY
@@ -29,9 +30,7 @@ class Script:
     def __init__(self, inference: OvisInference, samples: list[Sample]) -> None:
         self.inference = inference
         rules = EpisodeRules()
-        self.episodes = [
-            start_episodes(sample.image_path, sample.question, inference.processor, rules)[0] for sample in samples
-        ]
+        self.episodes = [start_episodes(sample.prompt, inference.processor, rules)[0] for sample in samples]
         tool = CropTool(inference.processor)
         self.crops = [tool.look(CALL, episode.image).image for episode in self.episodes]
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from looktwice.demo.task import DatasetFiles, make_dataset
 from looktwice.demo.tiny import build_config, build_model, build_processor, build_tokenizer
+from looktwice.messages import question_about
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.engine import Continuation, Request, Respond, Segment
@@ -107,7 +108,8 @@ def play_scripts(processor: Ovis2_5Processor, picture: Image.Image) -> PlayScrip
     ) -> tuple[list[Episode], ScriptedEngine]:
         look = options.pop("look", None)
         rules = EpisodeRules(**options)  # type: ignore[arg-type]
-        episodes = start_episodes(image, question, processor, rules, count=len(scripts), look=look)  # type: ignore[arg-type]
+        prompt = question_about(question, *([] if image is None else [image]))
+        episodes = start_episodes(prompt, processor, rules, count=len(scripts), look=look)  # type: ignore[arg-type]
         engine = ScriptedEngine(processor, scripts)
         play(engine, [episodes])
         return episodes, engine

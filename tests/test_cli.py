@@ -78,10 +78,10 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[lis
     [
         (
             {**ROW, "image_path": "cups.png"},
-            "image_path: DIR/cups.png: no such picture",
+            "picture: DIR/cups.png: no such picture",
             "check the path and --image_base",
         ),
-        ({**ROW, "image_path": "text.png"}, "image_path: DIR/text.png: not a readable picture", "replace or remove it"),
+        ({**ROW, "image_path": "text.png"}, "picture: DIR/text.png: not a readable picture", "replace or remove it"),
         ('{"image_path": "cup.png", "QnA" []}', "broken JSON at column 33", "mend the line"),
         ({"QnA": [GOOD]}, "image_path: the field is missing", "add it"),
         ({"image_path": "cup.png", "QnA": [{"Q": "What?"}]}, "QnA[0].A3: the field is missing", "add it"),
@@ -120,7 +120,7 @@ def test_a_bad_record_is_named_with_file_line_field_and_mend(
 @pytest.mark.usefixtures("no_model")
 def test_validation_data_is_checked_too(command, refusal, tmp_path) -> None:
     (tmp_path / "val.jsonl").write_text("{}\n", encoding="utf-8")
-    assert "DIR/val.jsonl:1: image_path" in refusal(command(val_data=tmp_path / "val.jsonl"))
+    assert "DIR/val.jsonl: no format fits" in refusal(command(val_data=tmp_path / "val.jsonl"))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -269,7 +269,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 def test_help_lists_the_commands(words, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert listed == ["train", "ask", "export", "demo"]
+    assert listed == ["train", "ask", "data", "export", "demo"]
 
 
 def test_an_interrupt_ends_with_its_own_code(

@@ -272,18 +272,39 @@ def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConfigError("seen")
 
     monkeypatch.setattr(cli.Parser, "parse_strictly", note)
-    for command in ("train", "ask", "export", "demo"):
-        cli.main([command])
+    for command in ("train", "ask", "data check", "data convert", "export", "demo"):
+        cli.main(command.split())
     assert seen == {
         "looktwice train": TRAIN_FLAGS,
         "looktwice ask": ASK_FLAGS,
+        "looktwice data check": CHECK_FLAGS,
+        "looktwice data convert": CONVERT_FLAGS,
         "looktwice export": EXPORT_FLAGS,
         "looktwice demo": DEMO_FLAGS,
     }
 
 
 HELP = ("-h", "--help")
+CHECK_FLAGS = [
+    "--answer_key",
+    "--box_frame",
+    "--crop_max_pixels",
+    "--crop_min_pixels",
+    "--decode",
+    "--fix",
+    "--from",
+    "--image_base_path",
+    "--json",
+    "--max_length",
+    "--max_pixels",
+    "--min_pixels",
+    "--model_name",
+    "--stage",
+    "--val_data",
+]
+CONVERT_FLAGS = ["--allow_loss", "--answer_key", "--box_frame", "--from", "--image_base_path", "--to"]
 TRAIN_FLAGS = [
+    "--answer_key",
     "--attn_implementation",
     "--batch_size",
     "--beta",
@@ -335,6 +356,7 @@ TRAIN_FLAGS = [
     "--grpo_weight_decay",
     "--image_base_path",
     "--learning_rate",
+    "--length_policy",
     "--logging_steps",
     "--lora_alpha",
     "--lora_dropout",
@@ -358,6 +380,7 @@ TRAIN_FLAGS = [
     "--num_epochs",
     "--num_generations",
     "--num_iterations",
+    "--num_workers",
     "--part_learning_rates",
     "--preset",
     "--quantization",

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from looktwice.calls import parse_call, split_calls
-from looktwice.data.records import Sample, check_pictures, check_solutions, read_samples
+from looktwice.data.records import check_pictures, check_solutions, read_samples
+from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import Box, Size
+from looktwice.messages import Conversation, assistant, user
 
 REAL_SAMPLE = Path(__file__).parents[2] / "shared" / "sample_data" / "refcoco_sample.jsonl"
 
@@ -61,15 +63,16 @@ def test_a_row_gives_a_sample_for_each_question(tmp_path: Path) -> None:
     third = {**GOOD, "A": "not read", "answer": " B ", "box": None}
     path = write(tmp_path / "d.jsonl", {"image_path": "a/x.jpg", "image_id": "7", "QnA": [GOOD, second, third]})
     first, middle, last = read_samples(path, tmp_path / "pictures")
+    picture = tmp_path / "pictures" / "a" / "x.jpg"
+    response = "<think>Hm.</think>\n\n<answer>a cup</answer>"
     assert first == Sample(
-        image_path=tmp_path / "pictures" / "a" / "x.jpg",
-        question="What is it?",
-        response="<think>Hm.</think>\n\n<answer>a cup</answer>",
+        conversation=Conversation(messages=(user("What is it?", picture), assistant(response))),
         solution="a cup",
-        gold_box=None,
         where=f"{path}:1",
         field="QnA[0].A3",
+        extra={"image_id": "7"},
     )
+    assert (first.image_paths, first.question, first.response) == ([picture], "What is it?", response)
     assert (middle.solution, middle.gold_box, middle.field) == ("left", Box(1, 2, 3, 4.5), "QnA[1].A")
     assert (last.response, last.solution, last.gold_box) == (GOOD["A3"], "B", None)
 
@@ -171,7 +174,7 @@ def test_one_leading_picture_mark_is_taken_off_the_question(
     [
         ([], "d.jsonl:1: a list where an object belongs; write one JSON object a line"),
         (None, "d.jsonl:1: null where an object belongs"),
-        ({}, "d.jsonl:1: image_path: the field is missing, there is nothing; add it"),
+        ({}, "d.jsonl: no format fits, the rows have nothing; known are openai: "),
         (
             {"image_pth": "x", "QnA": [GOOD]},
             'image_path: the field is missing, unknown: "image_pth". Did you mean "image_path"?',
@@ -251,15 +254,13 @@ def test_a_misspelt_optional_field_is_not_ignored_in_silence(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         read_samples(tmp_path / "d.jsonl", "")
     [record] = caplog.records
-    assert record.getMessage().endswith('field "anwser" of 1 questions is ignored. Did you mean "answer"?')
+    assert record.getMessage().endswith('field "anwser" of 1 samples is ignored. Did you mean "answer"?')
 
 
 def sample(image_path: Path, *boxes: str, gold_box: Box | None = None, line: int = 1) -> Sample:
     calls = "".join(f"<tool_call>{box}</tool_call>" for box in boxes)
     return Sample(
-        image_path=image_path,
-        question="q",
-        response=calls,
+        conversation=Conversation(messages=(user("q", image_path), assistant(calls))),
         solution="a",
         gold_box=gold_box,
         where=f"d.jsonl:{line}",
@@ -328,7 +329,7 @@ def test_pictures_that_cannot_be_used_are_named_once(tmp_path: Path) -> None:
     head, *lines = str(caught.value).splitlines()
     assert head == "6 problems in 6 pictures:"
     for name, line in zip(names, lines, strict=True):
-        assert line.startswith(f"  d.jsonl:1: image_path: {tmp_path / name}: ")
+        assert line.startswith(f"  d.jsonl:1: picture: {tmp_path / name}: ")
         assert line.endswith("(1 more use it)")
 
 
@@ -336,7 +337,7 @@ def test_pictures_that_cannot_be_used_are_named_once(tmp_path: Path) -> None:
 def test_all_real_records_are_read_completely() -> None:
     samples = read_samples(REAL_SAMPLE, "pictures")
     calls = [segment for sample in samples for segment in split_calls(sample.response)[:-1]]
-    assert (len(samples), len({sample.image_path for sample in samples}), len(calls)) == (50, 10, 50)
+    assert (len(samples), len({sample.image_paths[0] for sample in samples}), len(calls)) == (50, 10, 50)
     assert all(parse_call(call).area > 0 for call in calls)
     assert not any(re.search(r"\{\s*crop[^}]*\[", sample.response, re.IGNORECASE) for sample in samples)
     assert all(sample.solution and sample.solution in sample.response for sample in samples)

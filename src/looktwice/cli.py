@@ -1,4 +1,4 @@
-"""The `looktwice` command: `train`, `ask`, `demo`. Flags are derived from the config classes."""
+"""The `looktwice` command: `train`, `ask`, `data`, `export`, `demo`. Flags are derived from the config classes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from looktwice.config import (
+    CheckConfig,
     Config,
+    ConvertConfig,
     DataConfig,
     ExportConfig,
     GRPOConfig,
     InferenceConfig,
     ModelConfig,
     SFTConfig,
+    ShowConfig,
     StageConfig,
+    StatsConfig,
     flag_of,
 )
-from looktwice.errors import ConfigError, LooktwiceError, nearest
+from looktwice.errors import ConfigError, DataError, LooktwiceError, nearest
+
+Command = Callable[[Sequence[str]], None]
 
 FILE_FLAGS: dict[str, type[Config]] = {
     "model_config": ModelConfig,
@@ -65,16 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # on a CPU it warns at import about a faster kernel that nothing here needs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train, "ask": ask, "export": export, "demo": demo}
+    commands = {"train": train, "ask": ask, "data": data, "export": export, "demo": demo}
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(f"usage: looktwice {{{','.join(commands)}}} ...\n")
-            for name, command in commands.items():
-                print(f"  {name:6} {(command.__doc__ or '').splitlines()[0]}")
-            return 0
-        if arguments[0] not in commands:
-            raise ConfigError(f'unknown command "{arguments[0]}".{nearest(arguments[0], commands)}')
-        commands[arguments[0]](arguments[1:])
+        run_one("looktwice", commands, arguments)
     except LooktwiceError as error:
         print(f"looktwice: {error}", file=sys.stderr)
         return 1
@@ -84,21 +83,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> None:
+    """Run the command that the first argument names, or say which there are."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {program} {{{','.join(commands)}}} ...\n")
+        width = max(map(len, commands))
+        for name, command in commands.items():
+            print(f"  {name:{width}} {(command.__doc__ or '').splitlines()[0]}")
+        return
+    if arguments[0] not in commands:
+        raise ConfigError(f'unknown command "{arguments[0]}".{nearest(arguments[0], commands)}')
+    commands[arguments[0]](arguments[1:])
+
+
 def train(arguments: Sequence[str]) -> None:
     """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
     stage, model, data, sft, grpo = train_configs(arguments)
-    from looktwice.training.run import prepare_output, required
+    from looktwice.training.run import prepare_output
 
-    train_data = required(data.train_data_path, "--train_data")
     if stage == "both":
-        from looktwice.data.records import check_solutions, read_samples
         from looktwice.rewards import load_reward
+        from looktwice.training.run import load_processor, load_sets
 
         # what stage 2 cannot use should not wait for stage 1 to end
         load_reward(grpo.reward)
-        for path in (train_data, data.val_data_path):
-            if path is not None:
-                check_solutions(read_samples(path, data.image_base_path))
+        load_sets(data, load_processor(model.model_name, data), "prompt")
         prepare_output(grpo)
     if stage != "grpo":
         from looktwice.training.sft import train_sft
@@ -180,24 +189,28 @@ def ask(arguments: Sequence[str]) -> None:
     else:
         image_size(image)
         shown = {"image": image}
-    prepare_file(flags["output_json"])
+    prepare_file(flags["output_json"], "--output_json")
     from looktwice.inference import OvisInference
 
     result = OvisInference(config).generate(question=question, **shown)
     print_answer(result)
     if flags["output_json"]:
         record = {"image_path": image, "question": question, "model_path": config.model_path, **result}
-        flags["output_json"].parent.mkdir(parents=True, exist_ok=True)
-        flags["output_json"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(flags["output_json"], record)
 
 
-def prepare_file(path: Path | None) -> None:
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def prepare_file(path: Path | None, flag: str) -> None:
     """Make sure that a result can be written there. Raises ConfigError when it cannot."""
     if path is None:
         return
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError(f"--output_json {path}: cannot be written; give another path")
+        raise ConfigError(f"{flag} {path}: cannot be written; give another path")
 
 
 def print_answer(result: dict[str, Any]) -> None:
@@ -219,6 +232,170 @@ def describe_sizes(picture: dict[str, Any] | None) -> str:
     (width, height), (seen_width, seen_height) = picture["original"], picture["seen"]
     what = f"video: {picture['frames']} frames of" if "frames" in picture else "picture:"
     return f"{what} {width}x{height}, seen as {seen_width}x{seen_height}"
+
+
+def data(arguments: Sequence[str]) -> None:
+    """Work on data files: check, show, stats, convert."""
+    commands = {"check": data_check, "show": data_show, "stats": data_stats, "convert": data_convert}
+    run_one("looktwice data", commands, arguments)
+
+
+def data_check(arguments: Sequence[str]) -> None:
+    """Judge data files before training: looktwice data check FILE... --image_base_path FOLDER."""
+    parser = Parser(
+        "looktwice data check",
+        usage="looktwice data check FILE... [options]",
+        description=data_check.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="training files to judge")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write what was found to this file")
+    parser.add_argument("--fix", metavar="OUT", type=Path, help="write a copy without the rows that would fail")
+    own = [name for name in CheckConfig.model_fields if name not in ("train_data_path", "length_policy")]
+    add_flags(parser, CheckConfig, own)
+    flags = parser.parse_strictly(arguments)
+    names = {flag_of(CheckConfig, name): name for name in own}
+    config = CheckConfig(**{names[flag]: value for flag, value in flags.items() if flag in names})
+    if flags["fix"] and len(flags["files"]) > 1:
+        raise ConfigError(f"--fix writes a copy of one file, {len(flags['files'])} are given; fix them one by one")
+    prepare_file(flags["json"], "--json")
+    from rich.console import Console
+
+    from looktwice.data.check import judge
+    from looktwice.data.fix import fix
+    from looktwice.training.run import load_processor
+
+    processor = load_processor(config.model_name, config) if config.model_name else None
+    verdict = judge(flags["files"], config, processor)
+    console = Console()
+    for path, name in verdict.formats.items():
+        console.print(f"{path}: format {name}", markup=False, highlight=False, soft_wrap=True)
+    if verdict.counts:
+        console.print(verdict.table())
+    if verdict.unchecked:
+        console.print(f"not checked without --model_name: {' and '.join(verdict.unchecked)}")
+    if flags["json"]:
+        write_json(flags["json"], verdict.as_json())
+    if flags["fix"]:
+        fixed = fix(flags["files"][0], flags["fix"], config, processor)
+        console.print(str(fixed), markup=False, highlight=False, soft_wrap=True)
+    if not verdict.would_train:
+        raise DataError(str(verdict))
+    console.print(str(verdict), highlight=False)
+
+
+def data_show(arguments: Sequence[str]) -> None:
+    """Show samples as the model will see them: looktwice data show FILE -n 3 --html samples.html."""
+    parser = Parser(
+        "looktwice data show",
+        usage="looktwice data show FILE [options]",
+        description=data_show.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="training file to look into")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with the pictures to this file")
+    own = [name for name in ShowConfig.model_fields if name not in ("train_data_path", "val_data_path")]
+    add_flags(parser, ShowConfig, own)
+    parser.add_argument("-n", dest="num_samples", metavar="N", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    flags = parser.parse_strictly(arguments)
+    names = {flag_of(ShowConfig, name): name for name in own}
+    config = ShowConfig(**{names[flag]: value for flag, value in flags.items() if flag in names})
+    prepare_file(flags["html"], "--html")
+    from rich.console import Console
+
+    from looktwice.data.records import SampleFile
+    from looktwice.report.data_page import write_samples_page
+    from looktwice.report.sample_view import view_file
+    from looktwice.report.terminal import sample_lines
+    from looktwice.training.run import load_processor
+
+    file = SampleFile(
+        flags["file"], config.image_base_path, data_format=config.source_format, answer_key=config.answer_key
+    )
+    processor = load_processor(config.model_name, config)
+    found = f"format {file.format.name} ({file.format.description}), {len(file):,} rows"
+    lead = f"{file.path}: {found}, as {config.model_name} sees them"
+    console = Console()
+    console.print(lead, markup=False, highlight=False, soft_wrap=True)
+    views = []
+    for view in view_file(file, processor, config):
+        console.print()
+        for line in sample_lines(view):
+            console.print(line)
+        if flags["html"]:
+            views.append(view)
+    if flags["html"]:
+        write_samples_page(flags["html"], title=file.path.name, lead=lead, views=views)
+        console.print(f"\npage: {flags['html']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def data_stats(arguments: Sequence[str]) -> None:
+    """Measure data files: looktwice data stats FILE... --html stats.html."""
+    parser = Parser(
+        "looktwice data stats",
+        usage="looktwice data stats FILE... [options]",
+        description=data_stats.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="training files to measure")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with charts to this file")
+    without = ("train_data_path", "val_data_path", "length_policy")
+    own = [name for name in StatsConfig.model_fields if name not in without]
+    add_flags(parser, StatsConfig, own)
+    flags = parser.parse_strictly(arguments)
+    names = {flag_of(StatsConfig, name): name for name in own}
+    config = StatsConfig(**{names[flag]: value for flag, value in flags.items() if flag in names})
+    prepare_file(flags["html"], "--html")
+    from rich.console import Console
+    from rich.progress import track
+
+    from looktwice.data.records import SampleFile
+    from looktwice.data.statistics import Statistics, rows_to_measure
+    from looktwice.report.data_page import statistics_charts, write_statistics_page
+    from looktwice.report.tables import statistics_tables
+    from looktwice.report.terminal import titled
+    from looktwice.training.run import load_processor
+
+    processor = load_processor(config.model_name, config)
+    statistics, console, notices = Statistics(), Console(), Console(stderr=True)
+    leads = []
+    for path in flags["files"]:
+        file = SampleFile(path, config.image_base_path, data_format=config.source_format, answer_key=config.answer_key)
+        rows = rows_to_measure(len(file), config.num_rows, config.seed)
+        leads.append(f"{path}: format {file.format.name}, {len(rows):,} of {len(file):,} rows")
+        console.print(leads[-1], markup=False, highlight=False, soft_wrap=True)
+        statistics.read(file, track(rows, description="measuring", console=notices, transient=True), processor)
+    tables = statistics_tables(statistics, config)
+    for part in titled(tables):
+        console.print(part)
+    if not statistics.measures:
+        raise DataError("no sample could be measured; see the table above and `looktwice data check`")
+    if flags["html"]:
+        title = ", ".join(path.name for path in flags["files"])
+        lead = f"{'; '.join(leads)}. Tokens and pixels as {config.model_name} has them."
+        write_statistics_page(
+            flags["html"], title=title, lead=lead, tables=tables, charts=statistics_charts(statistics)
+        )
+        console.print(f"\npage: {flags['html']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def data_convert(arguments: Sequence[str]) -> None:
+    """Write a data file in another format: looktwice data convert IN OUT --to messages."""
+    parser = Parser(
+        "looktwice data convert",
+        usage="looktwice data convert IN OUT [options]",
+        description=data_convert.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="file to read: JSONL, JSON or Parquet")
+    parser.add_argument("target", metavar="OUT", type=Path, help="file to write; its name says which kind")
+    add_flags(parser, ConvertConfig, list(ConvertConfig.model_fields))
+    flags = parser.parse_strictly(arguments)
+    names = {flag_of(ConvertConfig, name): name for name in ConvertConfig.model_fields}
+    config = ConvertConfig(**{names[flag]: value for flag, value in flags.items() if flag in names})
+    from looktwice.data.convert import convert
+
+    print(convert(flags["source"], flags["target"], config))
 
 
 def export(arguments: Sequence[str]) -> None:

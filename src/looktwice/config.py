@@ -15,11 +15,16 @@ from looktwice.geometry import BoxFrame
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 Part = Literal["vit", "visual_head", "visual_table", "llm", "embeddings"]
 WholePart = Literal["visual_head", "visual_table"]
 VISION_PARTS: tuple[Part, ...] = ("vit", "visual_head", "visual_table")
 AttnImplementation = Literal["sdpa", "flash_attention_2", "flex_attention", "eager"]
 Quantization = Literal["none", "nf4", "int8"]
+DataFormat = Literal["messages", "documented", "openai", "ovis", "sharegpt", "vlm_r3"]
+SourceFormat = Literal["auto", DataFormat]
+LengthPolicy = Literal["error", "drop", "shrink_images"]
+DEFAULT_MODEL = "AIDC-AI/Ovis2.5-9B"
 DEVICE_HELP = "torch device; auto: spread over all; default: cuda if there is one, else cpu"
 
 
@@ -75,7 +80,7 @@ class Config(BaseModel):
 class ModelConfig(Config):
     """Which model, and how it computes."""
 
-    model_name: str = knob("AIDC-AI/Ovis2.5-9B", "model folder or hub name; `tiny` is the built-in small model")
+    model_name: str = knob(DEFAULT_MODEL, "model folder or hub name; `tiny` is the built-in small model")
     attn_implementation: AttnImplementation = knob("sdpa", "attention of both towers")
     quantization: Quantization = knob("none", "4 bits (nf4) or 8 for the language model; trains LoRA alone")
     device: str | None = knob(None, DEVICE_HELP)
@@ -86,13 +91,61 @@ class DataConfig(Config):
 
     train_data_path: Path | None = knob(None, "training JSONL", flag="train_data")
     val_data_path: Path | None = knob(None, "validation JSONL: loss (stage 1), accuracy (stage 2)", flag="val_data")
-    image_base_path: Path = knob(Path("."), "folder that image_path is relative to")
+    image_base_path: Path = knob(Path("."), "folder that the paths of pictures are relative to")
+    answer_key: str | None = knob(None, "field of a question that holds its answer (documented format); default: A3, A")
     min_pixels: Positive | None = knob(None, "fewest pixels of a resized picture")
     max_pixels: Positive | None = knob(None, "most pixels of a resized picture")
     crop_min_pixels: Positive | None = knob(None, "fewest pixels of a resized crop")
     crop_max_pixels: Positive | None = knob(None, "most pixels of a resized crop")
     box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls; default: the checkpoint's (original_px)")
-    max_length: Positive = knob(16384, "tokens of one sample; a longer one is an error")
+    max_length: Positive = knob(16384, "tokens of one sample, or of a prompt in stage 2")
+    length_policy: LengthPolicy = knob("error", "what to do with a longer sample")
+
+    @property
+    def pixel_bounds(self) -> dict[str, int | None]:
+        """The bounds as PixelPolicy.override takes them."""
+        return {
+            "image_min_pixels": self.min_pixels,
+            "image_max_pixels": self.max_pixels,
+            "crop_min_pixels": self.crop_min_pixels,
+            "crop_max_pixels": self.crop_max_pixels,
+        }
+
+
+class CheckConfig(DataConfig):
+    """Judging data files before training."""
+
+    model_name: str | None = knob(None, "model folder or hub name, for token lengths; `tiny` is the small model")
+    source_format: SourceFormat = knob("auto", "format of the files; auto: by their first rows", flag="from")
+    stage: Literal["sft", "grpo", "both"] = knob("sft", "what the files are for")
+    decode: bool = knob(False, "decode every picture to its end; default: headers and end marks alone")
+
+
+class ShowConfig(DataConfig):
+    """Showing samples as the model will see them."""
+
+    model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are shown, or `tiny`")
+    source_format: SourceFormat = knob("auto", "format of the file; auto: by its first rows", flag="from")
+    num_samples: Positive = knob(3, "samples shown, from the first row on; short: -n")
+    row: Positive | None = knob(None, "show the samples of this row: the number behind the file in messages")
+    seed: int | None = knob(None, "show rows picked at random by this seed")
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> ShowConfig:
+        if self.row is not None and self.seed is not None:
+            raise ValueError("--row names a row and --seed picks at random; give one of them")
+        return self
+
+
+class StatsConfig(DataConfig):
+    """Measuring data files."""
+
+    model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are counted, or `tiny`")
+    source_format: SourceFormat = knob("auto", "format of the files; auto: by their first rows", flag="from")
+    num_rows: Positive | None = knob(None, "measure so many rows of each file, picked at random", flag="sample")
+    train_batch_size: Positive = knob(4, "samples of a padded batch that packing is compared with", flag="batch_size")
+    max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward")
+    seed: int = knob(42, "seed of what is picked and of the order in which samples are packed")
 
 
 class StageConfig(Config):
@@ -145,6 +198,7 @@ class SFTConfig(StageConfig):
     """Stage 1: supervised fine-tuning."""
 
     output_dir: Path = knob(Path("outputs/sft"), "run folder", flag="sft_output_dir")
+    num_workers: NonNegativeInt | None = knob(None, "processes preparing samples ahead; default: 4 on a GPU, else 0")
     num_train_epochs: NonNegative = knob(3.0, "passes over the training data", flag="num_epochs")
 
 
@@ -223,6 +277,17 @@ class InferenceConfig(Config):
     quantization: Quantization = knob("none", "4 bits (nf4) or 8 for the language model")
     device: str | None = knob(None, DEVICE_HELP)
     seed: int = knob(42, "seed of sampling")
+
+
+class ConvertConfig(Config):
+    """Writing a data file in another format."""
+
+    target_format: DataFormat = knob("messages", "format to write", flag="to")
+    source_format: SourceFormat = knob("auto", "format of the file; auto: by its first rows", flag="from")
+    image_base_path: Path = knob(Path("."), "folder that the paths of pictures are relative to, in both files")
+    answer_key: str | None = knob(None, "field of a question that holds its answer (documented format); default: A3, A")
+    box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls, where the file does not say")
+    allow_loss: bool = knob(False, "write the file also without what the format cannot hold")
 
 
 class ExportConfig(Config):

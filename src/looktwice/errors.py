@@ -33,6 +33,10 @@ class BoxError(LooktwiceError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[BoxError], tuple[str, str]]:
+        """How pickle builds it again, of both its arguments: errors cross from worker processes."""
+        return type(self), (self.reason, str(self))
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ` Did you mean "beta"?`, or an empty string when no known name is close."""

@@ -13,18 +13,19 @@ from looktwice.config import InferenceConfig
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
-from looktwice.messages import ImageSource, VideoPart, VideoSource
+from looktwice.messages import Conversation, ImageSource, VideoPart, VideoSource, question_about
 from looktwice.model.adapters import base_of, merge
 from looktwice.model.weights import load_model, locate, pick_device
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.processing.video import open_video
 from looktwice.rollout.builtin_engine import BuiltinEngine
+from looktwice.rollout.conversation import open_pictures
 from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory
 
-Question = tuple[ImageSource | VideoPart | None, str]
+Question = Conversation | tuple[ImageSource | VideoPart | None, str]
+"""A conversation that ends where the assistant is to answer, or what is shown and what is asked about it."""
 
 
 class OvisInference:
@@ -71,7 +72,7 @@ class OvisInference:
 
     def generate_batch(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Answers to many questions, all advancing together; a video is given as VideoPart in the picture's place."""
-        return [report(done.trajectory, *done.prompt.images) for done in self._finished(questions, None)]
+        return [report(done.trajectory, *done.prompt.images[:1]) for done in self._finished(questions, None)]
 
     def play(self, questions: Sequence[Question], look: Look | None = None) -> list[Trajectory]:
         """The finished rollouts of the questions; `look` replaces the crop tool."""
@@ -94,17 +95,17 @@ class OvisInference:
             seed=config.seed,
         )
         for first in range(0, len(questions), config.batch_size):
-            batch = [(self._decoded(shown), text) for shown, text in questions[first : first + config.batch_size]]
-            groups = [start_episodes(image, text, self.processor, rules, look=look) for image, text in batch]
+            batch = map(self._conversation, questions[first : first + config.batch_size])
+            groups = [start_episodes(prompt, self.processor, rules, look=look) for prompt in batch]
             play(engine, groups)
             yield from (episode for (episode,) in groups)
 
-
-    def _decoded(self, shown: ImageSource | VideoPart | None) -> ImageSource | VideoPart | None:
-        """A video file as the frames that are seen of it; anything else as it is."""
-        if not isinstance(shown, VideoPart):
-            return shown
-        return VideoPart(source=open_video(shown.source, self.config.num_frames))
+    def _conversation(self, asked: Question) -> Conversation:
+        """A question as the conversation that asks it, decoded: of a video file, the frames that are seen."""
+        if not isinstance(asked, Conversation):
+            shown, text = asked
+            asked = question_about(text, *([] if shown is None else [shown]))
+        return open_pictures(asked, num_frames=self.config.num_frames)
 
 
 def report(trajectory: Trajectory, seen: PatchedImage | None = None) -> dict[str, Any]:

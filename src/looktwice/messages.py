@@ -43,8 +43,11 @@ class VideoPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
+    """One turn. An assistant's is trained on unless `is_trained` is false; the others never are."""
+
     role: Role
     parts: tuple[TextPart | ImagePart | VideoPart, ...]
+    is_trained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,11 @@ def user(text: str, *shown: ImageSource | VideoPart) -> Message:
     """A user message in the recommended form: pictures or the video first, then the text."""
     parts = (part if isinstance(part, VideoPart) else ImagePart(source=part) for part in shown)
     return Message(role="user", parts=(*parts, TextPart(text=text)))
+
+
+def question_about(text: str, *shown: ImageSource | VideoPart) -> Conversation:
+    """The conversation that asks one question about pictures, a video, or nothing to look at."""
+    return Conversation(messages=(user(text, *shown),))
 
 
 def assistant(text: str) -> Message:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from looktwice.config import InferenceConfig
-from looktwice.data.records import Sample, read_samples
+from looktwice.data.records import read_samples
+from looktwice.data.sample import Sample
 from looktwice.evaluation.accuracy import evaluate
 from looktwice.evaluation.controls import CONTROLS
 from looktwice.geometry import Box, Size
 from looktwice.inference import OvisInference
+from looktwice.messages import Conversation, question_about
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 
 GOLD = Box(0, 0, 40, 40)
@@ -27,9 +29,9 @@ class Written:
     trajectories: list[Trajectory]
     processor: object = None
 
-    def play(self, questions: list[tuple[Path, str]], look: object = None) -> list[Trajectory]:
+    def play(self, questions: list[Conversation], look: object = None) -> list[Trajectory]:
         assert look is None
-        assert questions == [(Path("a.png"), "What?")] * len(self.trajectories)
+        assert questions == [PROMPT] * len(self.trajectories)
         return self.trajectories
 
 
@@ -37,9 +39,8 @@ def said(text: str, *calls: ToolCall) -> Trajectory:
     return Trajectory(prompt_ids=[], text=text, calls=list(calls), stop_reason="answered")
 
 
-SAMPLE = Sample(
-    image_path=Path("a.png"), question="What?", response="", solution="7", gold_box=GOLD, where="a:1", field="A"
-)
+PROMPT = question_about("What?", Path("a.png"))
+SAMPLE = Sample(conversation=PROMPT, solution="7", gold_box=GOLD, where="a:1", field="A")
 
 
 def test_answers_calls_and_overlaps_are_counted() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from looktwice.data.records import Sample
+from looktwice.data.sample import Sample
 from looktwice.geometry import Box, Size
+from looktwice.messages import question_about
 from looktwice.report.page import BOX_COLOUR, Curve, Table, draw_boxes, make_card, read_curve, write_page
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 
@@ -18,11 +19,8 @@ def test_a_page_holds_tables_curves_and_cards_without_other_files(tmp_path: Path
     text = "<think>\nlook & see\n</think>\n\n<answer>3</answer>"
     trajectory = Trajectory(prompt_ids=[], text=text, calls=[call], image_size=Size(80, 40))
     sample = Sample(
-        image_path=tmp_path / "a.png",
-        question="Which <b>digit</b>?",
-        response="",
+        conversation=question_about("Which <b>digit</b>?", tmp_path / "a.png"),
         solution="3",
-        gold_box=None,
         where="a.jsonl:1",
         field="QnA[0].A3",
     )

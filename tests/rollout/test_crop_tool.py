@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from looktwice.data.dataset import encode_sample
-from looktwice.data.records import Sample
+from looktwice.data.sample import Sample
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size
+from looktwice.messages import Conversation, assistant, user
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.crop_tool import REFUSALS, CropTool, observed, refusal
 
@@ -147,9 +148,8 @@ def test_sft_data_and_a_rollout_of_the_same_text_are_the_same_ids_and_pixels(
     path = tmp_path / "picture.png"
     picture.save(path)
     response = response.format("<tool_call>[90, 50, 138, 98]</tool_call>", "<tool_call>[0, 0, 80, 60.5]</tool_call>")
-    sample = Sample(
-        image_path=path, question="What is it?", response=response, solution="7", gold_box=None, where="a:1", field="A3"
-    )
+    conversation = Conversation(messages=(user("What is it?", path), assistant(response)))
+    sample = Sample(conversation=conversation, solution="7", where="a:1", field="A3")
     trained = encode_sample(sample, processor, max_length=1000)
     [episode], _ = play_scripts(response + "<|im_end|>", image=path, question="What is it?", thinking=thinking)
     assert episode.example.input_ids == trained.input_ids

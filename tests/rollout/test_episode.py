@@ -7,7 +7,7 @@ from PIL import Image
 
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
-from looktwice.messages import VideoPart
+from looktwice.messages import Conversation, VideoPart, assistant, question_about, user
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.rollout.crop_tool import Observation, refusal
 from looktwice.rollout.engine import Continuation
@@ -289,8 +289,8 @@ def test_siblings_share_no_state(play_scripts) -> None:
 def test_rollouts_are_numbered_through_the_groups(processor, picture, play_scripts) -> None:
     engine = type(play_scripts(ANSWER)[1])(processor, [f"{letter} {ANSWER}" for letter in "abc"])
     groups = [
-        start_episodes(picture, "What?", processor, EpisodeRules(), count=2),
-        start_episodes(None, "Why?", processor, EpisodeRules()),
+        start_episodes(question_about("What?", picture), processor, EpisodeRules(), count=2),
+        start_episodes(question_about("Why?"), processor, EpisodeRules()),
     ]
     play(engine, groups)
     texts = [[episode.trajectory.text[0] for episode in group] for group in groups]
@@ -322,3 +322,16 @@ def test_an_exception_in_the_tool_is_a_bug_and_not_an_observation(play_scripts) 
 def test_a_limit_below_one_is_refused_by_name(rules) -> None:
     with pytest.raises(ConfigError, match=next(iter(rules))):
         EpisodeRules(**rules)
+
+
+def test_an_episode_goes_on_from_earlier_turns_with_their_crops(processor, picture) -> None:
+    other = picture.rotate(180)
+    earlier = (user("Q", picture, other), assistant(f"{CALL} A"), user("R"))
+    [episode] = start_episodes(Conversation(messages=earlier), processor, EpisodeRules())
+    assert processor.decode(episode.prompt.input_ids) == (
+        f"<|im_start|>user\n\n\nQ<|im_end|>\n<|im_start|>assistant\n{CALL} A<|im_end|>\n"
+        "<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [image.size for image in episode.prompt.images[:2]] == [processor.overview_size(Size(160, 120))] * 2
+    assert len(episode.prompt.images) == 3 and not any(episode.prompt.loss_mask)
+    assert episode.image.tobytes() == picture.tobytes()

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig, SFTConfig
-from looktwice.data.records import Sample, read_samples
+from looktwice.data.records import read_samples
+from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import Box, Size
+from looktwice.messages import question_about
 from looktwice.metrics import METRICS
 from looktwice.processing.packing import pack
 from looktwice.rewards import Reward
@@ -27,9 +29,7 @@ RIGHT = f"<think>\n{CALL} red.\n</think>\n\n<answer>7</answer><|im_end|>"
 WRONG = "<think>\nno.\n</think>\n\n<answer>8</answer><|im_end|>"
 OTHER = "I see a cup, <answer>9</answer><|im_end|>"
 CUT = "<think>\nand on and on and on and on and on"
-SAMPLE = Sample(
-    image_path=Path("x.png"), question="What?", response="", solution="7", gold_box=None, where="a:1", field="A"
-)
+SAMPLE = Sample(conversation=question_about("What?", Path("x.png")), solution="7", where="a:1", field="A")
 
 Group = list[tuple[str, float]]
 """Script and accuracy of each rollout; NaN is a reward that failed."""
@@ -135,7 +135,7 @@ def test_the_pixels_of_a_crop_are_context_of_what_follows_it_and_of_nothing_befo
     example = rollout.episode.example
     plain = learner.score(pack([example])).logprobs
     overview, crop = example.images
-    repainted = replace(crop, pixel_values=-crop.pixel_values)
+    repainted = replace(crop, pixel_values=255 - crop.pixel_values)
     example.images[:] = [overview, repainted]
     changed = learner.score(pack([example])).logprobs
     num_before = rollout.trajectory.is_sampled.index(False)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
-from looktwice.data.dataset import encode_sample
+from looktwice.data.dataset import Encoder, encode_sample
 from looktwice.data.records import read_samples
 from looktwice.errors import DataError
 from looktwice.metrics import METRICS
 from looktwice.model.weights import load_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.training import run as run_module
 from looktwice.training.learner import Learner
 from looktwice.training.sft import evaluation_loss, train_sft
 
@@ -145,7 +146,8 @@ def test_dropout_is_off_in_the_validation_loss(model_folder, dataset, processor)
             parameter.normal_(0, 0.1)
     learner.model.train()
     samples = read_samples(dataset.eval, dataset.eval.parent)[:1]
-    assert evaluation_loss(learner, samples, DataConfig()) == evaluation_loss(learner, samples, DataConfig())
+    encoder = Encoder(processor=processor, max_length=1000, length_policy="error")
+    assert evaluation_loss(learner, samples, encoder) == evaluation_loss(learner, samples, encoder)
 
 
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"bf16": True, "use_lora": True, "lora_r": 4}])
@@ -157,5 +159,89 @@ def test_bfloat16_logs_nearly_the_loss_of_float32(settings, run) -> None:
 
 
 def test_a_sample_longer_than_max_length_is_named(run) -> None:
-    with pytest.raises(DataError, match=r"train\.jsonl:\d: \d+ tokens, more than max_length 100"):
+    with pytest.raises(DataError, match=r"train\.jsonl:\d: QnA\[0\]\.A3: \d+ tokens, more than max_length 100"):
         run(data={"max_length": 100}, max_steps=1)
+
+
+def test_a_length_is_found_before_the_model_is_loaded_and_leaves_no_run_folder(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Learner, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match=r"^6 problems in lengths"):
+        run(data={"max_length": 100})
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_left_out_for_their_length_are_counted_and_listed(run, capsys) -> None:
+    final, lines = run(data={"max_length": 151, "length_policy": "drop"}, num_train_epochs=1, train_batch_size=1)
+    left_out = [json.loads(line) for line in (final.parent / "left_out.jsonl").read_text().splitlines()]
+    assert 0 < len(left_out) < 6 and len(lines) == 6 - len(left_out)
+    assert all(one["tokens"] > 151 and one["reason"] == "too_long" for one in left_out)
+    assert {one["outcome"] for one in left_out} == {"left out"}
+    assert left_out[0]["where"].endswith("train.jsonl:2") and left_out[0]["field"] == "QnA[0].A3"
+    assert f"longer than max_length: {len(left_out)} samples left out" in capsys.readouterr().out
+
+
+def test_samples_whose_pictures_were_shrunk_are_trained_and_listed(run, capsys) -> None:
+    final, lines = run(
+        data={"max_length": 145, "length_policy": "shrink_images"}, num_train_epochs=1, train_batch_size=1
+    )
+    shrunk = [json.loads(line) for line in (final.parent / "left_out.jsonl").read_text().splitlines()]
+    assert len(lines) == len(shrunk) == 6
+    assert all(one["outcome"].startswith("pictures shrunk to at most ") for one in shrunk)
+    assert "6 samples with smaller pictures" in capsys.readouterr().out
+
+
+def test_a_text_that_is_too_long_by_itself_is_named_when_pictures_may_shrink(run) -> None:
+    with pytest.raises(DataError, match="its text alone takes too many"):
+        run(data={"max_length": 60, "length_policy": "shrink_images"})
+
+
+def test_a_run_without_a_sample_left_says_so(run) -> None:
+    with pytest.raises(DataError, match="every sample is longer than max_length 100"):
+        run(data={"max_length": 100, "length_policy": "drop"})
+
+
+# -- sets too large to be checked before the start
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three samples count as many."""
+    monkeypatch.setattr(run_module, "CHECKED_AT_START", 3)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_large_set_is_read_as_it_goes_with_the_same_result(num_workers, run, model_folder, monkeypatch) -> None:
+    settings = {"num_train_epochs": 2, "train_batch_size": 4}
+    large, lines = run("large", num_workers=num_workers, **settings)
+    monkeypatch.setattr(run_module, "CHECKED_AT_START", 1000)
+    small, _ = run("small", **settings)
+    assert weights(large) == weights(small) != weights(model_folder)
+    assert len(lines) == 4
+
+
+@pytest.mark.usefixtures("large")
+def test_the_first_samples_of_a_large_set_are_checked_before_the_model_is_loaded(run, dataset, tmp_path) -> None:
+    rows = dataset.train.read_text().splitlines()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([rows[0], "{", *rows[1:]]))
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: broken JSON"):
+        run(data={"train_data_path": bad})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("large")
+def test_a_later_row_of_a_large_set_is_named_in_its_turn(run, dataset, tmp_path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*dataset.train.read_text().splitlines(), "{"]))
+    with pytest.raises(DataError, match=r"bad\.jsonl:7: broken JSON"):
+        run(data={"train_data_path": bad}, train_batch_size=7)
+
+
+@pytest.mark.usefixtures("large")
+def test_samples_of_a_large_set_that_are_too_long_are_left_out_once_and_listed(run, capsys) -> None:
+    data = {"max_length": 151, "length_policy": "drop"}
+    final, lines = run(data=data, num_train_epochs=2, train_batch_size=6)
+    left_out = (final.parent / "left_out.jsonl").read_text().splitlines()
+    assert 0 < len(left_out) < 6 and len(lines) == 2
+    assert f"{len(left_out)} samples left out" in capsys.readouterr().out

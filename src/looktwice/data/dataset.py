@@ -1,43 +1,40 @@
-"""Samples to examples: what SFT trains on, what a rollout starts from, and the order samples come in."""
+"""Samples to examples: what SFT trains on, and the order samples come in."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from looktwice.calls import TOOL_CALL_CLOSE, split_calls
-from looktwice.data.records import Sample
+from looktwice.config import LengthPolicy
+from looktwice.data.lengths import Refit, fit_lengths
+from looktwice.data.sample import Sample
 from looktwice.errors import DataError, ImageError
-from looktwice.messages import Conversation, ImagePart, Message, TextPart, user
-from looktwice.processing.images import open_image
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.rollout.crop_tool import CropTool
+from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_pictures
 
 
 def encode_sample(sample: Sample, processor: Ovis2_5Processor, *, max_length: int) -> Example:
-    """The sample as SFT trains it: each call is followed by its crop, cut by the tool that rollouts use.
+    """The sample as SFT trains it: every assistant turn unless it says otherwise, each call followed by its crop.
 
-    Raises DataError for a call that cannot be run and for a sample longer than `max_length` tokens.
+    Raises ImageError for a picture that cannot be opened; DataError for a sample without a turn to train on, for a
+    call that cannot be run, and for a sample longer than `max_length` tokens.
     """
     try:
-        image = open_image(sample.image_path)
+        conversation = open_pictures(sample.conversation)
     except ImageError as error:
-        raise ImageError(f"{sample.where}: image_path: {error}") from error
-    look = CropTool(processor).look
-    parts: list[TextPart | ImagePart] = []
-    images = [processor.patch_image(image)]
-    for segment in split_calls(sample.response):
-        parts.append(TextPart(text=segment))
-        if segment.endswith(TOOL_CALL_CLOSE):
-            observation = look(segment, image)
-            if observation.image is None:
-                raise DataError(f"{sample.where}: {sample.field}: crop call refused: {observation.text}; mend its box")
-            parts.append(ImagePart(source=image))
-            images.append(observation.image)
-    answer = Message(role="assistant", parts=tuple(part for part in parts if part != TextPart(text="")))
-    conversation = Conversation(messages=(user(sample.question, image), answer))
-    example = processor.assemble(processor.template.spans(conversation, purpose="train"), images)
+        raise ImageError(f"{sample.where}: picture: {error}") from error
+    try:
+        conversation = in_model_frame(conversation, sample.box_frame, processor)
+        example = encode_conversation(conversation, processor_for(sample, processor), purpose="train")
+    except DataError as error:
+        raise DataError(f"{sample.where}: {sample.field}: {error}") from error
+    if not any(example.loss_mask):
+        raise DataError(f"{sample.where}: {sample.field}: no assistant turn to train on; add the answer")
     if len(example) > max_length:
         raise DataError(
             f"{sample.where}: {len(example)} tokens, more than max_length {max_length}; raise it or lower --max_pixels"
@@ -45,10 +42,41 @@ def encode_sample(sample: Sample, processor: Ovis2_5Processor, *, max_length: in
     return example
 
 
+class Encoded(NamedTuple):
+    """A sample ready for training, None when it was left out, and what its length led to, if anything."""
+
+    example: Example | None
+    refit: Refit | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """`encode_sample` under a length policy: what the workers of a Loader run."""
+
+    processor: Ovis2_5Processor
+    max_length: int
+    length_policy: LengthPolicy
+
+    def __call__(self, sample: Sample) -> Encoded:
+        """Raises what `encode_sample` and `fit_lengths` raise."""
+        kept, refits = fit_lengths(
+            [sample], self.processor, max_length=self.max_length, length_policy=self.length_policy
+        )
+        example = encode_sample(kept[0], self.processor, max_length=self.max_length) if kept else None
+        return Encoded(example, refits[0] if refits else None)
+
+
+def processor_for(sample: Sample, processor: Ovis2_5Processor) -> Ovis2_5Processor:
+    """The processor under the pixel bounds of the sample, where it has its own."""
+    return processor if sample.policy is None else processor.at(sample.policy)
+
+
 class BatchOrder:
     """Which samples make up each optimizer step: a function of seed and step alone, so a run can go on anywhere.
 
-    Each epoch is a fresh permutation cut into steps; its last step may be short.
+    Each epoch is a fresh permutation cut into steps; its last step may be short. The number of the step is all the
+    state there is: to go on at step k costs the one permutation of k's epoch, as to start does. `samples_per_step` are
+    those of all processes together, so the steps stay the same on any number of them; see `share`.
     """
 
     def __init__(
@@ -61,14 +89,25 @@ class BatchOrder:
         self.total_steps = math.ceil(num_epochs * self.steps_per_epoch)
         if max_steps is not None:
             self.total_steps = max_steps
+        self._of_epoch = lru_cache(maxsize=1)(partial(_permutation, num_samples, seed))
 
     def __getitem__(self, step: int) -> list[int]:
         """Sample numbers of the step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.num_samples, generator=generator).tolist()
-        return order[place * self.samples_per_step : (place + 1) * self.samples_per_step]
+        return self._of_epoch(epoch)[place * self.samples_per_step : (place + 1) * self.samples_per_step].tolist()
+
+    def share(self, step: int, *, rank: int, world_size: int) -> list[int]:
+        """The samples of the step that fall to one of `world_size` processes.
+
+        All ranks together have each sample of the step once, and none has two more than another; in a short step a
+        rank may have none.
+        """
+        return self[step][rank::world_size]
 
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
         return step / self.steps_per_epoch
+
+
+def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -14,7 +14,8 @@ from rich.table import Table as ConsoleTable
 from transformers.utils.logging import disable_progress_bar
 
 from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
-from looktwice.data.records import Sample, read_samples
+from looktwice.data.records import read_samples
+from looktwice.data.sample import Sample
 from looktwice.demo.task import DatasetFiles, make_dataset
 from looktwice.evaluation.accuracy import Evaluation, evaluate
 from looktwice.evaluation.controls import CONTROLS

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from looktwice.answers import answers_match, extract_answer
-from looktwice.data.records import Sample
+from looktwice.data.sample import Sample
 from looktwice.evaluation.controls import Control, control_look
 from looktwice.inference import OvisInference
+from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
 
 
@@ -30,7 +31,8 @@ def evaluate(
 ) -> Evaluation:
     """Ask every question with the crop tool, or with one of the controls in its place."""
     look = control_look(control, inference.processor, seed) if control else None
-    trajectories = inference.play([(sample.image_path, sample.question) for sample in samples], look)
+    prompts = [in_model_frame(sample.prompt, sample.box_frame, inference.processor) for sample in samples]
+    trajectories = inference.play(prompts, look)
     is_right = tuple(
         answers_match(extract_answer(trajectory.text), sample.solution)
         for trajectory, sample in zip(trajectories, samples)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -47,19 +48,34 @@ class ChatTemplate:
         """Ids of ordinary text. Text that spells a special token stays text; think and tool tags are tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """How many ids `encode` gives for each text, all tokenised at once."""
+        return [len(encoding) for encoding in self._encodings(texts)]
+
+    def read_back(self, texts: Sequence[str]) -> list[str]:
+        """What each text is after it was tokenised."""
+        return self.tokenizer.batch_decode([encoding.ids for encoding in self._encodings(texts)])
+
+    def _encodings(self, texts: Sequence[str]) -> list[Any]:
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        return backend.encode_batch_fast(list(texts), add_special_tokens=False)
+
     def spans(
         self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True
     ) -> list[Span]:
         """The conversation as spans.
 
-        `train`: assistant texts and their closing `<|im_end|>` are trained, nothing else is; an answer without a
-        think block gets the empty one in front, untrained. `prompt`: ends where the assistant begins to write; with
-        `thinking` off the empty think block is already written.
+        `train`: assistant texts and their closing `<|im_end|>` are trained unless their message says otherwise, nothing
+        else is; a trained answer without a think block gets the empty one in front, untrained. `prompt`: ends where the
+        assistant begins to write; with `thinking` off the empty think block is already written.
         """
         spans: list[Span] = []
         pictures = 0
         for message in conversation.messages:
-            written = self._message(message, pictures, is_trained=purpose == "train" and message.role == "assistant")
+            is_trained = purpose == "train" and message.role == "assistant" and message.is_trained
+            written = self._message(message, pictures, is_trained=is_trained)
             pictures += sum(span.image_number is not None for span in written)
             spans += written
         if purpose == "prompt":

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from looktwice.answers import extract_answer, split_thinking
-from looktwice.data.records import Sample
+from looktwice.data.sample import Sample
 from looktwice.geometry import Box, Size
 from looktwice.processing.images import open_image, resize
 from looktwice.rollout.trajectory import Trajectory
@@ -94,7 +94,7 @@ def read_curve(log: Path, metric: str, title: str) -> Curve:
 
 def make_card(trajectory: Trajectory, sample: Sample, *, is_right: bool) -> Card:
     """A finished rollout as a card: its boxes drawn on the picture, its crops as the model saw them."""
-    image = open_image(sample.image_path)
+    image = open_image(sample.image_paths[0])
     thinking, _ = split_thinking(trajectory.text)
     cut = [(call.box, call.size) for call in trajectory.calls if call.box is not None and call.size is not None]
     boxes = [(int(box.x1), int(box.y1), int(box.x2), int(box.y2)) for box, _ in cut]

@@ -55,10 +55,7 @@ class CropTool:
                 raise BoxError("video", "a crop was asked for in a conversation about a video")
             if image is None:
                 raise BoxError("no_picture", "a crop was asked for in a conversation without a picture")
-            original = Size(*image.size)
-            resized = self.processor.overview_size(original)
-            box = to_original(requested, frame=self.processor.box_frame, original=original, resized=resized)
-            rectangle = crop_rectangle(box, original=original, min_side=self.processor.factor)
+            rectangle = rectangle_of(requested, self.processor, Size(*image.size))
         except BoxError as error:
             return refusal(error.reason, requested)
         return self.cut(rectangle, image, requested)
@@ -70,6 +67,13 @@ class CropTool:
         crop = self.processor.patch(resize(image, size, rectangle))
         call = ToolCall(requested=requested, box=Box(*(float(side) for side in rectangle)), size=size, error=None)
         return Observation(call=call, image=crop, text="")
+
+
+def rectangle_of(requested: Box, processor: Ovis2_5Processor, original: Size) -> tuple[int, int, int, int]:
+    """What is cut from a picture of this upright size for a box in the model's frame. Raises BoxError if nothing is."""
+    resized = processor.overview_size(original)
+    box = to_original(requested, frame=processor.box_frame, original=original, resized=resized)
+    return crop_rectangle(box, original=original, min_side=processor.factor)
 
 
 def refusal(reason: str, requested: Box | None) -> Observation:

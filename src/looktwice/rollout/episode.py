@@ -14,11 +14,11 @@ from PIL import Image
 from looktwice.calls import TOOL_CALL_CLOSE
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
-from looktwice.messages import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN, Conversation, ImageSource, VideoPart, user
+from looktwice.messages import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN, Conversation
 from looktwice.processing.chat_template import EARLY_STOP
-from looktwice.processing.images import PatchedImage, open_image
+from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.processing.video import open_video
+from looktwice.rollout.conversation import encode_conversation, open_pictures
 from looktwice.rollout.crop_tool import CropTool, Observation, observed
 from looktwice.rollout.engine import Continuation, Engine, Request, Segment
 from looktwice.rollout.trajectory import StopReason, Trajectory
@@ -151,29 +151,25 @@ class Episode:
 
 
 def start_episodes(
-    source: ImageSource | VideoPart | None,
-    question: str,
+    prompt: Conversation,
     processor: Ovis2_5Processor,
     rules: EpisodeRules,
     *,
     count: int = 1,
     look: Look | None = None,
 ) -> list[Episode]:
-    """`count` sibling episodes of a question about a picture, a video, or nothing to look at."""
-    image = frame_size = None
-    shown: list[Image.Image | VideoPart] = []
-    if isinstance(source, VideoPart):
-        frames = open_video(source.source)
-        frame_size = Size(*frames[0].size)
-        shown = [VideoPart(source=frames)]
+    """`count` sibling episodes of a conversation that ends where the assistant is to answer.
+
+    Crops are cut from the first picture. Earlier answers keep their calls, followed by their crops.
+    """
+    opened = open_pictures(prompt)
+    image: Image.Image | None = next(iter(opened.images), None)  # type: ignore[assignment]
+    frame_size = None
+    if opened.videos:
+        frame_size = Size(*opened.videos[0][0].size)  # type: ignore[index, union-attr]
         look = look or CropTool(processor, is_video=True).look
-    elif source is not None:
-        image = open_image(source)
-        shown = [image]
-    prompt = processor.encode(
-        Conversation(messages=(user(question, *shown),)), purpose="prompt", thinking=rules.thinking
-    )
-    return [Episode(prompt, image, processor, rules, look, frame_size) for _ in range(count)]
+    example = encode_conversation(opened, processor, purpose="prompt", thinking=rules.thinking)
+    return [Episode(example, image, processor, rules, look, frame_size) for _ in range(count)]
 
 
 def play(engine: Engine, groups: Sequence[Sequence[Episode]]) -> None:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
-from looktwice.data.records import Sample, check_solutions
+from looktwice.data.dataset import processor_for
+from looktwice.data.lengths import fit_lengths
+from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
 from looktwice.processing.packing import PackedBatch
 from looktwice.rewards import Reward, RewardFunction, load_reward, score
 from looktwice.rollout.builtin_engine import BuiltinEngine
+from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
@@ -32,13 +35,13 @@ from looktwice.training.losses import (
     policy_surrogate,
 )
 from looktwice.training.run import (
+    LengthReport,
     batch_order,
     close_step,
     is_due,
     load_processor,
-    load_samples,
+    load_sets,
     prepare_output,
-    required,
     save_final,
     trained_table,
 )
@@ -64,12 +67,12 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     """Run R-GRPO from the SFT checkpoint and give back the folder of the final model."""
     start = str(config.sft_checkpoint_path)
     processor = load_processor(start, data)
-    samples = load_samples(required(data.train_data_path, "--train_data"), data, processor)
+    samples, held_out, refits = load_sets(data, processor, "prompt")
     score_rollout = load_reward(config.reward)
-    check_solutions(samples)
-    held_out = load_samples(data.val_data_path, data, processor) if data.val_data_path else []
-    check_solutions(held_out)
     prepare_output(config)
+    lengths = LengthReport(config)
+    lengths.note(refits)
+    lengths.show()
     order = batch_order(len(samples), config)
     learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
     reference = learner.freeze_reference() if config.beta > 0 else None
@@ -83,20 +86,26 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:
             started = time.perf_counter()
-            groups = roll_out(learner, [samples[number] for number in order[learner.step]], config, score_rollout)
-            rolled_out = time.perf_counter()
-            metrics = rollout_metrics(groups)
-            metrics |= improve(learner, groups, config, reference)
+            prompts, refits = fit_lengths(
+                [samples[number] for number in order[learner.step]],
+                processor,
+                max_length=data.max_length,
+                length_policy=data.length_policy,
+                purpose="prompt",
+            )
+            lengths.note(refits)
+            metrics = {}
+            if prompts:
+                groups = roll_out(learner, prompts, config, score_rollout)
+                metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
+                metrics |= improve(learner, groups, config, reference)
+                metrics["time/update_s"] = time.perf_counter() - started - metrics["time/rollout_s"]
             learner.step += 1
-            metrics |= {
-                "epoch": order.epoch(learner.step),
-                "time/rollout_s": rolled_out - started,
-                "time/update_s": time.perf_counter() - rolled_out,
-                "time/step_s": time.perf_counter() - started,
-            }
+            metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
             if held_out and is_due(learner, eval_every):
                 metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, config)
             close_step(learner, recorder, metrics, resolved)
+    lengths.show()
     return save_final(learner, resolved)
 
 
@@ -123,7 +132,12 @@ def roll_out(
         thinking_budget=config.thinking_budget,
     )
     episodes = [
-        start_episodes(sample.image_path, sample.question, learner.processor, rules, count=config.num_generations)
+        start_episodes(
+            in_model_frame(sample.prompt, sample.box_frame, learner.processor),
+            processor_for(sample, learner.processor),
+            rules,
+            count=config.num_generations,
+        )
         for sample in samples
     ]
     engine = BuiltinEngine.for_answers(

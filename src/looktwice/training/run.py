@@ -5,21 +5,31 @@ Everything a user can get wrong is found at the start, before anything long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar, overload
 
 from rich.table import Table
 
 from looktwice.config import Config, DataConfig, StageConfig
 from looktwice.data.dataset import BatchOrder
-from looktwice.data.records import Sample, check_pictures, read_samples
-from looktwice.errors import ConfigError
+from looktwice.data.lengths import Purpose, Refit, fit_lengths
+from looktwice.data.records import SampleFile, check_pictures, check_responses, check_solutions
+from looktwice.data.sample import Sample
+from looktwice.errors import ConfigError, DataError
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import part_sizes
 from looktwice.model.weights import locate
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training.learner import FINAL_MODEL, Learner, state_file
+
+LEFT_OUT = "left_out.jsonl"
+"""In the run folder: the samples that were too long, one a line, and what was done with each."""
+
+CHECKED_AT_START = 2000
+"""Samples that are read, decoded and measured before the model is loaded; a larger set would keep it waiting."""
 
 T = TypeVar("T")
 
@@ -27,24 +37,101 @@ T = TypeVar("T")
 def load_processor(name: str, data: DataConfig) -> Ovis2_5Processor:
     """The checkpoint's processor, under the pixel bounds and box frame that the settings name."""
     processor = Ovis2_5Processor.from_pretrained(locate(name))
-    given = {
-        "image_min_pixels": data.min_pixels,
-        "image_max_pixels": data.max_pixels,
-        "crop_min_pixels": data.crop_min_pixels,
-        "crop_max_pixels": data.crop_max_pixels,
-    }
-    processor.policy = processor.policy.override(**given)
+    processor.policy = processor.policy.override(**data.pixel_bounds)
     processor.box_frame = data.box_frame or processor.box_frame
     return processor
 
 
-def load_samples(path: Path, data: DataConfig, processor: Ovis2_5Processor) -> list[Sample]:
-    """All samples of a file, their pictures and boxes checked."""
-    samples = read_samples(path, data.image_base_path)
+class LargeSet(Sequence[Sample]):
+    """The samples of a file that is too large to be checked before the start, each read when it is asked for."""
+
+    def __init__(self, file: SampleFile) -> None:
+        self.file = file
+
+    def __len__(self) -> int:
+        return self.file.num_samples
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        if isinstance(place, slice):
+            return [self.file.sample(number) for number in range(*place.indices(len(self)))]
+        return self.file.sample(place)
+
+
+class Sets(NamedTuple):
+    """Samples to train on, samples held out to validate, and what became of those that were too long."""
+
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
+    refits: list[Refit]
+
+
+def load_sets(data: DataConfig, processor: Ovis2_5Processor, purpose: Purpose) -> Sets:
+    """Training and validation samples: all checked and fitted to `max_length`, or of a large file the first ones.
+
+    Raises DataError and ImageError for what training would stop at.
+    """
+    train, refits = load_samples(required(data.train_data_path, "--train_data"), data, processor, purpose)
+    held_out, more = load_samples(data.val_data_path, data, processor, purpose) if data.val_data_path else ([], [])
+    return Sets(train, held_out, [*refits, *more])
+
+
+def load_samples(
+    path: Path, data: DataConfig, processor: Ovis2_5Processor, purpose: Purpose
+) -> tuple[Sequence[Sample], list[Refit]]:
+    """The samples of a file and what became of those that were too long; of a large file that is seen later."""
+    file = SampleFile(path, data.image_base_path, answer_key=data.answer_key)
+    is_large = file.num_samples > CHECKED_AT_START
+    samples = LargeSet(file)[:CHECKED_AT_START] if is_large else file.read()
+    if purpose == "train":
+        check_responses(samples)
+    else:
+        check_solutions(samples)
     check_pictures(
         samples, min_side=processor.factor, box_frame=processor.box_frame, overview_size=processor.overview_size
     )
-    return samples
+    kept, refits = fit_lengths(
+        samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose=purpose
+    )
+    if is_large:
+        print(
+            f"{path}: {file.num_samples:,} samples; the first {CHECKED_AT_START:,} are checked now, the others when "
+            "their turn comes; `looktwice data check` judges all"
+        )
+        return LargeSet(file), []
+    if not kept:
+        raise DataError(f"{path}: every sample is longer than max_length {data.max_length}; raise it")
+    return kept, refits
+
+
+class LengthReport:
+    """What `length_policy` left out or shrank, written into the run folder as it happens, each sample once."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self.path = config.output_dir / LEFT_OUT
+        if not config.resume_from_checkpoint:
+            self.path.unlink(missing_ok=True)
+        self.seen: set[tuple[str, str]] = set()
+        self.counts: Counter[str] = Counter()
+        self.shown: Counter[str] = Counter()
+
+    def note(self, refits: Iterable[Refit]) -> None:
+        for refit in refits:
+            place = (refit.sample.where, refit.sample.field)
+            if place not in self.seen:
+                self.seen.add(place)
+                self.counts["left out" if refit.policy is None else "with smaller pictures"] += 1
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(refit.as_json(), ensure_ascii=False) + "\n")
+
+    def show(self) -> None:
+        """Print the counts that are new since they were printed last."""
+        for outcome, count in (self.counts - self.shown).items():
+            print(f"longer than max_length: {count} sample{'s' * (count > 1)} {outcome}; see {self.path}")
+        self.shown = self.counts.copy()
 
 
 def prepare_output(config: StageConfig) -> None:

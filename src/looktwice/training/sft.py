@@ -4,61 +4,89 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
-from looktwice.data.dataset import encode_sample
-from looktwice.data.records import Sample
+from looktwice.data.dataset import Encoder
+from looktwice.data.loader import Loader, warm_up
+from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
-from looktwice.processing.packing import PackedBatch
+from looktwice.model.weights import pick_device
+from looktwice.processing.processor import Example
 from looktwice.training.learner import Learner
 from looktwice.training.run import (
+    LengthReport,
     batch_order,
     close_step,
     is_due,
     load_processor,
-    load_samples,
+    load_sets,
     prepare_output,
-    required,
     save_final,
     trained_table,
 )
 
+WORKERS_BESIDE_A_GPU = 4
+STEPS_AHEAD = 2
+"""Steps whose samples the workers may prepare before they are needed."""
 SHOWN = ("loss", "eval/loss", "optim/lr", "perf/tokens_per_s")
 
 
 def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     """Fine-tune and give back the folder of the final model. Everything a user can get wrong is checked first."""
+    # a CPU has no time to spare for them
+    default = 0 if pick_device(model.device) == "cpu" else WORKERS_BESIDE_A_GPU
+    workers = default if config.num_workers is None else config.num_workers
+    if workers:
+        warm_up()
     processor = load_processor(model.model_name, data)
-    train = load_samples(required(data.train_data_path, "--train_data"), data, processor)
-    held_out = load_samples(data.val_data_path, data, processor) if data.val_data_path else []
+    train, held_out, refits = load_sets(data, processor, "train")
     prepare_output(config)
+    lengths = LengthReport(config)
+    lengths.note(refits)
+    lengths.show()
     order = batch_order(len(train), config)
     learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps)
     if config.resume_from_checkpoint:
         learner.resume(config.resume_from_checkpoint)
     resolved = (model, data, config)
-    with Recorder(
-        config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="SFT", append=learner.step > 0
-    ) as recorder:
+    encoder = Encoder(processor=processor, max_length=data.max_length, length_policy=data.length_policy)
+    with (
+        Recorder(
+            config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="SFT", append=learner.step > 0
+        ) as recorder,
+        Loader(
+            encoder,
+            (train[number] for step in range(learner.step, order.total_steps) for number in order[step]),
+            num_workers=workers,
+            ahead=STEPS_AHEAD * order.samples_per_step,
+            where=attrgetter("where"),
+        ) as prepared,
+    ):
         recorder.console.print(trained_table(learner))
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:
-            metrics = train_step(learner, [train[number] for number in order[learner.step]], data)
+            encoded = list(islice(prepared, len(order[learner.step])))
+            lengths.note(each.refit for each in encoded if each.refit)
+            examples = [each.example for each in encoded if each.example]
+            metrics = train_step(learner, examples) if examples else {}
             learner.step += 1
             metrics["epoch"] = order.epoch(learner.step)
             if held_out and is_due(learner, eval_every):
-                metrics["eval/loss"] = evaluation_loss(learner, held_out, data)
+                metrics["eval/loss"] = evaluation_loss(learner, held_out, encoder)
             close_step(learner, recorder, metrics, resolved)
+    lengths.show()
     return save_final(learner, resolved)
 
 
-def train_step(learner: Learner, samples: Sequence[Sample], data: DataConfig) -> dict[str, float]:
-    """One optimizer step on the mean loss per trained token of all its samples, whatever the rows."""
+def train_step(learner: Learner, examples: Sequence[Example]) -> dict[str, float]:
+    """One optimizer step on the mean loss per trained token of all its examples, whatever the rows."""
     started = time.perf_counter()
-    rows = learner.rows([encode_sample(sample, learner.processor, max_length=data.max_length) for sample in samples])
+    rows = learner.rows(examples)
     num_loss_tokens = sum(row.num_loss_tokens for row in rows)
     update = learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_loss_tokens)
     seconds = time.perf_counter() - started
@@ -72,17 +100,14 @@ def train_step(learner: Learner, samples: Sequence[Sample], data: DataConfig) ->
 
 
 @torch.no_grad()
-def evaluation_loss(learner: Learner, samples: Sequence[Sample], data: DataConfig) -> float:
-    """Mean negative logprob per trained token over all samples, in eval mode."""
+def evaluation_loss(learner: Learner, samples: Sequence[Sample], encoder: Encoder) -> float:
+    """Mean negative logprob per trained token over all samples, in eval mode; those too long are left out."""
     learner.model.eval()
     total, num_tokens = 0.0, 0
     size = learner.config.train_batch_size
     for first in range(0, len(samples), size):
-        batch = samples[first : first + size]
-        rows: list[PackedBatch] = learner.rows(
-            [encode_sample(sample, learner.processor, max_length=data.max_length) for sample in batch]
-        )
-        for row in rows:
+        encoded = [encoder(sample) for sample in samples[first : first + size]]
+        for row in learner.rows([each.example for each in encoded if each.example]):
             total -= float(learner.score(row).logprobs.sum())
             num_tokens += row.num_loss_tokens
     return total / num_tokens

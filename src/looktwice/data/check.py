@@ -1,0 +1,249 @@
+"""Judging data files before anything is trained: each row, each picture's header, each box, and the set as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from looktwice.calls import TOOL_CALL_OPEN, format_call, parse_call
+from looktwice.config import CheckConfig
+from looktwice.data.faults import (
+    Picture,
+    Source,
+    View,
+    call_faults,
+    calls_of,
+    decoded,
+    gold_faults,
+    inspected,
+    problem_of,
+    shown_name,
+    turn_problems,
+    written,
+)
+from looktwice.data.lengths import sequence_lengths
+from looktwice.data.problems import BOX_REASONS, Problem
+from looktwice.data.records import SampleFile, unused_names
+from looktwice.data.sample import Sample, text_of
+from looktwice.data.verdict import Verdict
+from looktwice.errors import BoxError, DataError
+from looktwice.geometry import Box, Size
+from looktwice.processing.images import DATA_ADDRESS, PictureHeader
+from looktwice.processing.processor import Ovis2_5Processor
+
+CHUNK = 256
+"""Rows that are judged at a time: their texts are tokenised together."""
+LARGE_SIDE, MIN_LARGE_BOXES = 1500, 5
+"""Boxes on pictures of at least this side tell pixels from thousandths, when there are this many."""
+
+
+def judge(paths: Sequence[Path], config: CheckConfig, processor: Ovis2_5Processor | None = None) -> Verdict:
+    """Judge training files, and the validation file of the settings against them.
+
+    Holds a few bytes for each sample and each picture, never the rows. Without a processor lengths and the tokens of
+    calls are not checked.
+    """
+    going = Judge(config, processor)
+    for problem in going.problems(paths):
+        going.verdict.add(problem)
+    return going.verdict
+
+
+class Judge:
+    """One going through data files; see `judge`. Counts rows, samples and pictures in `verdict`."""
+
+    def __init__(self, config: CheckConfig, processor: Ovis2_5Processor | None) -> None:
+        self.config = config
+        self.processor = processor
+        self.verdict = Verdict()
+        self.view = View.of(processor, config)
+        self.questions: dict[int, tuple[int, int]] = {}
+        self.files: list[SampleFile] = []
+        self.num_training_files = 0
+        self.pictures: dict[int, Picture] = {}
+        self.known: dict[Picture, Picture] = {}
+        self.training_pictures: frozenset[int] = frozenset()
+        self.seen_in_validation: set[int] = set()
+        self.large_boxes = LargeBoxes()
+        if processor is None:
+            self.verdict.unchecked = ("token lengths", "calls under tokenising")
+
+    def problems(self, paths: Sequence[Path]) -> Iterator[Problem]:
+        """All problems, file by file."""
+        for path in paths:
+            yield from self.of_file(path)
+        self.num_training_files = len(self.files)
+        if self.config.val_data_path:
+            self.training_pictures = frozenset(self.pictures)
+            yield from self.of_file(self.config.val_data_path)
+        yield from self.large_boxes.problems()
+        self.verdict.num_pictures = len(self.pictures)
+
+    def of_file(self, path: Path) -> Iterator[Problem]:
+        config = self.config
+        try:
+            file = SampleFile(
+                path,
+                config.image_base_path,
+                data_format=config.source_format,
+                answer_key=config.answer_key,
+            )
+            if not len(file):
+                raise DataError(f"{path}: the file holds no records; write one JSON object a line")
+        except DataError as error:
+            yield Problem(reason="unusable_file", where=str(path), field="", what=str(error).removeprefix(f"{path}: "))
+            return
+        self.files.append(file)
+        self.verdict.formats[str(path)] = file.format.name
+        self.verdict.num_rows += len(file)
+        reading = file.new_reading()
+        for start in range(0, len(file), CHUNK):
+            reading.problems.clear()
+            rows = range(start, min(start + CHUNK, len(file)))
+            samples = [(sample, row) for row in rows for sample in file.read_row(row, reading)]
+            self.verdict.num_samples += len(samples)
+            yield from reading.problems
+            yield from self.of_samples(samples)
+        for warning in unused_names(reading):
+            yield Problem(reason="ignored_field", where=str(path), field="", what=warning)
+
+    def of_samples(self, rows: Sequence[tuple[Sample, int]]) -> Iterator[Problem]:
+        samples = [sample for sample, _ in rows]
+        new_pictures = self.look_at(source for sample in samples for source in sample.image_paths)
+        good: list[Sample] = []
+        named: set[tuple[str, Source]] = set()
+        for sample, row in rows:
+            found = [*turn_problems(sample, self.config.stage), *self.repeats(sample, row)]
+            found += self.picture_problems(sample, named, new_pictures)
+            found += self.box_problems(sample)
+            if not any(problem.is_fatal for problem in found) and self.is_usable(sample):
+                good.append(sample)
+            yield from found
+        if self.processor:
+            yield from self.token_problems(good, self.processor)
+
+    def look_at(self, sources: Iterable[Source]) -> set[int]:
+        """Read the headers of pictures not seen before, and give back the keys of these."""
+        new = {key: source for source in sources if (key := picture_key(source)) not in self.pictures}
+        inspect = decoded if self.config.decode else inspected
+        if self.config.decode:
+            with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+                pictures = list(pool.map(inspect, new.values()))
+        else:
+            pictures = [inspect(source) for source in new.values()]
+        for key, picture in zip(new, pictures):
+            self.pictures[key] = self.known.setdefault(picture, picture)
+        return set(new)
+
+    def header(self, source: Source) -> PictureHeader | None:
+        return self.pictures[picture_key(source)].header
+
+    def is_usable(self, sample: Sample) -> bool:
+        return all(self.header(source) for source in sample.image_paths)
+
+    def repeats(self, sample: Sample, row: int) -> Iterator[Problem]:
+        """The same question about the same pictures, in the training files or across to the validation file."""
+        shown = [picture_key(source) for source in sample.image_paths]
+        asked = [text_of(message) for message in sample.conversation.messages if message.role == "user"]
+        key = hash((*shown, *asked))
+        number = len(self.files) - 1
+        file, earlier = self.questions.setdefault(key, (number, row))
+        is_validation = bool(self.num_training_files) and number >= self.num_training_files
+        if (file, earlier) != (number, row):
+            is_leak = is_validation and file < self.num_training_files
+            what = f"also at {self.files[file].rows.where(earlier)}"
+            yield problem_of(sample, "leaked_question" if is_leak else "duplicate", what)
+        for picture, source in zip(shown, sample.image_paths) if is_validation else ():
+            if picture in self.training_pictures and picture not in self.seen_in_validation:
+                self.seen_in_validation.add(picture)
+                yield problem_of(sample, "leaked_picture", shown_name(source))
+
+    def picture_problems(
+        self, sample: Sample, named: set[tuple[str, Source]], new_pictures: set[int]
+    ) -> Iterator[Problem]:
+        """What is wrong with the pictures of a sample: once a row, and of what is no error once a picture."""
+        for source in dict.fromkeys(sample.image_paths):
+            key = picture_key(source)
+            picture = self.pictures[key]
+            if picture.header is None and (sample.where, source) not in named:
+                named.add((sample.where, source))
+                yield Problem(
+                    reason=picture.reason,
+                    where=sample.where,
+                    field="picture",
+                    what=f"{shown_name(source)}: {picture.what}",
+                )
+            elif picture.header and picture.header.has_frames and key in new_pictures:
+                new_pictures.remove(key)
+                yield Problem(reason="picture_frames", where=sample.where, field="picture", what=shown_name(source))
+
+    def box_problems(self, sample: Sample) -> Iterator[Problem]:
+        frame = sample.box_frame or self.view.box_frame
+        header = self.header(sample.image_paths[0]) if sample.image_paths else None
+        for number, segment in enumerate(calls_of(sample), 1):
+            if not sample.image_paths:
+                yield problem_of(sample, "call_without_picture", f"call {number}: there is no picture to cut from")
+            elif header is not None:
+                try:
+                    requested = parse_call(segment)
+                except BoxError as error:  # a picture stands inside the call
+                    yield problem_of(sample, BOX_REASONS[error.reason], f"call {number}: {error}")
+                    continue
+                name = f"call {number} {format_call(requested)} read as {frame}"
+                for reason, what in call_faults(requested, frame, header, self.view):
+                    yield problem_of(sample, reason, f"{name}: {what}")
+                if frame == "original_px":
+                    self.large_boxes.see(sample, requested, header.size)
+        if sample.gold_box and header is not None:
+            for reason, what in gold_faults(sample.gold_box, header):
+                yield problem_of(sample, reason, f"gold box {written(sample.gold_box)}: {what}")
+
+    def token_problems(self, samples: Sequence[Sample], processor: Ovis2_5Processor) -> Iterator[Problem]:
+        """Samples that are too long, and calls that are no longer the same after tokenising."""
+        limit = self.config.max_length
+
+        def size_of(source: object) -> Size:
+            header = self.header(source)  # type: ignore[arg-type]
+            assert header is not None
+            return header.size
+
+        purposes = {"sft": ("train",), "grpo": ("prompt",), "both": ("train", "prompt")}[self.config.stage]
+        for purpose in purposes:
+            lengths = sequence_lengths(samples, processor, size_of, purpose)  # type: ignore[arg-type]
+            what = "tokens" if purpose == "train" else "tokens of the prompt"
+            for sample, length in zip(samples, lengths):
+                if length > limit:
+                    yield problem_of(sample, "too_long", f"{length} {what}, more than max_length {limit}")
+        calls = [(sample, segment) for sample in samples for segment in calls_of(sample)]
+        texts = [segment[segment.rindex(TOOL_CALL_OPEN) :] for _, segment in calls]
+        for (sample, _), call, read in zip(calls, texts, processor.template.read_back(texts)):
+            if read != call:
+                yield problem_of(sample, "call_text_changes", f"{call!r} reads {read!r} after tokenising")
+
+
+class LargeBoxes:
+    """Boxes declared as pixels, on large pictures: whether all of them could be thousandths."""
+
+    def __init__(self) -> None:
+        self.num_boxes = 0
+        self.first: Sample | None = None
+        self.is_refuted = False
+
+    def see(self, sample: Sample, box: Box, size: Size) -> None:
+        if min(size) >= LARGE_SIDE:
+            self.num_boxes += 1
+            self.first = self.first or sample
+            self.is_refuted = self.is_refuted or max(box) > 1000
+
+    def problems(self) -> Iterator[Problem]:
+        if self.first and not self.is_refuted and self.num_boxes >= MIN_LARGE_BOXES:
+            what = f"{self.num_boxes} boxes on pictures of {LARGE_SIDE} pixels a side or more, no number above 1000"
+            yield problem_of(self.first, "box_looks_norm1000", what)
+
+
+def picture_key(source: Source) -> int:
+    """A few bytes that stand for the path of a picture, however it is written."""
+    text = str(source)
+    return hash(text if text.startswith(DATA_ADDRESS) else os.path.normpath(text))

@@ -1,0 +1,81 @@
+"""A data file in another format: what was read, what was written, and what the new format cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from looktwice.config import ConvertConfig
+from looktwice.data.files import write_rows
+from looktwice.data.formats import FORMATS
+from looktwice.data.records import SampleFile, raise_if_any
+from looktwice.data.tally import Tally
+from looktwice.data.writing import Writing
+from looktwice.errors import DataError
+
+
+@dataclass(kw_only=True)
+class Conversion:
+    """What a conversion did. `left_out` are samples that the format cannot hold, `lost` is what others lost."""
+
+    source_format: str
+    target_format: str
+    num_rows: int = 0
+    num_samples: int = 0
+    num_written: int = 0
+    lost: Tally = field(default_factory=Tally)
+    left_out: Tally = field(default_factory=Tally)
+
+    def __str__(self) -> str:
+        lines = [
+            f"read {self.num_rows} rows of the format {self.source_format}: {self.num_samples} samples",
+            f"{self.num_written} rows of the format {self.target_format}",
+        ]
+        for title, tally in (("left out", self.left_out), ("lost", self.lost)):
+            lines += [f"{title}:", *(f"  {line}" for line in tally.lines())] if tally else []
+        return "\n".join(lines)
+
+
+def convert(source: str | Path, target: str | Path, config: ConvertConfig) -> Conversion:
+    """Write the samples of a file in another format; the kinds of the files follow from their names.
+
+    Raises DataError when a row cannot be read, with all problems counted, and when something would be lost and
+    `allow_loss` is off. Neither leaves a file behind.
+    """
+    if Path(target).exists() and Path(target).samefile(source):
+        raise DataError(f"{target}: the file to read from; name another one to write to")
+    file = SampleFile(
+        source,
+        config.image_base_path,
+        data_format=config.source_format,
+        answer_key=config.answer_key,
+        box_frame=config.box_frame,
+    )
+    if not len(file):
+        raise DataError(f"{source}: the file holds no records; write one JSON object a line")
+    lost = Tally()
+    reading = replace(file.new_reading(), ignored=lost)
+    writing = Writing(image_base_path=config.image_base_path, lost=lost)
+    done = Conversion(
+        source_format=file.format.name, target_format=config.target_format, lost=lost, left_out=writing.left_out
+    )
+    write = FORMATS[config.target_format].write
+
+    def rows() -> Iterator[dict[str, object]]:
+        for row in range(len(file)):
+            samples = file.read_row(row, reading)
+            done.num_rows += 1
+            done.num_samples += len(samples)
+            for written in write(samples, writing):
+                done.num_written += 1
+                yield written
+        # raised before the file is complete, so that none is left
+        raise_if_any(reading.problems, str(source))
+        if (done.lost or done.left_out) and not config.allow_loss:
+            raise DataError(
+                f"{target} was not written: the format cannot hold everything; --allow_loss writes the rest\n{done}"
+            )
+
+    write_rows(target, rows())
+    return done

@@ -1,0 +1,499 @@
+"""Containers of raw rows: JSONL, JSON and Parquet files, plain or compressed, read in any order without reading all.
+
+What a row means is not known here; see `formats.py`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import importlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, BinaryIO, NamedTuple, Protocol, overload
+
+import numpy as np
+
+from looktwice.errors import ConfigError, DataError, nearest
+
+GZIP_MAGIC, ZSTD_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+BLOCK = 1 << 24
+"""Bytes that are scanned at a time."""
+ROWS_PER_GROUP = 1000
+"""Rows of a Parquet row group we write; a reader unpacks a whole group to get at one row."""
+
+_EXTRAS = {"zstandard": "zstd", "pyarrow": "parquet", "pyarrow.parquet": "parquet"}
+_IS_BLANK = np.zeros(256, dtype=bool)
+_IS_BLANK[list(b" \t\n\r\v\f")] = True
+_GAP = re.compile(r"[ \t\n\r]*")
+
+
+class Row(NamedTuple):
+    """One raw row. `where` is "file:line" in JSONL, "file:row N" (counted from 1) elsewhere."""
+
+    where: str
+    values: dict[str, Any]
+
+
+class RowFile(Sequence[Row]):
+    """The rows of a data file, parsed as they are asked for.
+
+    Bytes say what is compressed (gzip, zstd: unpacked once into a temporary file that has no name) and what is
+    Parquet; of the rest, a name in .json (or .json.gz, ...) is a list of objects or, where each line is one, JSONL;
+    any other name is JSONL. Blank lines are no rows.
+
+    `file[i]` raises DataError for a row that is broken, and for that row alone. A RowFile may be sent to another
+    process, which opens the file again; it refuses a file that has changed meanwhile.
+    Raises DataError when the file cannot be read, ConfigError when a package for its kind is not installed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with _reading(self.path):
+            file: IO[bytes] = self.path.open("rb")
+            status = os.stat(file.fileno())
+            self._stamp = (status.st_size, status.st_mtime_ns)
+            file = _unpacked(file)
+        weakref.finalize(self, file.close)
+        self._rows = _open_rows(file, self.path)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        where = self.where(index)
+        return Row(where, self._rows.values(range(len(self))[index], where))
+
+    def where(self, index: int) -> str:
+        """The place of a row in the file, for messages, whether the row can be read or not."""
+        return f"{self.path}:{self._rows.place(range(len(self))[index])}"
+
+    def sample_counts(self, num_samples: Callable[[dict[str, Any]], int]) -> np.ndarray:
+        """Samples in each row [rows], int64, by the quickest parse there is.
+
+        A row that cannot be read counts as one sample, so that whoever goes through the samples meets it.
+        """
+        counts = (1 if values is None else num_samples(values) for values in self._rows.quick_values())
+        return np.fromiter(counts, dtype=np.int64, count=len(self))
+
+    def __getstate__(self) -> tuple[Path, tuple[int, int]]:
+        return self.path, self._stamp
+
+    def __setstate__(self, state: tuple[Path, tuple[int, int]]) -> None:
+        path, stamp = state
+        self.__init__(path)  # type: ignore[misc]
+        if self._stamp != stamp:
+            raise DataError(f"{path}: the data file changed while it was in use; leave it alone and start again")
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write a data file and give back its number of rows; the kind is that of the name.
+
+    Names end in .jsonl, .json or .parquet, the first two also with .gz or .zst. An older file of this name is
+    replaced when the new one is complete, and stays as it was when writing fails.
+    Raises DataError for another name and for what the kind cannot hold.
+    """
+    path = Path(path)
+    write, compression = _kind_of_name(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file, _packed(file, compression) as stream:
+            num_rows = write(stream, rows, path)
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the data file cannot be written ({error.strerror}); check folder and space"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return num_rows
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+class _Rows(Protocol):
+    """What a container gives: its rows by index from 0."""
+
+    def __len__(self) -> int: ...
+    def place(self, index: int) -> str: ...
+    def values(self, index: int, where: str) -> dict[str, Any]: ...
+    def quick_values(self) -> Iterator[dict[str, Any] | None]: ...
+
+
+def _open_rows(file: IO[bytes], path: Path) -> _Rows:
+    if os.pread(file.fileno(), len(PARQUET_MAGIC), 0) == PARQUET_MAGIC:
+        return _ParquetRows(file, path)
+    if ".json" in [suffix.lower() for suffix in path.suffixes[-2:]] and not _is_object_a_line(file):
+        return _list_rows(file, path)
+    return _line_rows(file)
+
+
+class _TextRows:
+    """Rows that are pieces of a text file: row i is the bytes from starts[i] to ends[i]. All arrays [rows], int64."""
+
+    def __init__(self, file: IO[bytes], unit: str, numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        """`unit` is "line" or "row", `numbers` are the rows' own in that unit."""
+        self.file = file
+        self.unit, self.numbers, self.starts, self.ends = unit, numbers, starts, ends
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def place(self, index: int) -> str:
+        return f"{self.numbers[index]}" if self.unit == "line" else f"{self.unit} {self.numbers[index]}"
+
+    def raw(self, index: int) -> bytes:
+        start, end = int(self.starts[index]), int(self.ends[index])
+        raw = _read_at(self.file, start, end)
+        return raw.removeprefix(codecs.BOM_UTF8) if start == 0 else raw
+
+    def values(self, index: int, where: str) -> dict[str, Any]:
+        try:
+            values = json.loads(self.raw(index).rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_unique)
+        except UnicodeDecodeError as error:
+            place = f"byte {error.start + 1} of the {self.unit}"
+            raise DataError(f"{where}: {place} is not UTF-8; save the file as UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: broken JSON at column {error.colno} ({error.msg}); mend the line") from error
+        except RecursionError as error:
+            raise DataError(f"{where}: JSON nested too deeply; mend the {self.unit}") from error
+        except ValueError as error:
+            raise DataError(f"{where}: {error}; mend the {self.unit}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: {kind_of(values)} where an object belongs; write one JSON object a {self.unit}")
+        return values
+
+    def quick_values(self) -> Iterator[dict[str, Any] | None]:
+        for index in range(len(self)):
+            try:
+                values = json.loads(self.raw(index))
+            except (ValueError, RecursionError):
+                values = None
+            yield values if isinstance(values, dict) else None
+
+
+class EqualNames(ValueError):
+    """An object with one name twice."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # plain JSON readers keep the last of two equal names and lose the first without a word
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise EqualNames(f'the name "{name}" stands twice in one object')
+    return values
+
+
+def _line_rows(file: IO[bytes]) -> _TextRows:
+    """The lines that are not blank. Cut at line feeds only: JSON texts may hold what else Unicode ends lines with."""
+    starts, doubtful = _line_starts(file)
+    ends = np.append(starts[1:], os.stat(file.fileno()).st_size)
+    is_row = np.ones(len(starts), dtype=bool)
+    for line in doubtful:
+        text = _read_at(file, int(starts[line]), int(ends[line]))
+        is_row[line] = bool((text.removeprefix(codecs.BOM_UTF8) if line == 0 else text).strip())
+    return _TextRows(file, "line", np.flatnonzero(is_row) + 1, starts[is_row], ends[is_row])
+
+
+def _line_starts(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each line begins, and the numbers (from 0) of the lines that may be blank."""
+    starts: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    is_doubtful: list[np.ndarray] = [np.empty(0, dtype=bool)]
+    place, is_start = 0, True
+    buffer = np.empty(BLOCK, dtype=np.uint8)
+    file.seek(0)
+    while size := file.readinto(buffer):  # type: ignore[attr-defined]
+        block = buffer[:size]
+        after = np.flatnonzero(block == ord("\n")) + 1
+        begins = np.concatenate([[0] if is_start else [], after]).astype(np.int64)
+        begins = begins[begins < size]
+        starts.append(begins + place)
+        is_doubtful.append(_IS_BLANK[block[begins]])
+        is_start = block[-1] == ord("\n")
+        place += size
+    doubtful = np.concatenate(is_doubtful)
+    doubtful[:1] = True  # the first line may be a byte order mark and nothing else
+    return np.concatenate(starts), np.flatnonzero(doubtful)
+
+
+def _is_object_a_line(file: IO[bytes]) -> bool:
+    """Whether a file by the name .json is JSONL: its first line is a whole object, and there is more."""
+    file.seek(0)
+    try:
+        first = json.loads(file.readline().removeprefix(codecs.BOM_UTF8))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and any(line.strip() for line in file)
+
+
+def _list_rows(file: IO[bytes], path: Path) -> _TextRows:
+    """The elements of a JSON list. The whole text is read once, and its elements are found, not kept."""
+    file.seek(0)
+    # a bad byte then spoils its own row alone
+    text = file.read().decode("utf-8", "surrogateescape")
+    spans = _element_spans(text, path)
+    edges = np.array(spans, dtype=np.int64).reshape(-1)
+    if not text.isascii():
+        pieces = (text[start:end] for start, end in zip([0, *edges.tolist()], edges.tolist()))
+        edges = np.cumsum([len(piece.encode("utf-8", "surrogateescape")) for piece in pieces], dtype=np.int64)
+    return _TextRows(file, "row", np.arange(len(spans)) + 1, edges[::2], edges[1::2])
+
+
+def _element_spans(text: str, path: Path) -> list[tuple[int, int]]:
+    """First and last place of each element of the list that is the text. Raises DataError when it is no list."""
+    decode = json.JSONDecoder().raw_decode
+    spans: list[tuple[int, int]] = []
+
+    def gap(place: int) -> int:
+        return _GAP.match(text, place).end()  # type: ignore[union-attr]
+
+    try:
+        place = gap(1 if text.startswith("\ufeff") else 0)
+        if place == len(text):
+            return []
+        if text[place] != "[":
+            raise DataError(f"{path}: {_no_list(decode(text, place)[0])}")
+        place = gap(place + 1)
+        is_open = not text.startswith("]", place)
+        while is_open:
+            start = place
+            _, end = decode(text, start)
+            spans.append((start, end))
+            place = gap(end)
+            is_open = text.startswith(",", place)
+            if not is_open and not text.startswith("]", place):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+            place = gap(place + 1) if is_open else place
+        if (place := gap(place + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, place)
+    except json.JSONDecodeError as error:
+        place_in_file = f"{path}:{error.lineno}: broken JSON at column {error.colno} ({error.msg})"
+        raise DataError(f"{place_in_file}, in row {len(spans) + 1} of the list; mend the file") from error
+    except (RecursionError, ValueError) as error:
+        reason = "JSON nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{path}:row {len(spans) + 1}: {reason}; mend the row") from error
+    return spans
+
+
+def _no_list(value: object) -> str:
+    seen = f"{kind_of(value)} where a list of rows belongs"
+    lists = [name for name, inner in value.items() if isinstance(inner, list)] if isinstance(value, dict) else []
+    if len(lists) == 1:
+        return f'{seen}; write the list under "{lists[0]}" alone into a file'
+    return f"{seen}; write [{{…}}, {{…}}], or one object a line in a .jsonl file"
+
+
+class _ParquetRows:
+    """Rows of a Parquet file. A row group is unpacked when one of its rows is first asked for, into a nameless file.
+
+    Reading in any order then costs no more than reading in order, and memory holds only the pages in use.
+    Fields that are null are left out: Parquet gives every row the fields of all.
+    """
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.arrow = _require("pyarrow")
+        try:
+            self.file = _require("pyarrow.parquet").ParquetFile(file)
+        except (self.arrow.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a whole Parquet file ({error}); make it again") from error
+        metadata = self.file.metadata
+        self.ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)], dtype=np.int64)
+        self.groups: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def place(self, index: int) -> str:
+        return f"row {index + 1}"
+
+    def values(self, index: int, where: str) -> dict[str, Any]:
+        group = int(np.searchsorted(self.ends, index, side="right"))
+        try:
+            if group not in self.groups:
+                self.groups[group] = self._unpack(group)
+        except (self.arrow.ArrowException, OSError) as error:
+            raise DataError(f"{where}: the row group cannot be read ({error}); make the file again") from error
+        table = self.groups[group]
+        [row] = table.slice(index - int(self.ends[group]) + len(table), 1).to_pylist()
+        return _without_nulls(row)
+
+    def quick_values(self) -> Iterator[dict[str, Any] | None]:
+        for index in range(len(self)):
+            yield self.values(index, f"row {index + 1}")
+
+    def _unpack(self, group: int) -> Any:
+        table = self.file.read_row_group(group)
+        with tempfile.NamedTemporaryFile() as file:
+            with self.arrow.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+            file.flush()
+            return self.arrow.ipc.open_file(self.arrow.memory_map(file.name)).read_all()
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of the operating system as DataErrors about the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such data file; check the path.{nearest(path.name, siblings)}") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: a directory, not a data file; name a .jsonl file in it") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the compressed file is damaged or cut short ({error}); make it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: the data file cannot be read ({error.strerror}); check path and rights") from error
+
+
+def _unpacked(file: IO[bytes]) -> IO[bytes]:
+    """The file itself, or what it packs, in a temporary file without a name."""
+    head = file.read(4)
+    file.seek(0)
+    if head.startswith(GZIP_MAGIC):
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115, the caller's to close
+        with file, gzip.open(file) as packed:
+            shutil.copyfileobj(packed, unpacked, BLOCK)
+    elif head == ZSTD_MAGIC:
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+        with file:
+            _unpack_zstd(file, unpacked)
+    else:
+        return file
+    unpacked.flush()
+    return unpacked
+
+
+def _unpack_zstd(packed: IO[bytes], unpacked: IO[bytes]) -> None:
+    # frame by frame: the package's own stream reader takes a file that is cut short for a whole one
+    zstandard = _require("zstandard")
+    frame = None
+    try:
+        while block := packed.read(BLOCK):
+            while block:
+                if frame is None or frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                unpacked.write(frame.decompress(block))
+                block = frame.unused_data
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from error
+    if frame is None or not frame.eof:
+        raise EOFError("the last frame has no end")
+
+
+def _read_at(file: IO[bytes], start: int, end: int) -> bytes:
+    # not seek and read: threads share the file
+    return os.pread(file.fileno(), end - start, start)
+
+
+WriteRows = Callable[[BinaryIO, Iterable[Mapping[str, Any]], Path], int]
+
+
+def _kind_of_name(path: Path) -> tuple[WriteRows, str]:
+    """How to write a file of this name, and the suffix of its compression or ""."""
+    name = path.name.lower()
+    compression = next((suffix for suffix in (".gz", ".zst") if name.endswith(suffix)), "")
+    kind = Path(name.removesuffix(compression)).suffix
+    if kind == ".parquet" and not compression:
+        return _write_parquet, ""
+    if kind in (".jsonl", ".json"):
+        return (_write_lines if kind == ".jsonl" else _write_list), compression
+    raise DataError(f"{path}: end the name in .parquet, or in .jsonl or .json, these also with .gz or .zst")
+
+
+@contextmanager
+def _packed(file: IO[bytes], compression: str) -> Iterator[Any]:
+    if compression == ".gz":
+        # without name and time, equal rows give equal files
+        with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as stream:
+            yield stream
+    elif compression == ".zst":
+        with _require("zstandard").ZstdCompressor().stream_writer(file, closefd=False) as stream:
+            yield stream
+    else:
+        yield file
+
+
+def _write_lines(stream: BinaryIO, rows: Iterable[Mapping[str, Any]], path: Path) -> int:
+    number = 0
+    for number, row in enumerate(rows, 1):
+        stream.write(_row_text(row, f"{path}:{number}") + b"\n")
+    return number
+
+
+def _write_list(stream: BinaryIO, rows: Iterable[Mapping[str, Any]], path: Path) -> int:
+    number = 0
+    for number, row in enumerate(rows, 1):
+        stream.write((b"[\n" if number == 1 else b",\n") + _row_text(row, f"{path}:row {number}"))
+    stream.write(b"\n]\n" if number else b"[]\n")
+    return number
+
+
+def _row_text(row: Mapping[str, Any], where: str) -> bytes:
+    try:
+        text = json.dumps(row, ensure_ascii=False)
+    except TypeError as error:
+        raise DataError(f"{where}: {error}; only Parquet holds such a value") from error
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8, but JSON can spell it
+        return json.dumps(row).encode("ascii")
+
+
+def _write_parquet(stream: BinaryIO, rows: Iterable[Mapping[str, Any]], path: Path) -> int:
+    arrow, parquet = _require("pyarrow"), _require("pyarrow.parquet")
+    source = iter(rows)
+    tables, num_rows = [], 0
+    try:
+        # through structs: a table made of rows takes its columns from the first one alone
+        while chunk := [dict(row) for row in islice(source, ROWS_PER_GROUP)]:
+            tables.append(arrow.Table.from_batches([arrow.RecordBatch.from_struct_array(arrow.array(chunk))]))
+            num_rows += len(chunk)
+            if not tables[-1].num_columns:
+                raise arrow.ArrowInvalid("rows without a field")
+        table = arrow.concat_tables(tables, promote_options="permissive") if tables else arrow.table({})
+        parquet.write_table(table, stream, row_group_size=ROWS_PER_GROUP, compression="zstd")
+    except (arrow.ArrowException, OverflowError) as error:
+        raise DataError(
+            f"{path}: Parquet cannot hold these rows ({error}); write .jsonl, or give each field one type in all rows"
+        ) from error
+    return num_rows
+
+
+def _require(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package, extra = module.split(".")[0], _EXTRAS[module]
+        raise ConfigError(
+            f'{package} is not installed, and this kind of file needs it; run pip install "looktwice[{extra}]"'
+        ) from error

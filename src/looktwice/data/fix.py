@@ -1,0 +1,221 @@
+"""A cleaned copy of a data file: what training would refuse is mended where that is safe, else left out.
+
+Two mends are made, and nothing else: the corners of a box that runs backwards are put in order where its numbers can be
+read in no other way, and a question that cannot be used leaves its row, whose other questions stay. A byte order mark
+and blank lines are not copied, because rows are written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from looktwice.config import CheckConfig
+from looktwice.data.check import Judge
+from looktwice.data.fields import Fields
+from looktwice.data.files import write_rows
+from looktwice.data.problems import Problem
+from looktwice.data.sample import Sample
+from looktwice.errors import DataError
+from looktwice.geometry import Size
+from looktwice.processing.processor import Ovis2_5Processor
+
+Step = str | int
+
+_STEP = re.compile(r"([^.\[\]]+)|\[([0-9]+)\]")
+_FOUR_NUMBERS = re.compile(r"\[(\s*[0-9.]+\s*(?:,\s*[0-9.]+\s*){3})\]")
+
+
+@dataclass(kw_only=True)
+class Fixed:
+    """What was done: places and words of each mend and of each row or question left out."""
+
+    target: Path
+    report: Path
+    num_rows: int
+    num_written: int = 0
+    mended: list[dict[str, str]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.target}: {self.num_written} of {self.num_rows} rows, {len(self.mended)} mends, "
+            f"{len(self.left_out)} rows or questions left out; see {self.report}"
+        )
+
+
+def fix(path: Path, target: Path, config: CheckConfig, processor: Ovis2_5Processor | None = None) -> Fixed:
+    """Write a copy of a data file in which `judge` finds nothing fatal, and beside it `target`.report.json.
+
+    Raises DataError when the file cannot be read at all, when no row is left, and when source and target are one file.
+    """
+    if target.exists() and target.samefile(path):
+        raise DataError(f"{target}: the file to fix; name another one to write to")
+    judge = Judge(config.model_copy(update={"val_data_path": None}), processor)
+    fatal: defaultdict[str, list[Problem]] = defaultdict(list)
+    for problem in judge.problems([path]):
+        if problem.is_fatal:
+            fatal[problem.where].append(problem)
+    if not judge.files:
+        raise DataError("\n".join(map(str, fatal[str(path)])))
+    done = Fixed(target=target, report=Path(f"{target}.report.json"), num_rows=len(judge.files[0]))
+    rows = Cleaning(judge, fatal, done).rows()
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{path}: no row would be left; mend the file first")
+    done.num_written = write_rows(target, _chain(first, rows))
+    report = {"source": str(path), "rows": done.num_rows, "rows_written": done.num_written}
+    text = json.dumps({**report, "mended": done.mended, "left_out": done.left_out}, indent=2, ensure_ascii=False)
+    done.report.write_text(text + "\n", encoding="utf-8")
+    return done
+
+
+class Cleaning:
+    """Going through the rows of a judged file."""
+
+    def __init__(self, judge: Judge, fatal: dict[str, list[Problem]], done: Fixed) -> None:
+        self.judge, self.file, self.fatal, self.done = judge, judge.files[0], fatal, done
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that remain, mended."""
+        for number in range(len(self.file)):
+            problems = self.fatal.get(self.file.rows.where(number))
+            if problems is None:
+                yield self.file.rows[number].values
+            elif (values := self.mended(number, problems)) is not None:
+                yield values
+
+    def mended(self, number: int, problems: Sequence[Problem]) -> dict[str, Any] | None:
+        """A row without what is wrong with it, or None; either is noted."""
+        try:
+            where, values = self.file.rows[number]
+        except DataError:
+            self.leave_out(problems)
+            return None
+        values = deepcopy(values)
+        mends = self.sort_corners(values, problems, number)
+        if mends:
+            problems = self.fatal_problems(values, where, number)
+        questions = {self.question(problem) for problem in problems}
+        if None not in questions and len(questions) < len(values.get("QnA", ())):
+            values["QnA"] = [one for place, one in enumerate(values["QnA"]) if place not in questions]
+            if not self.fatal_problems(values, where, number):
+                self.leave_out(problems)
+                problems = []
+        if problems:
+            self.leave_out(problems)
+            return None
+        self.done.mended += mends
+        return values
+
+    def leave_out(self, problems: Sequence[Problem]) -> None:
+        self.done.left_out += [
+            {"where": one.where, "field": one.field, "reason": one.reason, "what": one.what} for one in problems
+        ]
+
+    def question(self, problem: Problem) -> int | None:
+        """The number of the documented question that a problem lies in."""
+        steps = _steps(problem.field)
+        return steps[1] if steps[:1] == ["QnA"] and len(steps) > 1 and isinstance(steps[1], int) else None
+
+    def fatal_problems(self, values: dict[str, Any], where: str, number: int) -> list[Problem]:
+        samples, problems = self.read(values, where)
+        found = [*problems, *self.judge.of_samples([(sample, number) for sample in samples])]
+        return [problem for problem in found if problem.is_fatal]
+
+    def read(self, values: dict[str, Any], where: str) -> tuple[list[Sample], list[Problem]]:
+        reading = self.file.new_reading()
+        fields = Fields(values, known=(), where=where, path="", problems=reading.problems)
+        return self.file.format.read(fields, reading), reading.problems
+
+    def sort_corners(self, values: dict[str, Any], problems: Sequence[Problem], number: int) -> list[dict[str, str]]:
+        """Put the corners of reversed boxes in order, in place, and give back what was done; all of them or none."""
+        paths = [_steps(problem.field) for problem in problems if problem.reason == "box_reversed"]
+        trial = deepcopy(values)
+        swaps: list[tuple[list[Step], list[float], list[float]]] = []
+        for path in paths:
+            holder = _at(trial, path[:-1])
+            holder[path[-1]] = _sorted(holder[path[-1]], lambda old, new, path=path: swaps.append((path, old, new)))
+        where = self.file.rows.where(number)
+        samples, _ = self.read(trial, where) if swaps else ([], [])
+        if not samples or not all(self.is_certain(old, new, path, samples[0]) for path, old, new in swaps):
+            return []
+        for path in paths:
+            _at(values, path[:-1])[path[-1]] = _at(trial, path)
+        return [
+            {"where": where, "field": _name(path), "what": f"corners put in order: {old} to {new}"}
+            for path, old, new in swaps
+        ]
+
+    def is_certain(self, old: list[float], new: list[float], path: Sequence[Step], sample: Sample) -> bool:
+        """Whether four numbers fit as corners in order, and neither as corner nor as centre with width and height."""
+        self.judge.look_at(sample.image_paths)
+        header = self.judge.header(sample.image_paths[0]) if sample.image_paths else None
+        if header is None:
+            return False
+        is_gold = path[-1] == "box" and "content" not in path
+        frame = "original_px" if is_gold else sample.box_frame or self.judge.view.box_frame
+        sizes = {
+            "unit": Size(1, 1),
+            "norm1000": Size(1000, 1000),
+            "resized_px": self.judge.view.overview_size(header.size),
+        }
+        size = sizes.get(frame, header.size)
+
+        def fits(left: float, top: float, right: float, bottom: float) -> bool:
+            return 0 <= left < right <= size.width and 0 <= top < bottom <= size.height
+
+        a, b, c, d = old
+        is_corner_and_size = fits(a, b, a + c, b + d)
+        is_centre_and_size = fits(a - c / 2, b - d / 2, a + c / 2, b + d / 2)
+        return fits(*new) and not is_corner_and_size and not is_centre_and_size
+
+
+def _sorted(value: Any, note: Any) -> Any:
+    """A box, or a text that holds boxes in brackets, with reversed corners put in order; each change is noted."""
+    if isinstance(value, str):
+        return _FOUR_NUMBERS.sub(lambda found: _sorted_text(found, note), value)
+    new = [min(value[0], value[2]), min(value[1], value[3]), max(value[0], value[2]), max(value[1], value[3])]
+    if new != value:
+        note(value, new)
+    return new
+
+
+def _sorted_text(found: re.Match[str], note: Any) -> str:
+    written = [number.strip() for number in found[1].split(",")]
+    try:
+        old = [float(number) for number in written]
+    except ValueError:
+        return found[0]
+    places = [place for one, other in ((0, 2), (1, 3)) for place in sorted((one, other), key=old.__getitem__)]
+    order = [places[0], places[2], places[1], places[3]]
+    if order == [0, 1, 2, 3]:
+        return found[0]
+    note(old, [old[place] for place in order])
+    return f"[{', '.join(written[place] for place in order)}]"
+
+
+def _steps(path: str) -> list[Step]:
+    """`QnA[0].A3` as ["QnA", 0, "A3"]."""
+    return [name or int(index) for name, index in _STEP.findall(path)]
+
+
+def _name(path: Sequence[Step]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+
+
+def _at(values: Any, path: Sequence[Step]) -> Any:
+    for step in path:
+        values = values[step]
+    return values
+
+
+def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield first
+    yield from rest

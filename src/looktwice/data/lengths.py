@@ -1,0 +1,247 @@
+"""How many tokens a sample has, from its texts and the headers of its pictures; nothing is decoded.
+
+The closed formula: ids of the template, plus tokens of each text, plus for each picture and each crop its two marks and
+one token for each factor x factor pixels of the size it is resized to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from looktwice.calls import TOOL_CALL_CLOSE, parse_call, split_calls
+from looktwice.config import LengthPolicy
+from looktwice.data.problems import Problem
+from looktwice.data.records import raise_if_any
+from looktwice.data.sample import Sample
+from looktwice.errors import BoxError, DataError
+from looktwice.geometry import (
+    PixelPolicy,
+    Size,
+    crop_size,
+    num_visual_tokens,
+    smart_resize,
+)
+from looktwice.messages import Conversation, ImagePart, ImageSource, TextPart
+from looktwice.processing.images import image_size
+from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.rollout.conversation import in_model_frame
+from looktwice.rollout.crop_tool import rectangle_of
+
+SizeOf = Callable[[ImageSource], Size]
+Purpose = Literal["train", "prompt"]
+
+CHUNK = 1024
+"""Samples whose texts are tokenised at once."""
+MARKS = 2
+"""Start and end of a picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What makes up the sequence of a sample: `num_ids` written by the template, texts, and sizes before resizing.
+
+    `trained` are those of the ids and texts that are trained. `crops` are what the tool cuts, each enlarged but not yet
+    resized, as (rectangle, size of its picture).
+    """
+
+    num_ids: int
+    texts: tuple[str, ...]
+    trained: tuple[int | str, ...]
+    pictures: tuple[Size, ...]
+    crops: tuple[tuple[tuple[int, int, int, int], Size], ...]
+
+    def num_image_tokens(self, policy: PixelPolicy, factor: int) -> int:
+        """Tokens of all pictures and crops under a policy, their marks included."""
+        low, high = policy.image_min_pixels, policy.image_max_pixels
+        sizes = [smart_resize(size, factor=factor, min_pixels=low, max_pixels=high) for size in self.pictures]
+        sizes += [crop_size(cut, original=size, factor=factor, policy=policy) for cut, size in self.crops]
+        return sum(num_visual_tokens(size, factor=factor) + MARKS for size in sizes)
+
+
+def sequence_length(sample: Sample, processor: Ovis2_5Processor, size_of: SizeOf = image_size) -> int:
+    """Tokens of `encode_sample`, exactly. Raises DataError for a call that cannot be run."""
+    [length] = sequence_lengths([sample], processor, size_of)
+    return length
+
+
+def sequence_lengths(
+    samples: Sequence[Sample],
+    processor: Ovis2_5Processor,
+    size_of: SizeOf = image_size,
+    purpose: Purpose = "train",
+) -> list[int]:
+    """Tokens of each sample as SFT trains it, or of the prompt its rollouts start from; texts are tokenised at once.
+
+    `size_of` gives the upright size of a picture. Raises DataError for a call that cannot be run.
+    """
+    layouts = [layout(sample, processor, size_of, purpose) for sample in samples]
+    num_tokens = token_counts(processor, (text for one in layouts for text in one.texts))
+    return [
+        one.num_ids
+        + sum(num_tokens[text] for text in one.texts)
+        + one.num_image_tokens(sample.policy or processor.policy, processor.factor)
+        for one, sample in zip(layouts, samples)
+    ]
+
+
+def layout(
+    sample: Sample, processor: Ovis2_5Processor, size_of: SizeOf = image_size, purpose: Purpose = "train"
+) -> Layout:
+    """The parts of a sample's sequence. Raises DataError for a call that cannot be run."""
+    conversation = sample.conversation if purpose == "train" else sample.prompt
+    conversation = in_model_frame(conversation, sample.box_frame, processor, size_of)
+    pictures = tuple(map(size_of, conversation.images))
+    cuts: list[tuple[int, int, int, int]] = []
+
+    def cut(call: str) -> tuple[int, int, int, int]:
+        try:
+            if not pictures:
+                raise BoxError("no_picture", "there is no picture to cut from")
+            return cut_of(call, processor, pictures[0])
+        except BoxError as error:
+            raise DataError(f"{sample.where}: {sample.field}: crop call refused: {error}; mend its box") from error
+
+    def with_crops(text: str) -> Iterator[TextPart | ImagePart]:
+        for segment in split_calls(text):
+            if segment:
+                yield TextPart(text=segment)
+            if segment.endswith(TOOL_CALL_CLOSE):
+                cuts.append(cut(segment))
+                yield ImagePart(source="")
+
+    messages = [
+        replace(
+            message,
+            parts=tuple(
+                piece
+                for part in message.parts
+                for piece in (with_crops(part.text) if isinstance(part, TextPart) else (part,))
+            ),
+        )
+        if message.role == "assistant"
+        else message
+        for message in conversation.messages
+    ]
+    template = copy(processor.template)
+    template.encode = lambda text: [text]  # type: ignore[assignment, list-item, method-assign, return-value]
+    spans = template.spans(Conversation(messages=tuple(messages)), purpose=purpose)
+    pieces: list[int | str] = [piece for span in spans for piece in span.ids]
+    texts = tuple(piece for piece in pieces if isinstance(piece, str))
+    return Layout(
+        num_ids=len(pieces) - len(texts),
+        texts=texts,
+        trained=tuple(piece for span in spans if span.is_trained for piece in span.ids),
+        pictures=pictures,
+        crops=tuple((cut, pictures[0]) for cut in cuts),
+    )
+
+
+def cut_of(call: str, processor: Ovis2_5Processor, original: Size) -> tuple[int, int, int, int]:
+    """What the tool cuts for the call that ends a text. Raises BoxError for one that cannot be run."""
+    return rectangle_of(parse_call(call), processor, original)
+
+
+def token_counts(processor: Ovis2_5Processor, texts: Iterator[str]) -> dict[str, int]:
+    """Tokens of each distinct text, tokenised as the template does it."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    return dict(zip(distinct, processor.template.count(distinct)))
+
+
+def shrunk_policy(
+    sample: Sample,
+    processor: Ovis2_5Processor,
+    max_length: int,
+    size_of: SizeOf = image_size,
+    purpose: Purpose = "train",
+) -> PixelPolicy | None:
+    """The largest pixel bounds at which the sample fits, pictures and crops shrunk in the same proportion.
+
+    Where boxes are pixels of the picture as the model sees it (resized_px), only crops are shrunk, because a smaller
+    picture would change what the boxes mean. None when the sample does not fit at one token a picture.
+    """
+    whole = layout(sample, processor, size_of, purpose)
+    num_tokens = token_counts(processor, iter(whole.texts))
+    room = max_length - whole.num_ids - sum(num_tokens[text] for text in whole.texts)
+    are_pictures_fixed = "resized_px" in (sample.box_frame, processor.box_frame)
+    policy, area = processor.policy, processor.factor**2
+    steps = max(policy.image_max_pixels, policy.crop_max_pixels) // area
+    for step in range(steps, 0, -1):
+        image_max_pixels = None if are_pictures_fixed else max(area, policy.image_max_pixels * step // steps)
+        crop_max_pixels = max(area, policy.crop_max_pixels * step // steps)
+        smaller = policy.override(image_max_pixels=image_max_pixels, crop_max_pixels=crop_max_pixels)
+        if whole.num_image_tokens(smaller, processor.factor) <= room:
+            return smaller
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """A sample that was too long, and what became of it: `policy` are the bounds it has now, None: it was left out."""
+
+    sample: Sample
+    num_tokens: int
+    policy: PixelPolicy | None
+
+    @property
+    def outcome(self) -> str:
+        if self.policy is None:
+            return "left out"
+        pictures, crops = self.policy.image_max_pixels, self.policy.crop_max_pixels
+        return f"pictures shrunk to at most {pictures} pixels, crops to {crops}"
+
+    def as_json(self) -> dict[str, object]:
+        sample = self.sample
+        return {
+            "where": sample.where,
+            "field": sample.field,
+            "reason": "too_long",
+            "tokens": self.num_tokens,
+            "outcome": self.outcome,
+        }
+
+
+def fit_lengths(
+    samples: Sequence[Sample],
+    processor: Ovis2_5Processor,
+    *,
+    max_length: int,
+    length_policy: LengthPolicy,
+    purpose: Purpose = "train",
+) -> tuple[list[Sample], list[Refit]]:
+    """The samples of at most `max_length` tokens, and what was done with the others. Nothing is cut out of a sequence.
+
+    Raises DataError, counting all and naming the first 20, for samples that are too long under the policy `error`, and
+    under `shrink_images` for those that are too long however small their pictures.
+    """
+    kept: list[Sample] = []
+    refits: list[Refit] = []
+    problems: list[Problem] = []
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        for sample, length in zip(chunk, sequence_lengths(chunk, processor, purpose=purpose)):
+            if length <= max_length:
+                kept.append(sample)
+                continue
+            policy = None
+            if length_policy == "shrink_images":
+                policy = shrunk_policy(sample, processor, max_length, purpose=purpose)
+            if length_policy == "error" or (length_policy == "shrink_images" and policy is None):
+                problems.append(_too_long(sample, length, max_length, length_policy))
+                continue
+            refits.append(Refit(sample=sample, num_tokens=length, policy=policy))
+            kept += [replace(sample, policy=policy)] if policy else []
+    raise_if_any(problems, "lengths")
+    return kept, refits
+
+
+def _too_long(sample: Sample, length: int, max_length: int, length_policy: LengthPolicy) -> Problem:
+    mend = "raise it, lower --max_pixels, or give --length_policy drop or shrink_images"
+    if length_policy == "shrink_images":
+        mend = "its text alone takes too many; raise it, or give --length_policy drop"
+    what = f"{length} tokens, more than max_length {max_length}; {mend}"
+    return Problem(reason="too_long", where=sample.where, field=sample.field, what=what)

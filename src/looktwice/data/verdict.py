@@ -1,0 +1,93 @@
+"""What judging data files found: counts by reason, first places, a table, and whether training would run."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from rich.markup import escape
+from rich.table import Table
+
+from looktwice.data.problems import REASONS, Problem
+
+PLACES_SHOWN, PLACES_KEPT = 3, 100
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """What was found, counted by reason, with the first places of each."""
+
+    num_rows: int = 0
+    num_samples: int = 0
+    num_pictures: int = 0
+    formats: dict[str, str] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
+    counts: Counter[str] = field(default_factory=Counter)
+    first: defaultdict[str, list[Problem]] = field(default_factory=lambda: defaultdict(list))
+    bad_rows: set[int] = field(default_factory=set)
+
+    def add(self, problem: Problem) -> None:
+        self.counts[problem.reason] += 1
+        if len(self.first[problem.reason]) < PLACES_KEPT:
+            self.first[problem.reason].append(problem)
+        if problem.is_fatal:
+            self.bad_rows.add(hash(problem.where))
+
+    @property
+    def would_train(self) -> bool:
+        return not self.bad_rows
+
+    @property
+    def reasons(self) -> list[str]:
+        """The reasons found, fatal ones first, then by count."""
+        return sorted(self.counts, key=lambda reason: (not REASONS[reason].is_fatal, -self.counts[reason], reason))
+
+    def __str__(self) -> str:
+        """Whether training would run, in words."""
+        seen = f"{_count(self.num_samples, 'sample')} in {_count(self.num_rows, 'row')}"
+        if self.bad_rows:
+            return f"training would stop: {_count(len(self.bad_rows), 'place')} of {seen} must be mended or left out"
+        num_notes = sum(self.counts.values())
+        notes = f", with {_count(num_notes, 'note')} to look at" if num_notes else ", and nothing was found"
+        return f"training would run: {seen}{notes}"
+
+    def table(self) -> Table:
+        """Reasons with their counts, first places and mends."""
+        table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
+        table.add_column("reason", no_wrap=True)
+        table.add_column("count", justify="right")
+        for title in ("what, and the first places", "mend"):
+            table.add_column(title, overflow="fold")
+        for reason in self.reasons:
+            meaning = REASONS[reason].meaning
+            places = [str(problem) for problem in self.first[reason][:PLACES_SHOWN]]
+            more = ["..."] if self.counts[reason] > PLACES_SHOWN else []
+            style = "red" if REASONS[reason].is_fatal else "yellow"
+            text = "\n".join([f"[bold]{escape(meaning)}[/]", *map(escape, places), *more])
+            table.add_row(f"[{style}]{reason}[/]", f"{self.counts[reason]:,}", text, escape(REASONS[reason].mend))
+        return table
+
+    def as_json(self) -> dict[str, object]:
+        """All that is known, for machines: each reason with its first 100 places."""
+        return {
+            "would_train": self.would_train,
+            "rows": self.num_rows,
+            "samples": self.num_samples,
+            "pictures": self.num_pictures,
+            "formats": self.formats,
+            "unchecked": list(self.unchecked),
+            "reasons": {
+                reason: {
+                    "count": self.counts[reason],
+                    "is_fatal": REASONS[reason].is_fatal,
+                    "meaning": REASONS[reason].meaning,
+                    "mend": REASONS[reason].mend,
+                    "first": [{"where": one.where, "field": one.field, "what": one.what} for one in self.first[reason]],
+                }
+                for reason in self.reasons
+            },
+        }
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,69 @@
+"""Every example of docs/data.md is read, and every command and table row in it does what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from looktwice.cli import main
+from looktwice.data.formats import FORMATS
+from looktwice.data.records import SampleFile, read_samples
+
+TEXT = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+FILES = {name: (kind, rows) for name, kind, rows in re.findall(r"```jsonl (\S+) (\S+)\n(.*?)```", TEXT, re.DOTALL)}
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+    if "convert" in line
+]
+
+
+def table(title: str) -> list[tuple[str, str]]:
+    """The rows of the table with this first heading, both cells without their quotes."""
+    body = TEXT[TEXT.index(f"| {title} |") :].split("\n\n")[0].splitlines()[2:]
+    return [tuple(re.findall(r"`(.*?)` \|", line)) for line in body]  # type: ignore[misc]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, (_, rows) in FILES.items():
+        (tmp_path / name).write_text(rows, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_is_an_example_of_every_format() -> None:
+    assert {kind for kind, _ in FILES.values()} == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_example_is_recognised_and_read(name: str, folder: Path) -> None:
+    kind, rows = FILES[name]
+    assert SampleFile(name, "").format.name == kind
+    assert len(read_samples(name, "")) >= len(rows.splitlines())
+
+
+@pytest.mark.parametrize(("written", "response"), table("Written in the answer"))
+def test_each_crop_command_becomes_what_the_table_says(written: str, response: str, tmp_path: Path) -> None:
+    row = {"image_path": "a.png", "QnA": [{"Q": "Q", "A3": written}]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    assert read_samples(tmp_path / "d.jsonl", "")[0].response == response
+
+
+@pytest.mark.parametrize(("written", "text"), table("Written in a turn"))
+def test_each_escaped_placeholder_becomes_what_the_table_says(written: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": written}]}))
+    assert read_samples(tmp_path / "d.jsonl", "")[0].question == text
+
+
+def test_the_commands_work_one_after_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        words = shlex.split(command)
+        assert main(words[1:]) == 0, capsys.readouterr().err
+        assert Path(words[4]).exists()
+    assert len(COMMANDS) == 4

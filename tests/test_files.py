@@ -1,0 +1,294 @@
+"""Containers of raw rows: what is a row, where it stands, and how each broken row or file is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import looktwice.data.files
+from looktwice.data.files import RowFile, write_rows
+from looktwice.errors import ConfigError, DataError
+
+pyarrow = pytest.importorskip("pyarrow")
+zstandard = pytest.importorskip("zstandard")
+
+ROWS = [{"a": 1}, {"b": [{"text": "größer"}, {"text": "\u2028"}]}, {"a": 2, "c": 0.5}]
+KINDS = ["d.jsonl", "d.json", "d.parquet", "d.jsonl.gz", "d.jsonl.zst", "d.json.gz", "d.json.zst", "D.JSONL"]
+Put = Callable[..., Path]
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Put:
+    def write(content: bytes, name: str = "d.jsonl") -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    return write
+
+
+def values(path: Path) -> list[dict[str, object]]:
+    return [row.values for row in RowFile(path)]
+
+
+def places(path: Path) -> list[str]:
+    return [row.where.removeprefix(f"{path}:") for row in RowFile(path)]
+
+
+def problem(path: Path, index: int = 0) -> str:
+    """What is wrong with the row, or with the whole file, without its folder."""
+    with pytest.raises(DataError) as caught:
+        RowFile(path)[index]
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+# -- all kinds alike
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_written_are_rows_read(name: str, tmp_path: Path) -> None:
+    assert write_rows(tmp_path / name, iter(ROWS)) == 3
+    file = RowFile(tmp_path / name)
+    assert [row.values for row in file] == ROWS
+    assert [file[2].values, file[0].values, file[-1].values] == [ROWS[2], ROWS[0], ROWS[2]]
+    assert [row.values for row in file[1:]] == ROWS[1:]
+    with pytest.raises(IndexError):
+        file[3]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_of_no_rows_is_read_as_such(name: str, tmp_path: Path) -> None:
+    assert write_rows(tmp_path / name, []) == 0
+    assert len(RowFile(tmp_path / name)) == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_sent_to_another_process_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / name, ROWS)
+    file = RowFile(tmp_path / name)
+    assert list(pickle.loads(pickle.dumps(file))) == list(file)
+
+
+def test_a_file_that_changed_on_the_way_is_refused(put: Put) -> None:
+    path = put(b"{}\n")
+    sent = pickle.dumps(RowFile(path))
+    put(b"{}\n{}\n")
+    with pytest.raises(DataError, match=r"d\.jsonl: the data file changed while it was in use"):
+        pickle.loads(sent)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])
+def test_samples_are_counted_by_row(name: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / name, [{"q": [1, 2]}, {"q": [3]}, {"q": [4, 5, 6]}])
+    assert RowFile(tmp_path / name).sample_counts(lambda row: len(row["q"])).tolist() == [2, 1, 3]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.integers() | st.none(), max_size=3), max_size=5))
+def test_any_rows_survive_lines_and_lists(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    for name in ("d.jsonl", "d.json", "d.jsonl.gz"):
+        write_rows(folder / name, rows)
+        assert values(folder / name) == rows
+
+
+# -- lines
+
+
+def test_lines_are_counted_from_one_with_the_blank_ones(put: Put) -> None:
+    path = put(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n \t{"a": 2}\n\n{"a": 3}')
+    assert (places(path), values(path)) == (["1", "4", "6"], [{"a": 1}, {"a": 2}, {"a": 3}])
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf \r\n", b" " * 100])
+def test_blank_lines_are_no_rows(content: bytes, put: Put) -> None:
+    assert len(RowFile(put(content))) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([b"{}", b"", b" ", b'{"a": "b"}', b"\r"]), max_size=8), st.integers(1, 9), st.booleans()
+)
+def test_lines_are_found_whatever_the_block(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int, is_ended: bool
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "d.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n" * is_ended)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looktwice.data.files, "BLOCK", block)
+        found = list(RowFile(path))
+    expected = [(f"{path}:{number}", json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b'\n{"image_path": "x" "QnA"}', "d.jsonl:2: broken JSON at column 20 (Expecting ',' delimiter); mend"),
+        (b'{"image_path": "\xff"}', "d.jsonl:1: byte 17 of the line is not UTF-8; save the file as UTF-8"),
+        (b'{"a": 1, "b": 2, "b": 3}', 'd.jsonl:1: the name "b" stands twice in one object; mend the line'),
+        (b'{"a": {"b": 2, "b": 3}}', 'd.jsonl:1: the name "b" stands twice in one object; mend the line'),
+        (b"[" * 100_000, "d.jsonl:1: JSON nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "d.jsonl:1: Exceeds the limit (4300 digits)"),
+        (b'["a"]', "d.jsonl:1: a list where an object belongs; write one JSON object a line"),
+        (b"null", "d.jsonl:1: null where an object belongs"),
+    ],
+)
+def test_a_broken_line_is_named(content: bytes, expected: str, put: Put) -> None:
+    assert problem(put(content)).startswith(expected)
+
+
+def test_a_broken_line_spoils_no_other_and_counts_as_one(put: Put) -> None:
+    file = RowFile(put(b'{"q": [1, 2]}\n{"q": \n\xff\n[]\n{"q": [3, 4, 5]}\n'))
+    assert file[4].values == {"q": [3, 4, 5]}
+    assert file.sample_counts(lambda row: len(row["q"])).tolist() == [2, 1, 1, 1, 3]
+    assert file.where(-1) == f"{file.path}:5"
+
+
+# -- lists
+
+
+def test_rows_of_a_list_are_numbered_whatever_the_lines(put: Put) -> None:
+    path = put('\ufeff [{"a": "é"},\n\n {"a":\n "ü𝕏"} , {"b": [{}]} ]\n'.encode(), "d.json")
+    assert (places(path), values(path)) == (["row 1", "row 2", "row 3"], [{"a": "é"}, {"a": "ü𝕏"}, {"b": [{}]}])
+
+
+def test_lines_under_the_name_of_a_list_are_read_as_lines(put: Put) -> None:
+    path = put(b'{"a": 1}\n{"a": 2}\n', "d.json")
+    assert (places(path), values(path)) == (["1", "2"], [{"a": 1}, {"a": 2}])
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b'[{"a": 1},\n {"a" 1}]', "d.json:2: broken JSON at column 7 (Expecting ':' delimiter), in row 2 of the list"),
+        (b'[{"a": 1} {"a": 1}]', "d.json:1: broken JSON at column 11 (Expecting ',' or ']'), in row 2"),
+        (b'[{"a": 1},]', "d.json:1: broken JSON at column 11 (Expecting value), in row 2"),
+        (b'[{"a": 1}', "d.json:1: broken JSON at column 10 (Expecting ',' or ']'), in row 2"),
+        (b"[", "d.json:1: broken JSON at column 2 (Expecting value), in row 1"),
+        (b"[{}] x", "d.json:1: broken JSON at column 6 (Extra data), in row 2"),
+        (b"[" * 100_000, "d.json:row 1: JSON nested too deeply"),
+        (b'{"data": [{}], "n": 1}', 'an object where a list of rows belongs; write the list under "data" alone'),
+        (b'{"a": 1}\n', "d.json: an object where a list of rows belongs; write [{…}, {…}], or one object a line"),
+        (b'"a"', "d.json: a text where a list of rows belongs"),
+    ],
+)
+def test_a_broken_list_is_named(content: bytes, expected: str, put: Put) -> None:
+    assert expected in problem(put(content, "d.json"))
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (b'{"a": "\xff"}', "d.json:row 2: byte 8 of the row is not UTF-8"),
+        (b'{"a": 1, "a": 2}', 'd.json:row 2: the name "a" stands twice in one object; mend the row'),
+        (b"3", "d.json:row 2: a number where an object belongs; write one JSON object a row"),
+    ],
+)
+def test_a_broken_element_spoils_no_other(row: bytes, expected: str, put: Put) -> None:
+    path = put('[{"é": 1}, '.encode() + row + b', {"a": 3}]', "d.json")
+    assert problem(path, 1).startswith(expected)
+    assert [RowFile(path)[0].values, RowFile(path)[2].values] == [{"é": 1}, {"a": 3}]
+
+
+# -- Parquet
+
+
+def test_rows_of_parquet_are_found_across_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looktwice.data.files, "ROWS_PER_GROUP", 2)
+    rows = [{"a": number} if number % 2 else {"b": {"c": str(number)}} for number in range(5)]
+    write_rows(tmp_path / "d.parquet", rows)
+    file = RowFile(tmp_path / "d.parquet")
+    assert [file[i].values for i in (4, 0, 3, 1, 2)] == [rows[i] for i in (4, 0, 3, 1, 2)]
+    assert file[3].where == f"{file.path}:row 4"
+
+
+def test_parquet_keeps_bytes_and_the_others_refuse_them(tmp_path: Path) -> None:
+    write_rows(tmp_path / "d.parquet", [{"image": b"\x89PNG"}])
+    assert values(tmp_path / "d.parquet") == [{"image": b"\x89PNG"}]
+    with pytest.raises(DataError, match=r"d\.jsonl:1: .*bytes is not JSON serializable; only Parquet holds"):
+        write_rows(tmp_path / "d.jsonl", [{"image": b"\x89PNG"}])
+
+
+@pytest.mark.parametrize("rows", [[{"a": "text"}, {"a": [1]}], [{}], [{"a": {}}], [{"a": 1 << 80}]])
+def test_rows_that_parquet_cannot_hold_are_refused(rows: list, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"d\.parquet: Parquet cannot hold these rows \(.*; write \.jsonl"):
+        write_rows(tmp_path / "d.parquet", rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_parquet_file_is_named(put: Put) -> None:
+    assert problem(put(b"PAR1 and no more")).startswith("d.jsonl: not a whole Parquet file (")
+
+
+# -- compression, whole files
+
+
+def test_what_is_packed_is_seen_by_its_bytes_not_its_name(put: Put) -> None:
+    assert values(put(gzip.compress(b'{"a": 1}') + gzip.compress(b'\n{"a": 2}'))) == [{"a": 1}, {"a": 2}]
+    packed = zstandard.compress(b'{"a": 1}\n')
+    assert values(put(packed * 3)) == [{"a": 1}] * 3
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+@pytest.mark.parametrize("spoil", [lambda data: data[:-6], lambda data: data[:12] + b"\xff" * 9 + data[20:]])
+def test_a_packed_file_that_is_cut_short_or_damaged_is_named(pack: Callable, spoil: Callable, put: Put) -> None:
+    path = put(spoil(pack(b"".join(b'{"a": %d}\n' % number for number in range(999)))))
+    assert problem(path).startswith("d.jsonl: the compressed file is damaged or cut short (")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "extra"), [("zstandard", "d.jsonl.zst", "zstd"), ("pyarrow", "d.parquet", "parquet")]
+)
+def test_a_package_that_is_not_installed_is_named(
+    module: str, name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / name, ROWS)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf'{module} is not installed.*pip install "looktwice\[{extra}\]"'):
+        RowFile(tmp_path / name)
+
+
+def test_a_missing_file_or_a_directory_is_named(put: Put) -> None:
+    folder = put(b"{}", "train.jsonl").parent
+    with pytest.raises(DataError, match=r'trian\.jsonl: no such data file; .* Did you mean "train\.jsonl"'):
+        RowFile(folder / "trian.jsonl")
+    with pytest.raises(DataError, match="a directory, not a data file"):
+        RowFile(folder)
+
+
+# -- writing
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d", "d.parquet.gz", "d.gz"])
+def test_a_name_that_says_no_kind_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"end the name in \.parquet, or in \.jsonl or \.json"):
+        write_rows(tmp_path / name, ROWS)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    write_rows(path, ROWS)
+    with pytest.raises(DataError, match="only Parquet"):
+        write_rows(path, [{"a": 1}, {"a": b""}])
+    assert values(path) == ROWS
+    write_rows(path, (row.values for row in RowFile(path)[1:]))
+    assert values(path) == ROWS[1:]
+    assert [other.name for other in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"d\.jsonl: the data file cannot be written \(No such file or directory\)"):
+        write_rows(tmp_path / "none" / "d.jsonl", ROWS)
+
+
+def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
+    write_rows(tmp_path / "d.jsonl", [{"a": "\ud800 é"}])
+    assert values(tmp_path / "d.jsonl") == [{"a": "\ud800 é"}]
