@@ -1,4 +1,4 @@
-"""Measures of data files: tokens, pictures, crops and turns of each sample, and what packing saves, from headers alone."""
+"""Measures of data files: tokens, pictures, crops and turns of each sample, what packing saves; from headers alone."""
 
 from __future__ import annotations
 

@@ -53,18 +53,17 @@ class Verdict:
 
     def table(self) -> Table:
         """Reasons with their counts, first places and mends."""
-        table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
+        table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("reason", no_wrap=True)
-        table.add_column("count", justify="right")
-        for title in ("what, and the first places", "mend"):
-            table.add_column(title, overflow="fold")
+        table.add_column("count", justify="right", no_wrap=True)
+        table.add_column("what it is, its mend, and the first places", overflow="fold")
         for reason in self.reasons:
-            meaning = REASONS[reason].meaning
+            meaning, mend = REASONS[reason].meaning, REASONS[reason].mend
             places = [str(problem) for problem in self.first[reason][:PLACES_SHOWN]]
             more = ["..."] if self.counts[reason] > PLACES_SHOWN else []
             style = "red" if REASONS[reason].is_fatal else "yellow"
-            text = "\n".join([f"[bold]{escape(meaning)}[/]", *map(escape, places), *more])
-            table.add_row(f"[{style}]{reason}[/]", f"{self.counts[reason]:,}", text, escape(REASONS[reason].mend))
+            text = "\n".join([f"[bold]{escape(meaning)}; {escape(mend)}[/]", *map(escape, places), *more])
+            table.add_row(f"[{style}]{reason}[/]", f"{self.counts[reason]:,}", text)
         return table
 
     def as_json(self) -> dict[str, object]:

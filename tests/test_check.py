@@ -1,0 +1,344 @@
+"""`looktwice data check`: each bad row and picture of tests/data/bad gets its expected verdict, and training agrees."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from looktwice import cli
+from looktwice.config import CheckConfig, DataConfig
+from looktwice.data import faults, problems
+from looktwice.data.check import CHUNK, judge
+from looktwice.data.dataset import encode_sample
+from looktwice.data.files import RowFile
+from looktwice.data.fix import fix
+from looktwice.data.problems import REASONS
+from looktwice.data.records import check_responses, check_solutions
+from looktwice.data.verdict import Verdict
+from looktwice.errors import DataError, LooktwiceError
+from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.training.run import load_sets
+
+BAD = Path(__file__).parent / "data" / "bad"
+REAL_SAMPLE = Path(__file__).parents[2] / "shared" / "sample_data" / "refcoco_sample.jsonl"
+CASES: dict[str, dict[str, Any]] = {
+    case["name"]: case for case in map(json.loads, (BAD / "cases.jsonl").read_text().splitlines())
+}
+BY_DECODING = ("picture: BMP cut short", "picture: a wrong checksum")
+"""Found by `--decode` alone."""
+
+ROTATED = 6
+GOOD = {"Q": "What is it?", "A3": "<think>Hm. {Crop cup [10, 10, 90, 90]}</think>\n\n<answer>a cup</answer>"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures whose bytes matter, and some whose size does."""
+    folder = tmp_path_factory.mktemp("pictures")
+    shutil.copytree(BAD / "pictures", folder, dirs_exist_ok=True)
+    sizes = {"good.png": (200, 150), "b.png": (200, 150), "strip.png": (3000, 40), "large.png": (1700, 1600)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, "teal").save(folder / name)
+    exif = Image.Exif()
+    exif[0x0112] = ROTATED
+    Image.new("RGB", (200, 150)).save(folder / "rotated.jpg", exif=exif)
+    return folder
+
+
+def write(path: Path, rows: list[object]) -> Path:
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def row(**fields: object) -> dict[str, object]:
+    return {"image_path": "good.png", "QnA": [{**GOOD, **fields}]}
+
+
+@pytest.fixture
+def files_of(tmp_path: Path) -> Callable[[dict[str, Any]], tuple[Path, Path | None]]:
+    """Training file and validation file of a case."""
+
+    def files(case: dict[str, Any]) -> tuple[Path, Path | None]:
+        held_out = write(tmp_path / "val.jsonl", case["val"]) if "val" in case else None
+        return (
+            BAD / "files" / case["file"] if "file" in case else write(tmp_path / "train.jsonl", case["rows"])
+        ), held_out
+
+    return files
+
+
+@pytest.fixture
+def judged(tmp_path: Path, pictures: Path, processor: Ovis2_5Processor) -> Callable[..., Verdict]:
+    def judged(*rows: object, with_processor: bool = True, **options: object) -> Verdict:
+        config = CheckConfig(image_base_path=pictures, **options)
+        return judge([write(tmp_path / "d.jsonl", list(rows))], config, processor if with_processor else None)
+
+    return judged
+
+
+def placed(processor: Ovis2_5Processor, case: dict[str, Any]) -> Ovis2_5Processor:
+    """The processor as the settings of a case make it."""
+    other = processor.at(processor.policy)
+    other.box_frame = case.get("options", {}).get("box_frame", processor.box_frame)
+    return other
+
+
+# -- the set
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_bad_row_and_picture_gets_its_verdict(name, files_of, pictures, processor) -> None:
+    case = CASES[name]
+    path, held_out = files_of(case)
+    config = CheckConfig(image_base_path=pictures, val_data_path=held_out, **case.get("options", {}))
+    verdict = judge([path], config, placed(processor, case))
+    assert dict(verdict.counts) == case["expect"], verdict.first
+    assert verdict.would_train == (not any(REASONS[reason].is_fatal for reason in case["expect"]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_refuses_what_is_fatal_and_nothing_else(name, files_of, pictures, processor) -> None:
+    case = CASES[name]
+    path, held_out = files_of(case)
+    options = dict(case.get("options", {}))
+    stage = options.pop("stage", "sft")
+    options.pop("decode", None)
+    data = DataConfig(train_data_path=path, val_data_path=held_out, image_base_path=pictures, **options)
+
+    def load() -> None:
+        ready = placed(processor, case)
+        if stage != "grpo":
+            train, more, _ = load_sets(data, ready, "train")
+            check_responses([*train, *more])
+            for sample in train:
+                encode_sample(sample, ready, max_length=data.max_length)
+        if stage != "sft":
+            check_solutions(load_sets(data, ready, "prompt").train)
+
+    if any(REASONS[reason].is_fatal for reason in case["expect"]):
+        with pytest.raises(LooktwiceError):
+            load()
+    else:
+        load()
+
+
+def test_every_reason_has_a_bad_row_and_every_bad_row_a_reason() -> None:
+    assert {reason for case in CASES.values() for reason in case["expect"]} == set(REASONS)
+    assert len(CASES) >= 60
+
+
+def test_every_picture_and_file_of_the_set_is_used() -> None:
+    text = (BAD / "cases.jsonl").read_text()
+    kept = [path.name for folder in ("files", "pictures") for path in (BAD / folder).iterdir()]
+    assert [name for name in kept if name not in text] == []
+
+
+@pytest.mark.parametrize("name", BY_DECODING)
+def test_a_header_alone_does_not_tell(name, files_of, pictures, processor) -> None:
+    path, _ = files_of(CASES[name])
+    assert judge([path], CheckConfig(image_base_path=pictures), processor).would_train
+
+
+def test_codes_of_boxes_and_rows_are_in_the_table() -> None:
+    assert {*problems.BOX_REASONS.values(), *problems.ROW_REASONS.values()} <= set(REASONS)
+
+
+@pytest.mark.skipif(not REAL_SAMPLE.exists(), reason="the sample file lies beside the repository")
+def test_the_documented_sample_lacks_its_pictures_and_nothing_else(processor, tmp_path) -> None:
+    verdict = judge([REAL_SAMPLE], CheckConfig(image_base_path=tmp_path), processor)
+    assert dict(verdict.counts) == {"picture_missing": verdict.num_samples}
+    assert len(RowFile(REAL_SAMPLE)) == verdict.num_rows
+
+
+# -- what a verdict says
+
+
+def test_a_good_set_has_no_findings(judged) -> None:
+    verdict = judged(row(), row(Q="Where?"))
+    assert (verdict.num_rows, verdict.num_samples, verdict.num_pictures) == (2, 2, 1)
+    assert not verdict.counts and verdict.would_train
+    assert str(verdict) == "training would run: 2 samples in 2 rows, and nothing was found"
+    assert set(verdict.formats.values()) == {"documented"}
+
+
+def test_a_problem_reads_as_place_field_and_mend(judged) -> None:
+    [problem] = judged(row(A3="{Crop cup [10, 10, 90]}")).first["box_wrong_length"]
+    assert str(problem).split("/")[-1] == (
+        'd.jsonl:1: QnA[0].A3: crop command "{Crop cup [10, 10, 90]}": a box has 4 numbers [x1, y1, x2, y2], '
+        "got [10.0, 10.0, 90.0]; mend the box or remove the command"
+    )
+
+
+def test_fatal_reasons_come_first_then_the_frequent_ones(judged) -> None:
+    verdict = judged(row(A3="A cup."), row(Q="Whose?", A3="A."), row(A3="{Crop [1]}"), row(Q=""))
+    assert verdict.reasons[-1] == "no_answer_block" and verdict.counts["no_answer_block"] == 2
+    assert "2 places of 2 samples in 4 rows must be mended" in str(verdict)
+
+
+def test_what_is_not_checked_without_a_model_is_said(judged) -> None:
+    assert judged(row(), with_processor=False).unchecked == ("token lengths", "calls under tokenising")
+    assert judged(row()).unchecked == ()
+
+
+def test_a_file_longer_than_a_chunk_is_judged_to_its_end(judged) -> None:
+    rows = [row(Q=f"What is number {number}?") for number in range(CHUNK + 2)]
+    verdict = judged(*rows, rows[0])
+    assert (verdict.num_samples, dict(verdict.counts)) == (CHUNK + 3, {"duplicate": 1})
+    [problem] = verdict.first["duplicate"]
+    assert problem.where.endswith(f":{CHUNK + 3}") and problem.what.endswith("d.jsonl:1")
+
+
+def test_the_machine_readable_form_holds_counts_and_places(judged) -> None:
+    found = judged(row(A3="A cup.")).as_json()
+    assert found["would_train"] is True
+    [place] = found["reasons"]["no_answer_block"]["first"]
+    assert place["where"].endswith("d.jsonl:1") and place["field"] == "QnA[0].A3"
+    json.dumps(found)
+
+
+def test_a_picture_is_opened_once_for_all_its_questions(judged, monkeypatch) -> None:
+    opened = []
+    read_header = faults.read_header
+    monkeypatch.setattr(faults, "read_header", lambda source: opened.append(source) or read_header(source))
+    judged(row(), row(Q="Where?"), {**row(Q="Whose?"), "image_path": "./good.png"})
+    assert len(opened) == 1
+
+
+# -- the command
+
+
+def check(*arguments: object) -> int:
+    return cli.main(["data", "check", *map(str, arguments)])
+
+
+def test_the_command_ends_with_0_when_training_would_run(tmp_path, pictures, capsys) -> None:
+    report = tmp_path / "report.json"
+    path = write(tmp_path / "d.jsonl", [row()])
+    assert check(path, "--image_base_path", pictures, "--model_name", "tiny", "--json", report) == 0
+    assert capsys.readouterr().out.endswith("training would run: 1 sample in 1 row, and nothing was found\n")
+    assert json.loads(report.read_text())["would_train"] is True
+
+
+def test_the_command_ends_with_1_when_training_would_stop(tmp_path, pictures, capsys) -> None:
+    path = write(tmp_path / "d.jsonl", [row(), row(A3="{Crop [1]}")])
+    assert check(path, "--image_base_path", pictures) == 1
+    out, error = capsys.readouterr()
+    assert "box_wrong_length" in out and "not checked without --model_name" in out
+    assert error == "looktwice: training would stop: 1 place of 1 sample in 2 rows must be mended or left out\n"
+
+
+def test_several_files_cannot_be_fixed_into_one(tmp_path, capsys) -> None:
+    assert check("a.jsonl", "b.jsonl", "--fix", tmp_path / "c.jsonl") == 1
+    assert "--fix writes a copy of one file, 2 are given" in capsys.readouterr().err
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^looktwice (data check .*)$", DOCS, re.MULTILINE)
+
+
+def test_the_documented_commands_work(tmp_path, pictures, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, "pictures")
+    write(Path("train.jsonl"), [row()])
+    write(Path("val.jsonl"), [{**row(), "image_path": "b.png"}])
+    write(Path("broken.jsonl"), [row(), row(A3="{Crop [1]}")])
+    assert [cli.main(shlex.split(command)) for command in COMMANDS] == [0, 0, 1]
+    assert json.loads(Path("found.json").read_text())["samples"] == 2
+    assert [one.values for one in RowFile("clean.jsonl")] == [row()]
+
+
+def test_every_reason_is_documented_as_it_is() -> None:
+    written = re.findall(r"^\| `(\w+)` \| (stops|note) \| (.*?) \| (.*?) \|$", DOCS, re.MULTILINE)
+    assert written == [
+        (name, "stops" if reason.is_fatal else "note", reason.meaning, reason.mend) for name, reason in REASONS.items()
+    ]
+
+
+# -- the cleaned copy
+
+
+def fixed_rows(rows: list[object], tmp_path: Path, pictures: Path, processor: Ovis2_5Processor) -> list[dict[str, Any]]:
+    config = CheckConfig(image_base_path=pictures)
+    fix(write(tmp_path / "d.jsonl", rows), tmp_path / "out.jsonl", config, processor)
+    assert judge([tmp_path / "out.jsonl"], config, processor).would_train
+    return [one.values for one in RowFile(tmp_path / "out.jsonl")]
+
+
+def report_of(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "out.jsonl.report.json").read_text())
+
+
+def test_bad_rows_are_left_out_and_reported(tmp_path, pictures, processor) -> None:
+    rows = [row(), '{"image_path": ', {**row(), "image_path": "absent.png"}, row(Q="Where?")]
+    assert fixed_rows(rows, tmp_path, pictures, processor) == [rows[0], rows[3]]
+    report = report_of(tmp_path)
+    assert (report["rows"], report["rows_written"], report["mended"]) == (4, 2, [])
+    assert [one["reason"] for one in report["left_out"]] == ["broken_json", "picture_missing"]
+
+
+def test_a_bad_question_leaves_its_row_and_the_others_stay(tmp_path, pictures, processor) -> None:
+    other = {**GOOD, "Q": "Where?"}
+    bad = {**GOOD, "A3": "{Crop cup [500, 500, 600, 600]} <answer>a</answer>"}
+    [kept] = fixed_rows([{"image_path": "good.png", "QnA": [GOOD, bad, other]}], tmp_path, pictures, processor)
+    assert kept["QnA"] == [GOOD, other]
+    assert [one["field"] for one in report_of(tmp_path)["left_out"]] == ["QnA[1].A3"]
+
+
+@pytest.mark.parametrize(
+    ("written", "mended"),
+    [
+        (
+            {"A3": "{Crop cup [190, 140, 150, 100]} <answer>a</answer>"},
+            "{Crop cup [150, 100, 190, 140]} <answer>a</answer>",
+        ),
+        ({"box": [190, 140, 150, 100]}, [150, 100, 190, 140]),
+    ],
+)
+def test_corners_that_can_be_read_in_no_other_way_are_put_in_order(
+    written, mended, tmp_path, pictures, processor
+) -> None:
+    [kept] = fixed_rows([row(**written)], tmp_path, pictures, processor)
+    assert kept["QnA"][0][next(iter(written))] == mended
+    [mend] = report_of(tmp_path)["mended"]
+    assert mend["what"].startswith("corners put in order")
+
+
+@pytest.mark.parametrize(
+    "box", ["[100, 50, 30, 40]", "[120, 80, 100, 90]", "[190, 140, 190, 100]", "[390, 140, 150, 100]"]
+)
+def test_a_box_with_another_reading_is_left_out(box, tmp_path, pictures, processor) -> None:
+    rows = [row(A3=f"{{Crop cup {box}}} <answer>a</answer>"), row()]
+    assert fixed_rows(rows, tmp_path, pictures, processor) == [rows[1]]
+
+
+def test_a_byte_order_mark_and_blank_lines_are_not_copied(tmp_path, pictures, processor) -> None:
+    config = CheckConfig(image_base_path=pictures)
+    fix(BAD / "files" / "byte_order_mark_and_blank_lines.jsonl", tmp_path / "out.jsonl", config, processor)
+    text = (tmp_path / "out.jsonl").read_bytes()
+    assert text.startswith(b"{") and b"\n\n" not in text and text.count(b"\n") == 2
+
+
+def test_nothing_is_written_when_no_row_is_left(tmp_path, pictures, processor) -> None:
+    with pytest.raises(DataError, match="no row would be left"):
+        fixed_rows([row(A3="{Crop [1]}")], tmp_path, pictures, processor)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_file_itself_is_not_overwritten(tmp_path, pictures) -> None:
+    path = write(tmp_path / "d.jsonl", [row()])
+    with pytest.raises(DataError, match="name another one"):
+        fix(path, path, CheckConfig(image_base_path=pictures))
+
+
+def test_a_file_that_cannot_be_read_is_not_fixed(tmp_path) -> None:
+    with pytest.raises(DataError, match="no such data file"):
+        fix(tmp_path / "absent.jsonl", tmp_path / "out.jsonl", CheckConfig())
