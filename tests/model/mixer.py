@@ -31,9 +31,9 @@ class Mixer:
     def image(self, num_frames: int = 1) -> PatchedImage:
         vit = self.config.vit_config
         h, w = (int(n) for n in self.rng.integers(1, 5, 2) * vit.hidden_stride)
-        pixels = self.rng.normal(size=(num_frames * h * w, 3 * vit.patch_size**2))
+        pixels = self.rng.integers(0, 256, (num_frames * h * w, 3 * vit.patch_size**2), dtype=np.uint8)
         return PatchedImage(
-            pixel_values=torch.tensor(pixels, dtype=torch.float32),
+            pixel_values=torch.from_numpy(pixels),
             grid_thw=(num_frames, h, w),
             size=Size(w * vit.patch_size, h * vit.patch_size),
             num_tokens=num_frames * h * w // vit.hidden_stride**2,

@@ -35,7 +35,7 @@ def released_name(ours: str) -> str:
 
 
 def logits(weights: Weights, config: Any, input_ids: list[int], pixels: Tensor | None, grids: list[Grid]) -> Tensor:
-    """Logits [T, V] of one sequence: `pixels` [P, C * p * p] are the patches of all its pictures, in order."""
+    """Logits [T, V] of one sequence: `pixels` [P, C * p * p] uint8 are the patches of all its pictures, in order."""
     hidden = embeddings(weights, config, input_ids, pixels, grids)
     hidden = decoder(weights, config.llm_config, hidden)
     tied = config.llm_config.tie_word_embeddings
@@ -66,7 +66,7 @@ def embeddings(weights: Weights, config: Any, input_ids: list[int], pixels: Tens
 def visual_embeddings(weights: Weights, config: Any, pixels: Tensor, grids: list[Grid]) -> Tensor:
     block = config.vit_config.hidden_stride**2
     blocks = []
-    for frame_pixels, (h, w) in frames(pixels, grids):
+    for frame_pixels, (h, w) in frames(pixels / 127.5 - 1, grids):
         features = tower(weights, config.vit_config, frame_pixels, h, w)
         blocks.append(features.reshape(len(features) // block, -1))
     scores = torch.cat(blocks) @ weights["visual_tokenizer.head.0.weight"].T

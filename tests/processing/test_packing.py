@@ -13,9 +13,9 @@ from looktwice.processing.packing import collate_packed, pack, split_by_tokens
 from looktwice.processing.processor import Example
 
 
-def image(value: float, rows: int, columns: int) -> PatchedImage:
+def image(value: int, rows: int, columns: int) -> PatchedImage:
     return PatchedImage(
-        pixel_values=torch.full((rows * columns, 12), value),
+        pixel_values=torch.full((rows * columns, 12), value, dtype=torch.uint8),
         grid_thw=(1, rows, columns),
         size=Size(columns * 2, rows * 2),
         num_tokens=rows * columns // 4,
@@ -55,16 +55,21 @@ def test_text_alone_has_no_pictures() -> None:
 
 
 def test_the_pictures_of_all_examples_are_one_matrix() -> None:
-    first, second = image(0.1, 2, 2), image(0.2, 2, 4)
+    first, second = image(1, 2, 2), image(2, 2, 4)
     batch = pack([example([1], [0], first), example([2], [0]), example([3], [0], second)])
     assert batch.pixel_values is not None and batch.image_grid_thw is not None and batch.image_index is not None
-    torch.testing.assert_close(batch.pixel_values[:, 0], torch.tensor([0.1] * 4 + [0.2] * 8))
+    assert batch.pixel_values[:, 0].tolist() == [1] * 4 + [2] * 8
     assert batch.image_grid_thw.tolist() == [[1, 2, 2], [1, 2, 4]]
     assert batch.image_index.tolist() == [0, 1]
 
 
+def test_packed_pictures_stay_bytes() -> None:
+    inputs = pack([example([1], [0], image(1, 2, 2), image(2, 2, 4))]).model_inputs()
+    assert inputs["pixel_values"].dtype == torch.uint8
+
+
 def test_a_shared_picture_is_stored_once_and_shown_wherever_it_belongs() -> None:
-    shared, own = image(0.1, 2, 2), image(0.2, 2, 4)
+    shared, own = image(1, 2, 2), image(2, 2, 4)
     batch = pack([example([1], [0], shared, own), example([2], [0], shared)])
     assert batch.image_grid_thw is not None and batch.image_index is not None
     assert batch.image_grid_thw.tolist() == [[1, 2, 2], [1, 2, 4]]
@@ -72,7 +77,7 @@ def test_a_shared_picture_is_stored_once_and_shown_wherever_it_belongs() -> None
 
 
 def test_two_pictures_that_look_alike_are_both_stored() -> None:
-    batch = pack([example([1], [0], image(0.1, 2, 2)), example([2], [0], image(0.1, 2, 2))])
+    batch = pack([example([1], [0], image(1, 2, 2)), example([2], [0], image(1, 2, 2))])
     assert batch.image_index is not None
     assert batch.image_index.tolist() == [0, 1]
 
@@ -85,7 +90,7 @@ def test_model_inputs_leave_out_what_is_no_input() -> None:
 
 
 def test_a_collated_row_is_the_pack_with_labels_for_its_marks() -> None:
-    examples = [example([5, 6, 7], [0, 1, 1], image(0.1, 2, 2)), example([8, 9], [0, 1])]
+    examples = [example([5, 6, 7], [0, 1, 1], image(1, 2, 2)), example([8, 9], [0, 1])]
     inputs, batch = collate_packed(examples), pack(examples)
     assert inputs["labels"].tolist() == [[-100, 6, 7, -100, 9]]
     assert inputs.keys() - {"labels"} == batch.model_inputs().keys() - {"loss_mask"}

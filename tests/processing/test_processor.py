@@ -297,7 +297,7 @@ def test_each_placeholder_becomes_the_next_picture(processor: Ovis2_5Processor) 
         shown = [processor.patch_image(image) for image in (wide, tall, wide)]
         ids = processor.image_ids(shown[0]) + processor.template.encode(" and ") + processor.image_ids(shown[1])
         assert out["input_ids"][0].tolist() == ids
-        assert torch.equal(out["pixel_values"], torch.cat([image.pixel_values for image in shown]))
+        assert torch.equal(out["pixel_values"], torch.cat([image.pixel_values for image in shown]) / 127.5 - 1)
 
 
 def test_shorter_texts_are_padded_on_the_left(processor: Ovis2_5Processor) -> None:

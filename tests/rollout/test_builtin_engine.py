@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from looktwice.messages import question_about
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example, Ovis2_5Processor
@@ -54,11 +55,11 @@ class Plan:
 def prompts(processor, picture) -> list[Example]:
     """Ragged: a picture, another with a longer question, none."""
     asked = [
-        (picture, "What is it?"),
-        (picture.crop((0, 0, 60, 120)), "Which digit is on the red tile?"),
-        (None, "Hm?"),
+        question_about("What is it?", picture),
+        question_about("Which digit is on the red tile?", picture.crop((0, 0, 60, 120))),
+        question_about("Hm?"),
     ]
-    return [start_episodes(image, text, processor, EpisodeRules())[0].prompt for image, text in asked]
+    return [start_episodes(prompt, processor, EpisodeRules())[0].prompt for prompt in asked]
 
 
 @pytest.fixture
@@ -268,7 +269,8 @@ def test_episodes_with_crops_give_the_training_forward_the_logprobs_they_recorde
         return tool.look(INSERTS[len(call_text) % 3], image)
 
     rules = EpisodeRules(max_turns=4, max_new_tokens=40)
-    groups = [start_episodes(picture, question, processor, rules, count=4, look=look) for question in ("What?", "Who?")]
+    asked = [question_about(text, picture) for text in ("What?", "Who?")]
+    groups = [start_episodes(prompt, processor, rules, count=4, look=look) for prompt in asked]
     engine = BuiltinEngine.for_answers(chatty, processor, Sampling(), max_rows=5, seed=0)
     play(engine, groups)
     episodes: list[Episode] = [episode for group in groups for episode in group]

@@ -81,7 +81,10 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         self.language_model.embed_tokens = value
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """One vector per visual token, pictures one after the other: [P, C * p * p], [I, 3] -> [A, D]."""
+        """One vector per visual token, pictures one after the other: [P, C * p * p], [I, 3] -> [A, D].
+
+        Patches are uint8, or floats normalised to [-1, 1].
+        """
         features = self.visual_tokenizer.vit(pixel_values, image_grid_thw)
         return embed_features(features, self.visual_tokenizer, self.vte)
 

@@ -41,8 +41,13 @@ class VisionEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
-        """pixel_values [P, C * p * p] -> [P, W]. A convolution of kernel = stride is one matrix product."""
+        """pixel_values [P, C * p * p], uint8 or already normalised floats, -> [P, W].
+
+        A convolution of kernel = stride is one matrix product.
+        """
         weight = self.patch_embedding.weight
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalise(pixel_values)
         patches = F.linear(pixel_values.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
         if self.position_embedding is None:
             return patches
@@ -142,7 +147,10 @@ class VisionTower(PackedAttentionModel):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """[P, C * p * p], [I, 3] -> state after the last layer, s * s patches side by side [P / s^2, s^2 * W]."""
+        """[P, C * p * p], [I, 3] -> state after the last layer, s * s patches side by side [P / s^2, s^2 * W].
+
+        Patches are uint8, as our own processor gives them, or floats normalised to [-1, 1], as Hugging Face callers do.
+        """
         config = self.config
         grids = [tuple(grid) for grid in image_grid_thw.tolist()]
         frames = [h * w for t, h, w in grids for _ in range(t)]
@@ -196,6 +204,13 @@ class VisionTower(PackedAttentionModel):
         order = window.argsort(stable=True)
         _, lengths = window[order].unique_consecutive(return_counts=True)
         return cumulative(lengths.tolist()), order
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 of any shape -> float32 in [-1, 1], v / 127.5 - 1."""
+    # CUDA multiplies by the reciprocal of a divisor that is not on the device, which gives other last bits
+    half = pixels.new_full((), 127.5, dtype=torch.float32)
+    return pixels.float().div_(half).sub_(1.0)
 
 
 def block_order(h: int, w: int, stride: int, device: torch.device | None = None) -> Tensor:

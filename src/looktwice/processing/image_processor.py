@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from looktwice.errors import CheckpointError, ImageError
 from looktwice.geometry import BOX_FRAMES, BoxFrame, PixelPolicy, Size, smart_resize
 from looktwice.model.configuration import Ovis2_5Config
+from looktwice.model.vision import normalise
 from looktwice.processing.images import PatchedImage, open_image, patchify, resize
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -48,7 +49,7 @@ Images = ImageInput | list["Images"] | tuple["Images", ...] | None
 
 
 class Ovis2_5ImageProcessor(BaseImageProcessor):
-    """Pictures to patches at a policy's size, bit for bit as Ovis2_5Processor gives them. Needs no torchvision."""
+    """Pictures to patches at a policy's size, bit for bit as the tower reads them. Needs no torchvision."""
 
     model_input_names = ["pixel_values", "image_grid_thw"]
 
@@ -84,7 +85,7 @@ class Ovis2_5ImageProcessor(BaseImageProcessor):
         return patchify(image, patch_size=self.patch_size, stride=self.merge_size)
 
     def preprocess(self, images: Images, return_tensors: str | None = None) -> BatchFeature:  # type: ignore[override]
-        """`pixel_values` [P, C * p * p] and `image_grid_thw` [I, 3] of all pictures, in order.
+        """`pixel_values` [P, C * p * p] float32 in [-1, 1] and `image_grid_thw` [I, 3] of all pictures, in order.
 
         Takes paths, addresses, PIL pictures, arrays and tensors, one or lists and lists of lists of them. Without
         `return_tensors` they are torch tensors. Raises ImageError when there is no picture or one fails.
@@ -93,7 +94,7 @@ class Ovis2_5ImageProcessor(BaseImageProcessor):
         if not patched:
             raise ImageError("no picture to process; leave `images` out for text alone")
         data = {
-            "pixel_values": torch.cat([image.pixel_values for image in patched]),
+            "pixel_values": normalise(torch.cat([image.pixel_values for image in patched])),
             "image_grid_thw": torch.tensor([image.grid_thw for image in patched]),
         }
         return BatchFeature(data, tensor_type=return_tensors)

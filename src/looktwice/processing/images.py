@@ -5,9 +5,12 @@ Pictures are upright RGB after `open_image`; its size is the only "original" siz
 
 from __future__ import annotations
 
+import os
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import IO
 
@@ -25,15 +28,19 @@ MAX_SOURCE_PIXELS = 178_956_970
 EXIF_ORIENTATION = 0x0112
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 EXIF_ROTATED = (5, 6, 7, 8)
+DATA_ADDRESS = "data:"
+"""What the address of a picture begins with that holds the picture itself; see RFC 2397."""
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xaeB`\x82", "GIF": b"\x3b"}
+"""How whole files end."""
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 """What Pillow raises for a damaged or oversized file; RuntimeError comes from its AVIF reader."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PatchedImage:
-    """A resized picture or video as the tower reads it: `pixel_values` [P, C * p * p] float32, `grid_thw` in patches.
+    """A resized picture or video as the tower reads it: `pixel_values` [P, C * p * p] uint8, `grid_thw` in patches.
 
-    A video has t frames of one `size`; `num_tokens` counts the atoms of all of them.
+    A video has t frames of one `size`; `num_tokens` counts the atoms of all of them. The tower normalises the pixels.
     """
 
     pixel_values: Tensor
@@ -41,6 +48,15 @@ class PatchedImage:
     size: Size
     num_tokens: int
     is_video: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureHeader:
+    """Upright size, size before EXIF rotation, and whether there are frames or pages behind the first."""
+
+    size: Size
+    stored: Size
+    has_frames: bool
 
 
 def image_size(source: ImageSource) -> Size:
@@ -51,6 +67,27 @@ def image_size(source: ImageSource) -> Size:
         if image.format != "TIFF" and _orientation(source, image) in EXIF_ROTATED:
             width, height = height, width
         return Size(width, height)
+
+
+def read_header(source: ImageSource) -> PictureHeader:
+    """What a picture says of itself before it is decoded. Raises ImageError as `open_image` does.
+
+    A JPEG, PNG or GIF whose last bytes are not its end mark is decoded to be sure that it is whole. That a file of
+    another format is cut short may show only when it is decoded.
+    """
+    with _open(source) as image:
+        stored = Size(*image.size)
+        kind = image.format or ""
+        is_turned = kind != "TIFF" and _orientation(source, image) in EXIF_ROTATED
+        try:
+            # an MPO file is a photo with a preview behind it
+            has_frames = kind != "MPO" and bool(getattr(image, "is_animated", False))
+        except UNREADABLE as error:
+            raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
+    if kind in END_MARKS and not _tail(source).endswith(END_MARKS[kind]):
+        open_image(source)
+    size = Size(stored.height, stored.width) if is_turned else stored
+    return PictureHeader(size=size, stored=stored, has_frames=has_frames)
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -92,7 +129,7 @@ def resize(image: Image.Image, size: Size, rectangle: tuple[int, int, int, int] 
 
 
 def patchify(*frames: Image.Image, patch_size: int, stride: int, is_video: bool = False) -> PatchedImage:
-    """Patches of a picture, or of a video's frames one after the other, in blocks of stride x stride in [-1, 1].
+    """Patches of a picture, or of a video's frames one after the other, in blocks of stride x stride.
 
     All frames have one size, whose sides must be multiples of patch_size * stride.
     """
@@ -106,13 +143,12 @@ def patchify(*frames: Image.Image, patch_size: int, stride: int, is_video: bool 
             lines = np.frombuffer(frame.tobytes("raw", colour), dtype=strips.dtype)
             lines = lines.reshape(rows // s, s, p, columns // s, s)
             strips[place, ..., channel, :] = lines.transpose(0, 3, 1, 4, 2)
-    values = np.divide(strips.view(np.uint8).reshape(-1, 3 * p * p), np.float32(127.5), dtype=np.float32)
-    np.subtract(values, np.float32(1.0), out=values)
+    pixels = strips.view(np.uint8).reshape(-1, 3 * p * p)
     return PatchedImage(
-        pixel_values=torch.from_numpy(values),
+        pixel_values=torch.from_numpy(pixels),
         grid_thw=(len(frames), rows, columns),
         size=size,
-        num_tokens=len(values) // s**2,
+        num_tokens=len(pixels) // s**2,
         is_video=is_video,
     )
 
@@ -124,15 +160,15 @@ def _open(source: ImageSource) -> Iterator[Image.Image]:
         yield source
         return
     try:
-        image = Image.open(source)
+        image = Image.open(_data_of(source) if str(source).startswith(DATA_ADDRESS) else source)
     except FileNotFoundError as error:
         raise ImageError(f"{source}: no such picture; check the path") from error
     except UNREADABLE as error:
-        raise ImageError(f"{source}: not a readable picture ({error}); replace or remove it") from error
+        raise ImageError(f"{_name(source)}: not a readable picture ({error}); replace or remove it") from error
     with image:
         if image.width * image.height > MAX_SOURCE_PIXELS:
             size = f"{image.width}x{image.height}"
-            raise ImageError(f"{source}: {size} pixels, more than {MAX_SOURCE_PIXELS}; shrink it")
+            raise ImageError(f"{_name(source)}: {size} pixels, more than {MAX_SOURCE_PIXELS}; shrink it")
         yield image
 
 
@@ -161,5 +197,22 @@ def _has_late_exif(file: IO[bytes]) -> bool:
     return False
 
 
+def _data_of(address: str | Path) -> IO[bytes]:
+    """The bytes of a `data:image/png;base64,...` address. Raises ValueError when they cannot be decoded."""
+    return BytesIO(b64decode(str(address).partition(",")[2]))
+
+
+def _tail(source: ImageSource) -> bytes:
+    """The last bytes of a picture's file; none of a picture that has no file."""
+    if isinstance(source, Image.Image):
+        return b""
+    with _data_of(source) if str(source).startswith(DATA_ADDRESS) else open(source, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - max(map(len, END_MARKS.values()))))
+        return file.read()
+
+
 def _name(source: ImageSource) -> str:
-    return str(source) if isinstance(source, (str, Path)) else "picture"
+    if isinstance(source, Image.Image):
+        return "picture"
+    return f"{str(source)[:40]}..." if str(source).startswith(DATA_ADDRESS) else str(source)

@@ -20,7 +20,7 @@ from looktwice.processing.processor import Example
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """`input_ids`, `position_ids`, `loss_mask` [1, T]; `cu_seqlens` [S + 1] int32; `pixel_values` [P, C * p * p];
+    """`input_ids`, `position_ids`, `loss_mask` [1, T]; `cu_seqlens` [S + 1] int32; `pixel_values` [P, C * p * p] uint8;
     `image_grid_thw` [I, 3]; `image_index` [J]. A picture shown in several sequences is stored once.
     `examples` are what it was packed from, in order."""
 

@@ -9,6 +9,7 @@ Legend: B texts, T tokens of a padded text, P patches, I pictures.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -105,6 +106,13 @@ class Ovis2_5Processor(ProcessorMixin):
     def policy(self, policy: PixelPolicy) -> None:
         self.image_processor.policy = policy
 
+    def at(self, policy: PixelPolicy) -> Ovis2_5Processor:
+        """The same processor under another pixel policy."""
+        other = copy(self)
+        other.image_processor = copy(self.image_processor)
+        other.policy = policy
+        return other
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
@@ -161,9 +169,9 @@ class Ovis2_5Processor(ProcessorMixin):
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` [B, T] of texts, `pixel_values` [P, C * p * p] and `image_grid_thw` [I, 3].
 
-        Each `<image>` becomes image start, atoms and image end of the next picture; `images` are in that order, or
-        lists of them, one a text. `kwargs` (`padding`, `truncation`, ...) are the tokenizer's; padding stands on the
-        left, as `generate` needs it. Without `return_tensors` ids are lists.
+        Pixels are float32 in [-1, 1]. Each `<image>` becomes image start, atoms and image end of the next picture;
+        `images` are in that order, or lists of them, one a text. `kwargs` (`padding`, `truncation`, ...) are the
+        tokenizer's; padding stands on the left, as `generate` needs it. Without `return_tensors` ids are lists.
         Raises DataError when placeholders and pictures differ in number, or truncation cuts a picture.
         """
         if videos is not None or audio is not None:

@@ -218,8 +218,7 @@ class _Run:
         return self._forward(list(forced), padded, features, [len(chunk) for chunk in chunks])
 
     def _features(self, images: list[PatchedImage]) -> Tensor:
-        weight = self.model.lm_head.weight
-        pixels = torch.cat([image.pixel_values for image in images]).to(self.device, weight.dtype)
+        pixels = torch.cat([image.pixel_values for image in images]).to(self.device)
         grids = torch.tensor([image.grid_thw for image in images], device=self.device)
         return self.model.get_image_features(pixels, grids)
 
