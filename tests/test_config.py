@@ -272,12 +272,14 @@ def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConfigError("seen")
 
     monkeypatch.setattr(cli.Parser, "parse_strictly", note)
-    for command in ("train", "ask", "data check", "data convert", "export", "demo"):
+    for command in ("train", "ask", "data check", "data show", "data stats", "data convert", "export", "demo"):
         cli.main(command.split())
     assert seen == {
         "looktwice train": TRAIN_FLAGS,
         "looktwice ask": ASK_FLAGS,
         "looktwice data check": CHECK_FLAGS,
+        "looktwice data show": SHOW_FLAGS,
+        "looktwice data stats": STATS_FLAGS,
         "looktwice data convert": CONVERT_FLAGS,
         "looktwice export": EXPORT_FLAGS,
         "looktwice demo": DEMO_FLAGS,
@@ -301,6 +303,41 @@ CHECK_FLAGS = [
     "--model_name",
     "--stage",
     "--val_data",
+]
+SHOW_FLAGS = [
+    "--answer_key",
+    "--box_frame",
+    "--crop_max_pixels",
+    "--crop_min_pixels",
+    "--from",
+    "--html",
+    "--image_base_path",
+    "--length_policy",
+    "--max_length",
+    "--max_pixels",
+    "--min_pixels",
+    "--model_name",
+    "--num_samples",
+    "--row",
+    "--seed",
+    "-n",
+]
+STATS_FLAGS = [
+    "--answer_key",
+    "--batch_size",
+    "--box_frame",
+    "--crop_max_pixels",
+    "--crop_min_pixels",
+    "--from",
+    "--html",
+    "--image_base_path",
+    "--max_length",
+    "--max_pixels",
+    "--max_tokens_per_row",
+    "--min_pixels",
+    "--model_name",
+    "--sample",
+    "--seed",
 ]
 CONVERT_FLAGS = ["--allow_loss", "--answer_key", "--box_frame", "--from", "--image_base_path", "--to"]
 TRAIN_FLAGS = [

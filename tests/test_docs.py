@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from looktwice.cli import main
 from looktwice.data.formats import FORMATS
@@ -67,3 +68,16 @@ def test_the_commands_work_one_after_the_other(folder: Path, capsys: pytest.Capt
         assert main(words[1:]) == 0, capsys.readouterr().err
         assert Path(words[4]).exists()
     assert len(COMMANDS) == 4
+
+
+LOOKS = [line for line in TEXT.splitlines() if line.startswith(("looktwice data show ", "looktwice data stats "))]
+
+
+@pytest.mark.parametrize("command", LOOKS, ids=lambda command: " ".join(command.split()[2:5]))
+def test_the_commands_that_look_at_data_run(command: str, folder: Path) -> None:
+    (folder / "images" / "coco").mkdir(parents=True)
+    Image.new("RGB", (120, 90), "red").save(folder / "images" / "coco" / "cups.jpg")
+    words = shlex.split(command)[1:]
+    assert main([*words, "--model_name", "tiny"]) == 0
+    pages = [word for word in words if word.endswith(".html")]
+    assert all((folder / page).stat().st_size > 1000 for page in pages)

@@ -99,8 +99,9 @@ def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[s
 def train(arguments: Sequence[str]) -> None:
     """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
     stage, model, data, sft, grpo = train_configs(arguments)
-    from looktwice.training.run import prepare_output
+    from looktwice.training.run import prepare_output, required
 
+    required(data.train_data_path, "--train_data")
     if stage == "both":
         from looktwice.rewards import load_reward
         from looktwice.training.run import load_processor, load_sets
