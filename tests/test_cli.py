@@ -18,6 +18,11 @@ from looktwice.training.learner import Learner
 
 GOOD = {"Q": "What is it?", "A3": "<think>{Crop cup 1 [0, 0, 40, 40]}</think>\n\n<answer>cup</answer>"}
 ROW = {"image_path": "cup.png", "QnA": [GOOD]}
+NOT_READ = {
+    "sft": ("sft_checkpoint", "grpo_output_dir"),
+    "grpo": ("model_name", "sft_output_dir"),
+    "both": ("sft_checkpoint",),
+}
 
 
 @pytest.fixture
@@ -46,7 +51,10 @@ def command(tmp_path: Path, model_folder: Path) -> Callable[..., list[str]]:
             "sft_output_dir": tmp_path / "out" / "sft",
             "grpo_output_dir": tmp_path / "out" / "grpo",
             "device": "cpu",
-        } | settings
+        }
+        for name in NOT_READ[stage]:
+            del values[name]
+        values |= settings
         flags = [[f"--{name}", str(value)] for name, value in values.items() if value is not None]
         return ["train", "--stage", stage, *(word for flag in flags for word in flag)]
 
@@ -185,6 +193,25 @@ def test_a_wrong_value_is_named_with_what_it_takes(command, refusal) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_r": 4, "lora_alpha": 8}, "lora_r, lora_alpha: all weights are trained, without LoRA; add --use_lora"),
+        ({"quantization": "nf4"}, "quantization nf4 trains adapters alone; add --use_lora"),
+        (
+            {"attn_implementation": "flex_attention"},
+            "flex_attention has no backward on a CPU; use --attn_implementation",
+        ),
+    ],
+)
+def test_a_setting_that_does_not_go_with_the_start_is_refused(
+    settings, message, command, tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(**settings)) == 1
+    assert capsys.readouterr().err.startswith(f"looktwice: {message}")
+    assert not list((tmp_path / "out" / "sft").iterdir())
+
+
 @pytest.mark.parametrize("stage", ["grpo", "both"])
 @pytest.mark.parametrize(
     ("reward", "problem"),
@@ -239,7 +266,7 @@ def test_a_wrong_command_is_named(words, problem, refusal) -> None:
 
 def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     short = {"max_steps": 1, "num_generations": 2, "max_new_tokens": 4, "grpo_max_steps": 1}
-    assert main(command("both", sft_checkpoint=None, **short)) == 0
+    assert main(command("both", **short)) == 0
     out = tmp_path / "out"
     assert capsys.readouterr().out.splitlines() == [
         f"stage 1 done: {out}/sft/final_model",

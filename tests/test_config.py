@@ -87,15 +87,36 @@ def test_rates_of_parts_are_given_as_a_mapping_or_as_pairs() -> None:
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"freeze": "vit,head"}, "freeze.1 is 'head': input should be 'vit', 'visual_head', 'visual_table'"),
-        ({"part_learning_rates": "vit"}, "part_learning_rates.vit is '': input should be a valid number"),
-        ({"part_learning_rates": "tower=1"}, "part_learning_rates.tower.[key] is 'tower': input should be 'vit'"),
+        ({"freeze": "vit,head"}, "freeze is 'head': input should be 'vit', 'visual_head', 'visual_table'"),
+        ({"freeze": "vitt"}, "freeze is 'vitt': input should be 'vit', 'visual_head', 'visual_table', 'llm' or "),
+        ({"part_learning_rates": "vit"}, "part_learning_rates is 'vit': write vit=NUMBER"),
+        ({"part_learning_rates": "llm=1, vit: 1e-3"}, "part_learning_rates is 'llm=1, vit: 1e-3': write vit=1e-3"),
+        ({"part_learning_rates": "vit="}, "part_learning_rates.vit is '': input should be a valid number"),
+        ({"part_learning_rates": "tower=1"}, "part_learning_rates is 'tower': input should be 'vit'"),
         ({"part_learning_rates": "vit=-1"}, "part_learning_rates.vit is '-1': input should be greater than or equal"),
-        ({"modules_to_save": "vit"}, "modules_to_save.0 is 'vit': input should be 'visual_head' or 'visual_table'"),
+        ({"modules_to_save": "vit"}, "modules_to_save is 'vit': input should be 'visual_head' or 'visual_table'"),
     ],
 )
 def test_a_wrong_part_is_named(values, problem) -> None:
     assert refusal(SFTConfig, **values).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("values", "near"),
+    [
+        ({"freeze": "vitt"}, "vit"),
+        ({"preset": "papr"}, "paper"),
+        ({"part_learning_rates": "visual_hed=1"}, "visual_head"),
+    ],
+)
+def test_the_nearest_of_the_names_a_setting_takes_is_suggested(values, near) -> None:
+    assert refusal(GRPOConfig, **values).endswith(f'. Did you mean "{near}"?')
+
+
+@pytest.mark.parametrize("frozen", [{"freeze": "visual_table,llm"}, {"freeze_vision": True}])
+def test_a_part_is_not_frozen_and_trained_whole(frozen) -> None:
+    message = "modules_to_save: visual_table cannot be trained whole and frozen; leave one out"
+    assert refusal(SFTConfig, modules_to_save="visual_table", **frozen) == message
 
 
 def test_freezing_vision_is_short_for_its_three_parts() -> None:
@@ -260,6 +281,33 @@ def test_a_bad_flag_is_named(arguments, message) -> None:
     with pytest.raises(ConfigError) as caught:
         train_configs(arguments)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag", "reason"),
+    [
+        ("sft", "beta", "it belongs to stage 2"),
+        ("sft", "grpo_learning_rate", "it belongs to stage 2"),
+        ("sft", "grpo_output_dir", "it belongs to stage 2"),
+        ("sft", "sft_checkpoint", "it belongs to stage 2"),
+        ("grpo", "sft_output_dir", "it belongs to stage 1"),
+        ("grpo", "model_name", "stage 2 starts from --sft_checkpoint"),
+        ("both", "sft_checkpoint", "stage 2 starts from the model of stage 1"),
+    ],
+)
+def test_a_flag_that_the_stage_does_not_read_is_refused(stage, flag, reason) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_configs(["--stage", stage, f"--{flag}", "1"])
+    assert str(caught.value) == f"--{flag} does nothing with --stage {stage}: {reason}; leave it out"
+
+
+def test_files_for_a_stage_that_does_not_run_are_allowed(tmp_path) -> None:
+    sft_file, grpo_file = write(tmp_path / "sft.json", {"seed": 1}), write(tmp_path / "grpo.json", {"beta": 0.1})
+    for stage in ("sft", "grpo"):
+        *_, sft, grpo = train_configs(
+            ["--stage", stage, "--sft_config", str(sft_file), "--grpo_config", str(grpo_file)]
+        )
+        assert (sft.seed, grpo.beta) == (1, 0.1)
 
 
 def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:

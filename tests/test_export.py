@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from looktwice import export
@@ -20,10 +24,11 @@ from looktwice.export import (
     describe,
     export_model,
     fixed_prompt,
+    layers_under_lora,
     probe_logits,
     with_placeholder,
 )
-from looktwice.model.adapters import add_lora, base_of, trained_parameters
+from looktwice.model.adapters import add_lora, base_of, merge, trained_parameters
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import load_model, released_state, save_model
 from looktwice.processing.processor import Example, Ovis2_5Processor
@@ -125,17 +130,200 @@ def test_logits_that_come_back_otherwise_leave_no_folder(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state | {"vte.weight": state["vte.weight"] + 1}, "vte.weight is not what was written"),
-        (lambda state: state | {"llm.extra": torch.zeros(1)}, "llm.extra was not written"),
-        (lambda state: {name: state[name] for name in state if name != "vte.weight"}, "vte.weight was written and is"),
-        (lambda state: state | {"vte.weight": state["vte.weight"].double()}, "vte.weight is not what was written"),
+        (lambda state: state | {"vte.weight": state["vte.weight"] + 1}, "vte.weight is not what was to be written"),
+        (lambda state: state | {"llm.extra": torch.zeros(1)}, "llm.extra was written and is no weight of the model"),
+        (lambda state: {name: state[name] for name in state if name != "vte.weight"}, "vte.weight was not written"),
+        (
+            lambda state: state | {"vte.weight": state["vte.weight"].double()},
+            "vte.weight is not what was to be written",
+        ),
+        (lambda state: state | {"vte.weight": state["vte.weight"] * math.inf}, "vte.weight has numbers too large for"),
     ],
 )
 def test_a_tensor_that_is_not_on_disk_as_meant_is_named(
-    model: Ovis2_5ForConditionalGeneration, model_folder: Path, change, message: str
+    model: Ovis2_5ForConditionalGeneration, tmp_path: Path, change, message: str
 ) -> None:
+    save_file(change(released_state(model)), tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        compare_tensors(model_folder, change(released_state(model)))
+        compare_tensors(tmp_path, model, torch.float32)
+
+
+def test_a_model_that_is_broken_is_told_from_a_broken_disk(
+    model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, tmp_path: Path
+) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.vte.weight[3, 5] = math.nan
+    save_model(broken, tmp_path / "broken")
+    processor.save_pretrained(tmp_path / "broken")
+    with pytest.raises(CheckpointError, match="vte.weight holds numbers that are not finite; the model it came from"):
+        export_model(str(tmp_path / "broken"), tmp_path / "out", CPU)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+def test_a_full_disk_leaves_nothing_and_is_named(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(export, "write_model", fail)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written \(.*No space left.*\); make room on the disk"):
+        export_model(str(model_folder), tmp_path / "out", CPU)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["foo", "5", "0GB", "-1GB", "5 gigabytes", "MB"])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match="max_shard_size is .*: give a whole or decimal number of KB, MB or GB"):
+        ExportConfig(max_shard_size=size)
+
+
+@pytest.mark.parametrize("size", ["5GB", "0.5GB", "500MB", "10KB"])
+def test_a_size_with_its_unit_is_taken(size: str) -> None:
+    assert ExportConfig(max_shard_size=size).max_shard_size == size
+
+
+# -- a merge that is not one
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = {
+    "llm": {"r": 2, "alpha": 4},
+    "llm+vit": {"r": 2, "alpha": 4, "targets": "llm+vit"},
+    "r=128": {"r": 128, "alpha": 256},
+    "DoRA": {"r": 2, "alpha": 4, "use_dora": True},
+    "rsLoRA": {"r": 4, "alpha": 4, "use_rslora": True},
+}
+
+
+def faint_adapter(base: Path, processor: Ovis2_5Processor, folder: Path, dtype: torch.dtype, **kind: Any) -> Path:
+    """An adapter that changes logits by less than half precision rounds them."""
+    adapted = add_lora(base_of(load_model(str(base), dtype=dtype)), **kind)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trained_parameters(adapted):
+            if "lora_B" in name:
+                parameter += 1e-4 * torch.randn(parameter.shape, generator=generator)
+    save_model(adapted, folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def unload(model: PeftModel) -> Ovis2_5ForConditionalGeneration:
+    """Not `merge`: the adapter is lost."""
+    return model.unload()
+
+
+@pytest.fixture(scope="module")
+def base(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in the dtype that the folder is named after."""
+    folder = tmp_path_factory.mktemp("base") / request.param
+    export_model(str(model_folder), folder, ExportConfig(device="cpu", dtype=request.param, verify=False))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [*(("bfloat16", kind) for kind in KINDS), ("float16", "llm"), ("float32", "llm")],
+    indirect=["base"],
+)
+def test_a_merge_passes_and_one_that_lost_the_adapter_does_not(
+    base: Path, kind: str, processor: Ovis2_5Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = faint_adapter(base, processor, tmp_path / "adapter", DTYPES[base.name], **KINDS[kind])
+    exported = export_model(str(adapter), tmp_path / "out", CPU)
+    assert (exported.merged_adapter, exported.dtype) == (True, DTYPES[base.name])
+    monkeypatch.setattr(export, "merge", unload)
+    with pytest.raises(CheckpointError, match="is not the weight with its adapter merged, off by up to"):
+        export_model(str(adapter), tmp_path / "lost", CPU)
+    assert not (tmp_path / "lost").exists()
+
+
+def test_a_part_trained_whole_that_was_lost_is_named(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_table(model: PeftModel) -> Ovis2_5ForConditionalGeneration:
+        before = base_of(model).model.vte.original_module.weight.detach().clone()
+        merged = merge(model)
+        merged.model.vte.weight.data.copy_(before)
+        return merged
+
+    monkeypatch.setattr(export, "merge", without_table)
+    with pytest.raises(CheckpointError, match="vte.weight is not what was to be written"):
+        export_model(str(adapter), tmp_path / "out", CPU)
+
+
+def test_merging_before_converting_rounds_weights_once(adapter: Path, tmp_path: Path) -> None:
+    precise, rounded = (
+        load_file(
+            export_model(str(adapter), tmp_path / dtype, ExportConfig(device="cpu", dtype=dtype)).folder
+            / "model.safetensors"
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert [name for name in precise if not torch.equal(precise[name].bfloat16(), rounded[name])] == []
+
+
+def test_a_model_kept_in_half_precision_merges_in_float32_when_that_is_asked_for(
+    model_folder: Path, processor: Ovis2_5Processor, tmp_path: Path
+) -> None:
+    export_model(str(model_folder), tmp_path / "half", ExportConfig(device="cpu", dtype="bfloat16", verify=False))
+    adapter = faint_adapter(tmp_path / "half", processor, tmp_path / "adapter", torch.bfloat16, **KINDS["llm"])
+    exported = export_model(str(adapter), tmp_path / "out", ExportConfig(device="cpu", dtype="float32"))
+    name = "llm.model.layers.0.self_attn.q_proj.weight"
+    merged = load_file(exported.folder / "model.safetensors")[name]
+    assert not torch.equal(merged, merged.bfloat16().float())
+
+
+def test_an_adapter_of_another_kind_is_refused_before_the_work(
+    model_folder: Path, processor: Ovis2_5Processor, tmp_path: Path
+) -> None:
+    settings = LoraConfig(r=2, target_modules=r".*language_model.layers.0.*o_proj", lora_bias=True)
+    base = base_of(load_model(str(model_folder)))
+    base.model.language_model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(128))
+    layer = get_peft_model(base, settings)
+    with pytest.raises(CheckpointError, match="this kind of adapter cannot be verified.*; export with --no-verify"):
+        layers_under_lora(layer)
+
+
+# -- what conversion costs
+
+
+def test_the_difference_of_a_conversion_is_told(model_folder: Path, tmp_path: Path) -> None:
+    exported = export_model(str(model_folder), tmp_path / "out", ExportConfig(device="cpu", dtype="bfloat16"))
+    assert exported.logit_difference is not None and 1e-4 < exported.logit_difference < 5e-2
+    assert "every tensor is equal, converted from float32 to bfloat16; logits" in describe(exported)
+
+
+def test_what_the_adapter_does_is_told_beside_what_the_merge_does(adapter: Path, tmp_path: Path) -> None:
+    exported = export_model(str(adapter), tmp_path / "out", CPU)
+    assert exported.adapter_effect is not None and exported.adapter_effect > 0.01
+    assert describe(exported).endswith(f"; the adapter changes them by {exported.adapter_effect:.1e}")
+
+
+@pytest.mark.parametrize(("dtype", "mend"), [("same", "try --device cpu"), ("bfloat16", "export with --dtype float32")])
+def test_a_refusal_never_advises_what_is_already_so(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, mend: str
+) -> None:
+    seen = iter([0.0, 1.0])
+    real = export.probe_logits
+    monkeypatch.setattr(export, "probe_logits", lambda model, probe: real(model, probe) + next(seen))
+    with pytest.raises(CheckpointError, match=f"from those before, allowed is .*; {mend}$"):
+        export_model(str(model_folder), tmp_path / "out", ExportConfig(device="cpu", dtype=dtype))
+
+
+# -- where it is written
+
+
+def test_an_empty_folder_is_filled_also_when_it_is_the_current_one(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exported = export_model(str(model_folder), Path("."), CPU)
+    assert exported.folder == Path(".")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in Path(".").iterdir()}
+    assert not list(tmp_path.glob(".export-*"))
 
 
 # -- another runtime's answer
@@ -184,18 +372,33 @@ def test_a_picture_is_one_placeholder_in_the_prompt_of_vllm(processor: Ovis2_5Pr
     assert not {processor.config.image_token_id, processor.config.image_start_token_id} & set(ids)
 
 
-def test_a_python_without_vllm_is_named(model_folder: Path, tmp_path: Path) -> None:
+def test_a_python_without_vllm_is_named(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ExportConfig(device="cpu", verify_with="vllm", vllm_python=tmp_path / "python")
-    with pytest.raises(ConfigError, match="python has no vLLM .*; name another python: --vllm_python"):
+    monkeypatch.setattr(export, "load_model", None)  # asked for before any work
+    with pytest.raises(
+        ConfigError, match="python has no vLLM .*; install vllm there, or name .*: --vllm_python PYTHON"
+    ):
         export_model(str(model_folder), tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_with_its_own_ids_is_nothing_for_vllm(model_folder: Path, tmp_path: Path) -> None:
+def test_a_missing_vllm_names_the_command_for_later(model_folder: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    python.chmod(0o755)
+    config = ExportConfig(device="cpu", verify_with="vllm", vllm_python=python)
+    with pytest.raises(ConfigError, match="To compare later, .*: looktwice export FOLDER COPY --verify_with vllm"):
+        export_model(str(model_folder), tmp_path / "out", config)
+
+
+def test_a_model_with_its_own_ids_is_nothing_for_vllm(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 0\n", encoding="utf-8")
     python.chmod(0o755)
     config = ExportConfig(device="cpu", verify_with="vllm", vllm_python=python)
+    monkeypatch.setattr(export, "load_model", None)  # asked for before any work
     with pytest.raises(ConfigError, match="vLLM knows the released vocabulary alone"):
         export_model(str(model_folder), tmp_path / "out", config)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import looktwice
+from looktwice import inference
 from looktwice.config import InferenceConfig, ModelConfig, SFTConfig
 from looktwice.errors import CheckpointError, ConfigError, ImageError
 from looktwice.geometry import Box, Size
@@ -188,6 +189,16 @@ def test_bfloat16_answers(ask, picture) -> None:
     inference = ask(bf16=True)
     assert inference.model.lm_head.weight.dtype == torch.bfloat16
     assert inference.generate(picture, "What is it?")["response"]
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_model_spread_over_gpus_is_bfloat16(model_folder, monkeypatch: pytest.MonkeyPatch, has_gpu: bool) -> None:
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(inference, "load_model", lambda _, **options: asked.update(options))
+    monkeypatch.setattr(inference, "merge", lambda model: model)
+    OvisInference(InferenceConfig(model_path=str(model_folder), device="auto"))
+    assert (asked["device"], asked["dtype"]) == ("auto", torch.bfloat16 if has_gpu else torch.float32)
 
 
 def test_a_missing_picture_or_model_is_named(ask) -> None:

@@ -140,6 +140,7 @@ def train_configs(arguments: Sequence[str]) -> tuple[str, ModelConfig, DataConfi
     add_flags(parser, GRPOConfig, shared, prefix="grpo_")
     flags = parser.parse_strictly(arguments)
     stage = flags["stage"]
+    refuse_idle_flags(stage, flags, shared)
     values: dict[str, dict[str, Any]] = {}
     for file_flag, config_class in FILE_FLAGS.items():
         values[file_flag] = config_class.read(flags[file_flag]) if flags.get(file_flag) else {}
@@ -156,6 +157,20 @@ def train_configs(arguments: Sequence[str]) -> tuple[str, ModelConfig, DataConfi
             grpo_values[name] = flags[flag]
     model, data, sft, grpo = (config_class(**values[flag]) for flag, config_class in FILE_FLAGS.items())
     return stage, model, data, sft, grpo  # type: ignore[return-value]
+
+
+def refuse_idle_flags(stage: str, flags: Mapping[str, Any], shared: Sequence[str]) -> None:
+    """Raise ConfigError for a flag that the stage to run would not read; `shared` are the fields of both stages."""
+    of_stage_2 = [flag_of(GRPOConfig, name) for name in GRPOConfig.model_fields if name not in shared]
+    of_stage_2 += [f"grpo_{flag_of(GRPOConfig, name)}" for name in shared]
+    idle = {
+        "sft": dict.fromkeys(of_stage_2, "it belongs to stage 2"),
+        "grpo": {"sft_output_dir": "it belongs to stage 1", "model_name": "stage 2 starts from --sft_checkpoint"},
+        "both": {"sft_checkpoint": "stage 2 starts from the model of stage 1"},
+    }[stage]
+    for flag, reason in idle.items():
+        if flag in flags:
+            raise ConfigError(f"--{flag} does nothing with --stage {stage}: {reason}; leave it out")
 
 
 def number_of(flag: str, value: str) -> float:

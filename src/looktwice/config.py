@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from looktwice.errors import ConfigError, nearest
 from looktwice.geometry import BoxFrame
@@ -37,8 +39,20 @@ def split_pairs(value: Any) -> Any:
     """`a=1,b=2` as the mapping it stands for; a mapping stays as it is."""
     if not isinstance(value, str):
         return value
-    pairs = [item.partition("=") for item in split_commas(value)]
-    return {name.strip(): number.strip() for name, _, number in pairs}
+    pairs = {}
+    for item in split_commas(value):
+        name, sign, number = (word.strip() for word in re.split("([=:]|$)", item, maxsplit=1))
+        if sign != "=":
+            raise PydanticCustomError("pairs", "write {pair}", {"pair": f"{name}={number or 'NUMBER'}"})
+        pairs[name] = number
+    return pairs
+
+
+def check_file_size(value: str) -> str:
+    """A size such as 500MB, as it is."""
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?(KB|MB|GB)", value):
+        raise PydanticCustomError("file_size", "give a whole or decimal number of KB, MB or GB, such as 500MB or 5GB")
+    return value
 
 
 def knob(default: Any, help: str, *, flag: str | None = None) -> Any:
@@ -193,6 +207,12 @@ class StageConfig(Config):
         """`freeze`, with the three parts of `freeze_vision`."""
         return (*self.freeze, *(VISION_PARTS if self.freeze_vision else ()))
 
+    @model_validator(mode="after")
+    def _check_whole_parts(self) -> StageConfig:
+        if both := [part for part in self.modules_to_save if part in self.frozen_parts]:
+            raise ValueError(f"modules_to_save: {', '.join(both)} cannot be trained whole and frozen; leave one out")
+        return self
+
 
 class SFTConfig(StageConfig):
     """Stage 1: supervised fine-tuning."""
@@ -294,7 +314,7 @@ class ExportConfig(Config):
     """Writing a trained model in the released layout."""
 
     dtype: Literal["same", "float32", "bfloat16", "float16"] = knob("same", "dtype of the weights; same: as stored")
-    max_shard_size: str = knob("5GB", "largest weight file")
+    max_shard_size: Annotated[str, AfterValidator(check_file_size)] = knob("5GB", "largest weight file: KB, MB or GB")
     verify: bool = knob(True, "read everything back and compare tensors and logits")
     verify_with: Literal["none", "vllm"] = knob("none", "also compare a greedy answer with another runtime's")
     vllm_python: Path | None = knob(None, "python of the environment that has vLLM; default: this one")
@@ -314,6 +334,10 @@ def _explain(config_class: type[Config], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = [*config_class.model_fields, *(flag_of(config_class, field) for field in config_class.model_fields)]
         return f'unknown setting "{name}" of {config_class.__name__}.{nearest(name, known)}'
+    hint = ""
+    if problem["type"] == "literal_error":
+        name = str(problem["loc"][0])  # which one of several is told by the value
+        hint = nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
     if (flag := flag_of(config_class, name) if name in config_class.model_fields else name) != name:
         name = f"{name} (--{flag})"
-    return f"{name} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+    return f"{name} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}{hint and f'.{hint}'}"

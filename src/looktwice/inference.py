@@ -14,7 +14,7 @@ from looktwice.errors import ConfigError
 from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
 from looktwice.messages import Conversation, ImageSource, VideoPart, VideoSource, question_about
-from looktwice.model.adapters import base_of, merge
+from looktwice.model.adapters import for_inference, merge
 from looktwice.model.weights import load_model, locate, pick_device
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Ovis2_5Processor
@@ -39,7 +39,8 @@ class OvisInference:
         self.processor = Ovis2_5Processor.from_pretrained(locate(self.config.model_path))
         self.processor.policy = self.processor.policy.override(image_max_pixels=self.config.max_pixels)
         device = pick_device(self.config.device)
-        is_bf16 = device.startswith("cuda") if self.config.bf16 is None else self.config.bf16
+        is_on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+        is_bf16 = is_on_gpu if self.config.bf16 is None else self.config.bf16
         dtype = torch.bfloat16 if is_bf16 else torch.float32
         model = load_model(
             self.config.model_path,
@@ -49,7 +50,7 @@ class OvisInference:
             quantization=self.config.quantization,
         )
         # an adapter merged into quantised weights would be rounded away
-        self.model = merge(model) if self.config.quantization == "none" else base_of(model)
+        self.model = merge(model) if self.config.quantization == "none" else for_inference(model)
 
     def generate(
         self, image: ImageSource | None = None, question: str = "", video: VideoSource | None = None

@@ -16,6 +16,7 @@ from looktwice.model.adapters import (
     add_lora,
     base_of,
     check_same_adapter,
+    for_inference,
     freeze,
     merge,
     part_of,
@@ -23,9 +24,6 @@ from looktwice.model.adapters import (
     trained_parameters,
 )
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-
-# PEFT asks transformers by an older name
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 @pytest.fixture
@@ -78,7 +76,8 @@ def test_an_expression_of_full_names_chooses_single_layers(fresh: Ovis2_5ForCond
         (".*head", "where LoRA cannot go"),
         ("lm_head", "hits lm_head, where LoRA cannot go: the loss reads its weight"),
         (r"model\.language_model\.norm", r"hits model.language_model.norm \(Qwen3RMSNorm\); LoRA goes on linear"),
-        (r".*patch_embedding", r"patch_embedding \(Conv2d\); LoRA goes on linear layers"),
+        (r".*patch_embedding", r"patch_embedding, where LoRA cannot go: its weights are read directly"),
+        (r"model\.nothing", r"lora_targets: 'model\\.nothing' names no layer"),
     ],
 )
 def test_layers_that_cannot_carry_lora_are_refused_with_the_reason(
@@ -86,6 +85,11 @@ def test_layers_that_cannot_carry_lora_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         add_lora(model, r=2, alpha=4, targets=targets)
+
+
+@pytest.mark.filterwarnings("error")
+def test_lora_is_put_on_without_a_warning(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    add_lora(fresh, r=2, alpha=4, modules_to_save=["visual_table"])
 
 
 # -- what trains
@@ -100,6 +104,20 @@ def test_whole_parts_are_trained_beside_lora(fresh: Ovis2_5ForConditionalGenerat
     adapted = add_lora(fresh, r=2, alpha=4, modules_to_save=["visual_head", "visual_table"])
     whole = {part_of(name) for name, _ in trained_parameters(adapted) if "lora_" not in name}
     assert whole == {"visual_head", "visual_table"}
+
+
+def test_all_that_is_trained_over_a_bfloat16_base_is_float32(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    adapted = add_lora(fresh.to(torch.bfloat16), r=2, alpha=4, modules_to_save=["visual_head", "visual_table"])
+    assert {parameter.dtype for _, parameter in trained_parameters(adapted)} == {torch.float32}
+    assert base_of(adapted).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_parts_trained_whole_run_without_autocast_when_asked(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    adapted = add_lora(fresh.to(torch.bfloat16), r=2, alpha=4, modules_to_save=["visual_head", "visual_table"])
+    patches, grid = torch.zeros(16, 3 * fresh.config.vit_config.patch_size**2), torch.tensor([[1, 4, 4]])
+    with torch.no_grad():
+        features = for_inference(adapted).get_image_features(patches, grid)
+    assert (features.dtype, len(features)) == (torch.bfloat16, 4)
 
 
 def test_freezing_leaves_the_other_parts(fresh: Ovis2_5ForConditionalGeneration) -> None:
@@ -123,6 +141,14 @@ def test_every_parameter_belongs_to_a_part(model: Ovis2_5ForConditionalGeneratio
     assert sum(sizes.values()) == sum(parameter.numel() for parameter in model.parameters())
     assert sizes["visual_table"] == model.model.vte.weight.numel()
     assert sizes["embeddings"] == 2 * model.lm_head.weight.numel()
+
+
+def test_an_adapted_model_counts_as_large_as_it_is_without_adapters(fresh: Ovis2_5ForConditionalGeneration) -> None:
+    plain = [size.total for size in part_sizes(fresh)]
+    adapted = add_lora(fresh, r=2, alpha=4, targets="llm+vit", modules_to_save=["visual_head", "visual_table"])
+    assert [size.total for size in part_sizes(adapted)] == plain
+    trained = sum(parameter.numel() for _, parameter in trained_parameters(adapted))
+    assert sum(size.trained for size in part_sizes(adapted)) == trained
 
 
 def test_a_parameter_of_no_part_is_named() -> None:

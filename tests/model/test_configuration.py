@@ -33,6 +33,23 @@ def test_full_attention_layers_are_read_from_a_string(indexes: str | int | None,
     assert config.full_attention_layers == layers
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"vit_config": {"hidden_size": "96"}},
+            "vit_config: hidden_size is '96'; it must be a whole number of at least 1",
+        ),
+        ({"vit_config": {"patch_size": 0}}, "vit_config: patch_size is 0; it must be a whole number of at least 1"),
+        ({"vit_config": {"window_size": None}}, "vit_config: window_size is None; it must be a whole number$"),
+        ({"llm_config": {"hidden_size": "96"}}, "llm_config: .*'hidden_size' expected int, got str"),
+    ],
+)
+def test_a_number_of_another_kind_is_named(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ovis2_5Config(**fields)
+
+
 def test_visual_ids_are_those_after_the_released_tokenizer() -> None:
     assert Ovis2_5Config().visual_token_ids == tuple(range(151669, 151676))
 

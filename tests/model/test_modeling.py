@@ -270,7 +270,7 @@ def test_the_logprobs_of_a_pack_are_those_of_its_logits(
     monkeypatch.setattr(looktwice.training.losses, "LOGPROB_CHUNK", chunk)
     batch = pack(mix(1, 0, 2))
     with torch.no_grad():
-        output = model(**batch.model_inputs(), temperature=0.7)
+        output = model(**batch.model_inputs(), temperature=0.7, with_entropy=True)
         logits = model(**without_mask(batch)).logits[0]
     places = batch.loss_mask[0].nonzero()[:, 0]
     wanted = F.log_softmax(logits[places - 1] / 0.7, dim=-1)
@@ -279,11 +279,34 @@ def test_the_logprobs_of_a_pack_are_those_of_its_logits(
     torch.testing.assert_close(output.entropy, -(wanted.exp() * wanted).sum(-1), atol=2e-5, rtol=1e-5)
 
 
-def test_no_logits_are_kept_when_only_logprobs_are_asked_for(
+def test_nothing_but_logprobs_is_kept_when_only_they_are_asked_for(
     model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]]
 ) -> None:
     with torch.no_grad():
-        assert model(**pack(mix(0)).model_inputs()).logits is None
+        output = model(**pack(mix(0)).model_inputs())
+    assert (output.logits, output.entropy) == (None, None)
+
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"loss_mask": IDS > 6}, "loss_mask marks places of input_ids"),
+        ({"input_ids": IDS.repeat(2, 1), "loss_mask": IDS.repeat(2, 1) > 6}, r"loss_mask is \[2, 4\], .*of one row"),
+        ({"input_ids": IDS, "loss_mask": (IDS > 6)[:, :3]}, r"loss_mask is \[1, 3\], input_ids \[1, 4\]"),
+        ({"input_ids": IDS, "loss_mask": IDS < 7}, "marks the first token of a sequence"),
+        ({"input_ids": IDS, "loss_mask": IDS == 7, "cu_seqlens": torch.tensor([0, 2, 4])}, "marks the first token"),
+        ({}, "give input_ids or inputs_embeds"),
+        ({"input_ids": IDS, "pixel_values": torch.zeros(4, 588)}, "pixel_values come with image_grid_thw"),
+    ],
+)
+def test_inputs_that_do_not_fit_together_are_refused(
+    model: Ovis2_5ForConditionalGeneration, inputs: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
 
 
 def gradients(model: Ovis2_5ForConditionalGeneration, batch: PackedBatch) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -13,19 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from looktwice.errors import CheckpointError
-from looktwice.model.adapters import add_lora
+from looktwice.errors import CheckpointError, ConfigError
+from looktwice.model.adapters import LLM_LINEARS, PEFT_PREFIX, add_lora, trained_parameters
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import load_model, locate, save_model
+from looktwice.model.weights import load_model, load_trained, locate, released_name, save_model
 from looktwice.processing.processor import Ovis2_5Processor
-
-# PEFT asks transformers by an older name
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 Tensors = dict[str, Tensor]
@@ -149,7 +147,15 @@ def test_the_config_of_another_model_is_refused_before_anything_is_built(folder:
 def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=r"cannot be loaded as an Ovis2.5 model"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: a broken weight file .*; copy or download it again"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"weight_map": 1}', "{", '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_is_refused(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"model.safetensors.index.json: no usable index of weights"):
         load_model(str(folder))
 
 
@@ -159,6 +165,22 @@ def test_a_missing_tensor_is_named(folder: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"missing_keys: model.language_model.norm.weight"):
         load_model(str(folder))
+
+
+def test_weights_that_do_not_fit_are_told_by_the_error_alone(folder: Path) -> None:
+    rewrite(folder / "model.safetensors", lambda tensors: tensors | {"extra.weight": torch.zeros(2)})
+    printed: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = printed.append  # type: ignore[method-assign]
+    theirs = logging.getLogger("transformers")
+    level = theirs.level
+    theirs.addHandler(handler)
+    try:
+        with pytest.raises(CheckpointError, match="extra.weight"):
+            load_model(str(folder))
+    finally:
+        theirs.removeHandler(handler)
+    assert ([record.getMessage() for record in printed], theirs.level) == ([], level)
 
 
 def test_an_unexpected_tensor_is_named(folder: Path) -> None:
@@ -229,6 +251,63 @@ def test_a_shard_that_is_gone_is_named(model: Ovis2_5ForConditionalGeneration, t
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors"):
         load_model(str(tmp_path))
+
+
+def test_a_shard_that_is_cut_off_is_named(model: Ovis2_5ForConditionalGeneration, tmp_path: Path) -> None:
+    save_model(model, tmp_path, max_shard_size="2MB")
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: a broken weight file"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "2MB"])
+def test_trained_weights_are_read_tensor_by_tensor(
+    model: Ovis2_5ForConditionalGeneration, tmp_path: Path, max_shard_size: str
+) -> None:
+    save_model(model, tmp_path, max_shard_size=max_shard_size)
+    other = copy.deepcopy(model)
+    other.model.vte.requires_grad_(False)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    load_trained(other, tmp_path)
+    assert not other.model.vte.weight.any()  # it is not trained
+    for name, parameter in trained_parameters(other):
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_trained_weights_stay_as_they_are_when_a_tensor_is_missing(
+    model: Ovis2_5ForConditionalGeneration, folder: Path
+) -> None:
+    rewrite(
+        folder / "model.safetensors",
+        lambda tensors: {name: tensor + 1 for name, tensor in tensors.items() if name != "vte.weight"},
+    )
+    other = copy.deepcopy(model)
+    with pytest.raises(CheckpointError, match=r"no vte\.weight in its weight files"):
+        load_trained(other, folder)
+    assert_same_weights(other, model)
+
+
+def test_a_save_that_fails_leaves_what_was_there(
+    model: Ovis2_5ForConditionalGeneration, saved_adapter: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ovis2_5ForConditionalGeneration, "save_pretrained", no_room)
+    with pytest.raises(CheckpointError, match=r"model: cannot be written \(.*No space left on device\); make room"):
+        save_model(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_named(model: Ovis2_5ForConditionalGeneration, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/model: cannot be written"):
+        save_model(model, tmp_path / "file" / "model")
 
 
 def test_a_folder_of_the_official_trainer_is_loaded(model: Ovis2_5ForConditionalGeneration, folder: Path) -> None:
@@ -329,6 +408,61 @@ def test_a_missing_tensor_of_an_adapter_is_named(adapter_folder: Path) -> None:
         load_model(str(adapter_folder))
 
 
+def test_parts_trained_whole_come_back_in_full_precision_over_a_bfloat16_base(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    adapted = add_lora(
+        load_model(str(model_folder), dtype=torch.bfloat16), r=2, alpha=4, modules_to_save=["visual_table"]
+    )
+    with torch.no_grad():
+        for _, parameter in trained_parameters(adapted):
+            parameter += 1e-6
+    save_model(adapted, tmp_path)
+    again = dict(trained_parameters(load_model(str(tmp_path), dtype=torch.bfloat16)))
+    for name, parameter in trained_parameters(adapted):
+        assert torch.equal(again.pop(name), parameter), name
+    assert not again
+
+
+def test_a_part_that_an_adapter_lacks_is_named(model_folder: Path, tmp_path: Path) -> None:
+    save_model(add_lora(load_model(str(model_folder)), r=2, alpha=4, modules_to_save=["visual_table"]), tmp_path)
+    rewrite(
+        tmp_path / "adapter_model.safetensors",
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if "vte" not in name},
+    )
+    with pytest.raises(CheckpointError, match=r"missing or unexpected: .*vte.weight"):
+        load_model(str(tmp_path))
+
+
+def test_an_adapter_with_the_released_codes_names_is_loaded(model_folder: Path, tmp_path: Path) -> None:
+    adapted = add_lora(load_model(str(model_folder)), r=2, alpha=4, modules_to_save=["visual_table"])
+    save_model(adapted, tmp_path)
+    rewrite(
+        tmp_path / "adapter_model.safetensors",
+        lambda tensors: {
+            PEFT_PREFIX + released_name(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()
+        },
+    )
+    assert all(".llm." in name or ".vte." in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert_same_weights(load_model(str(tmp_path)), adapted)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ("lm_head", "sits on lm_head, where LoRA cannot go: the loss reads its weight in chunks"),
+        (r".*tokenizer\.head\.0", "sits on model.visual_tokenizer.head.0, where LoRA cannot go: .*modules_to_save"),
+    ],
+)
+def test_an_adapter_on_a_layer_that_cannot_carry_it_is_refused(
+    model_folder: Path, tmp_path: Path, layers: str, reason: str
+) -> None:
+    base = load_model(str(model_folder))
+    save_model(get_peft_model(base, LoraConfig(r=2, target_modules=f"{LLM_LINEARS}|{layers}")), tmp_path)
+    with pytest.raises(CheckpointError, match=reason):
+        load_model(str(tmp_path))
+
+
 def test_an_unexpected_tensor_of_an_adapter_is_named(adapter_folder: Path) -> None:
     rewrite(adapter_folder / "adapter_model.safetensors", lambda tensors: tensors | {"extra": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=r"missing or unexpected: .*extra"):
@@ -358,12 +492,31 @@ def test_an_adapter_that_does_not_name_its_base_is_refused(adapter_folder: Path,
         load_model(str(adapter_folder))
 
 
-def test_an_adapter_whose_base_is_gone_names_the_base(adapter_folder: Path) -> None:
+def test_an_adapter_whose_base_is_gone_names_both_and_the_mend(adapter_folder: Path) -> None:
     file = adapter_folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="/gone/base: no such model folder"):
+    with pytest.raises(CheckpointError) as caught:
         load_model(str(adapter_folder))
+    message = str(caught.value)
+    assert message.startswith(f"{adapter_folder}: the base of this adapter cannot be loaded (/gone/base: no such model")
+    assert message.endswith(f"write its new place as base_model_name_or_path into {file}")
+
+
+@pytest.mark.parametrize("kind", ["FOO", "IA3", None])
+def test_an_adapter_of_another_kind_is_refused(adapter_folder: Path, kind: str | None) -> None:
+    file = adapter_folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"peft_type": kind}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"peft_type is {kind!r}; only LORA adapters are supported"):
+        load_model(str(adapter_folder))
+
+
+def test_an_adapter_that_took_from_its_base_does_not_go_on_a_quantised_one(adapter_folder: Path) -> None:
+    file = adapter_folder / "adapter_config.json"
+    fields = json.loads(file.read_text(encoding="utf-8")) | {"init_lora_weights": "pissa"}
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(ConfigError, match="started with pissa, .* use quantization none, or export it"):
+        load_model(str(adapter_folder), quantization="nf4")
 
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "loftq"])

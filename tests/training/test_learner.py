@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from looktwice.config import ModelConfig, SFTConfig
 from looktwice.data.dataset import encode_sample
 from looktwice.data.records import read_samples
 from looktwice.errors import CheckpointError, ConfigError
-from looktwice.model.adapters import LLM_LINEARS, part_sizes
+from looktwice.model.adapters import LLM_LINEARS, part_of, part_sizes
+from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import is_adapter, load_model, save_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
@@ -28,9 +32,9 @@ LoadLearner = Callable[..., Learner]
 @pytest.fixture
 def load(model_folder, processor) -> LoadLearner:
     def make(
-        *, name: object = model_folder, total_steps: int = 10, quantization: str = "none", **settings: object
+        *, name: object = model_folder, total_steps: int = 10, quantization: str | None = None, **settings: object
     ) -> Learner:
-        model_config = ModelConfig(device="cpu", quantization=quantization)
+        model_config = ModelConfig(device="cpu", **({} if quantization is None else {"quantization": quantization}))
         return Learner.load(str(name), model_config, SFTConfig(**settings), processor, total_steps=total_steps)
 
     return make
@@ -159,6 +163,23 @@ def test_lora_on_bfloat16_keeps_its_adapters_in_float32(load, examples) -> None:
     assert update(learner, examples[:1]) == pytest.approx(update(load(), examples[:1]), rel=0.02)
 
 
+def test_whole_parts_beside_lora_on_bfloat16_take_in_small_steps(load, examples) -> None:
+    """Weights of 0.02 in bfloat16 lie 1e-4 apart, and a step of 2e-5 would be rounded away."""
+    learner = load(
+        use_lora=True,
+        lora_r=4,
+        bf16=True,
+        modules_to_save="visual_head,visual_table",
+        learning_rate=2e-5,
+        warmup_ratio=0,
+    )
+    whole = {name: p for name, p in learner.model.named_parameters() if "modules_to_save" in name and p.ndim > 1}
+    before = {name: parameter.clone() for name, parameter in whole.items()}
+    update(learner, examples)
+    changed = {part_of(name): float((before[name] != parameter).float().mean()) for name, parameter in whole.items()}
+    assert set(changed) == {"visual_head", "visual_table"} and min(changed.values()) > 0.99
+
+
 def test_memory_efficient_lora_gives_the_same_gradient(load, examples) -> None:
     plain, efficient = (load(use_lora=True, lora_r=4, memory_efficient=flag) for flag in (False, True))
     for learner in (plain, efficient):
@@ -205,6 +226,35 @@ def test_a_rate_of_a_part_that_is_not_trained_is_refused(load) -> None:
         load(use_lora=True, part_learning_rates={"vit": 1e-4})
 
 
+@pytest.mark.parametrize(
+    "knob",
+    [
+        {"lora_r": 4},
+        {"lora_alpha": 4},
+        {"lora_dropout": 0.1},
+        {"lora_targets": "llm+vit"},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": "visual_head"},
+    ],
+)
+def test_a_lora_knob_without_lora_is_refused(knob, load) -> None:
+    [name] = knob
+    with pytest.raises(ConfigError, match=f"^{name}: all weights are trained, without LoRA; add --use_lora"):
+        load(**knob)
+
+
+def test_lora_knobs_beside_lora_turned_off_are_no_mistake(load) -> None:
+    assert len(load(use_lora=False, lora_r=4).parameters) == len(load().parameters)
+
+
+def test_lora_cannot_be_turned_off_for_an_adapter_that_goes_on(load, tmp_path) -> None:
+    load(use_lora=True, lora_r=4).save(tmp_path, [], with_optimizer=False)
+    with pytest.raises(ConfigError, match=r"use_lora is off, but .* is an adapter, .*: looktwice export"):
+        load(name=tmp_path, use_lora=False)
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("towers", ["llm", "vit", "all"])
 def test_recomputing_the_layers_of_a_tower_gives_the_same_gradient(towers, load, examples) -> None:
     plain, recomputed = load(), load(gradient_checkpointing=towers)
@@ -239,7 +289,7 @@ def test_the_table_of_what_trains_names_each_part(load) -> None:
     console.print(trained_table(learner))
     rows = {line.split()[0]: line.split()[1:] for line in console.file.getvalue().splitlines()}
     table = learner.base.config.visual_vocab_size * learner.base.config.hidden_size
-    assert rows["visual_table"] == [f"{2 * table:,}", f"{table:,}", "0.0001"]
+    assert rows["visual_table"] == [f"{table:,}", f"{table:,}", "0.0001"]
     assert rows["vit"][1:] == ["0", "frozen"]
     assert rows["all"][1] == f"{sum(parameter.numel() for parameter in learner.parameters):,}"
 
@@ -275,10 +325,32 @@ def test_an_adapter_of_a_quantised_base_fits_the_whole_one(load, examples, tmp_p
     learner = load(quantization="nf4", use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0)
     update(learner, examples[:1])
     learner.save(tmp_path, [], with_optimizer=False)
-    whole = load(name=tmp_path)
+    whole = load(name=tmp_path, quantization="none")
     for old, new in zip(learner.parameters, whole.parameters, strict=True):
         assert torch.equal(old, new)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.fixture
+def quantised_adapter(bitsandbytes, load, tmp_path) -> Path:
+    """A checkpoint of an adapter over a base in nf4."""
+    load(quantization="nf4", use_lora=True, lora_r=4).save(tmp_path / "adapter", [], with_optimizer=True)
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_of_a_quantised_base_goes_on_over_another_one_only_when_told(
+    quantised_adapter, load, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=r"was trained over a base in nf4; add --quantization nf4, or .* none"):
+        load(name=quantised_adapter)
+    assert load(name=quantised_adapter, quantization="nf4") and not caplog.messages
+    load(name=quantised_adapter, quantization="none")
+    assert caplog.messages == [f"{quantised_adapter}: trained over a base in nf4, used over one in none"]
+
+
+def test_a_run_over_a_quantised_base_is_not_resumed_over_a_whole_one(quantised_adapter, load) -> None:
+    with pytest.raises(CheckpointError, match="quantization was nf4 and is none; resume with the same settings"):
+        load(use_lora=True, lora_r=4).resume(quantised_adapter)
 
 
 @pytest.mark.usefixtures("bitsandbytes")
@@ -312,6 +384,22 @@ def test_the_reference_of_a_pissa_start_is_the_adapted_model(model_folder, load,
 
 
 # -- checkpoints
+
+
+@pytest.fixture
+def file_limit() -> Callable[[int], AbstractContextManager[None]]:
+    """No file can grow beyond so many kilobytes."""
+
+    @contextmanager
+    def limit(kilobytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 * kilobytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 def logits(model: torch.nn.Module, example: Example) -> torch.Tensor:
@@ -380,10 +468,67 @@ def test_a_folder_without_the_optimizer_cannot_be_resumed(load, tmp_path) -> Non
         learner.resume(tmp_path)
 
 
-def test_a_checkpoint_of_other_settings_cannot_be_resumed(load, tmp_path) -> None:
-    load().save(tmp_path, [], with_optimizer=True)
-    with pytest.raises(CheckpointError, match="which this run trains; resume with the same settings"):
-        load(use_lora=True, lora_r=4).resume(tmp_path)
+@pytest.mark.parametrize(
+    ("saved", "present", "difference"),
+    [
+        ({}, {"use_lora": True}, "use_lora was False and is True"),
+        ({"use_lora": True, "lora_r": 4}, {"use_lora": True, "lora_r": 8}, "lora_r was 4 and is 8"),
+        ({"use_lora": True, "lora_alpha": 4}, {"use_lora": True, "lora_alpha": 8}, "lora_alpha was 4 and is 8"),
+        ({"use_lora": True}, {"use_lora": True, "use_rslora": True}, "use_rslora was False and is True"),
+        ({}, {"freeze": "visual_table"}, r"model\.vte\.weight was \[260, 128\] and is not trained"),
+        ({"freeze": "visual_table"}, {}, r"model\.vte\.weight was not trained and is \[260, 128\]"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_not_resumed(saved, present, difference, load, tmp_path) -> None:
+    load(**saved).save(tmp_path, [], with_optimizer=True)
+    learner = load(**present)
+    before = [parameter.clone() for parameter in learner.parameters]
+    with pytest.raises(CheckpointError, match=f"{difference}; resume with the same settings"):
+        learner.resume(tmp_path)
+    assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
+
+
+def test_a_resumed_learner_takes_the_present_rates_and_decay(load, examples, tmp_path) -> None:
+    learner = load(learning_rate=0.01, weight_decay=0.1)
+    update(learner, examples[:1])
+    learner.save(tmp_path, [], with_optimizer=True)
+    resumed = load(learning_rate=0.002, weight_decay=0.3, part_learning_rates={"vit": 0.001})
+    resumed.resume(tmp_path)
+    groups = resumed.optimizer.param_groups
+    assert {(group["part"] == "vit", group["peak_lr"]) for group in groups} == {(True, 0.001), (False, 0.002)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+
+
+def test_resuming_loads_no_second_model(load, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, resumed = load(), load()
+    learner.save(tmp_path, [], with_optimizer=True)
+    monkeypatch.setattr(Ovis2_5ForConditionalGeneration, "from_pretrained", None)
+    resumed.resume(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", None])
+def test_a_broken_optimizer_state_is_named(content, load, tmp_path) -> None:
+    learner = load()
+    learner.save(tmp_path, [], with_optimizer=True)
+    file = tmp_path / "trainer_state.pt"
+    file.write_bytes(file.read_bytes()[:9000] if content is None else content)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.pt: no usable state; resume from another checkpoint"):
+        learner.resume(tmp_path)
+
+
+@pytest.mark.parametrize("kilobytes", [10, 5000, 10000])
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(
+    kilobytes, load, examples, tmp_path, file_limit
+) -> None:
+    """At the weights, and at the optimizer's state after them."""
+    learner = load()
+    update(learner, examples[:1])
+    learner.save(tmp_path, [], with_optimizer=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    update(learner, examples[:1])
+    with file_limit(kilobytes), pytest.raises(CheckpointError, match=r"cannot be written \(.*; make room on the disk"):
+        learner.save(tmp_path, [], with_optimizer=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # -- the frozen reference

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from looktwice.config import Part, WholePart
@@ -28,6 +30,7 @@ first; it also takes linear layers under other names."""
 NO_LORA = {
     "model.visual_tokenizer.head": "the visual head is trained whole or not at all; use --modules_to_save visual_head",
     "model.vte": "it mixes its rows by probability, and LoRA only looks rows up; use --modules_to_save visual_table",
+    "model.visual_tokenizer.vit.embeddings": "its weights are read directly, and the adapter would be missed",
     "lm_head": "the loss reads its weight in chunks and would miss the adapter",
 }
 PART_PREFIXES: dict[Part, tuple[str, ...]] = {
@@ -39,6 +42,8 @@ PART_PREFIXES: dict[Part, tuple[str, ...]] = {
 }
 WHOLE_MODULES: dict[WholePart, str] = {"visual_head": "model.visual_tokenizer.head", "visual_table": "model.vte"}
 INSIDE_ADAPTER = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module)(\.|$)")
+BESIDE_BASE = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
+"""LoRA's own weights, and the copies that PEFT keeps of parts trained whole as they were."""
 PEFT_PREFIX = "base_model.model."
 
 
@@ -49,7 +54,8 @@ LORA_KNOBS = {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "
 
 
 class PartSize(NamedTuple):
-    """Parameters of one part, quantised ones counted as what they stand for."""
+    """Parameters of one part: `total` of the network itself, quantised ones counted as what they stand for; `trained`
+    with those of adapters."""
 
     part: Part
     total: int
@@ -83,7 +89,29 @@ def add_lora(
         modules_to_save=[WHOLE_MODULES[part] for part in modules_to_save] or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    return with_adapter(model, config)
+
+
+def with_adapter(model: Ovis2_5ForConditionalGeneration, config: PeftConfig) -> PeftModel:
+    """The model under the fresh adapter of a PEFT config. All that is trained is float32, whatever the base is: in
+    bfloat16 most steps of an optimizer would round to nothing."""
+    with warnings.catch_warnings():
+        # PEFT asks transformers by an older name
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        adapted: Any = get_peft_model(model, config)
+    for _, parameter in trained_parameters(adapted):
+        parameter.data = parameter.data.float()
+    return adapted
+
+
+def for_inference(model: nn.Module) -> Ovis2_5ForConditionalGeneration:
+    """The network with its adapters in place; parts that were trained whole in the dtype of the base, so that it runs
+    without autocast."""
+    base = base_of(model)
+    for module in base.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.to(base.dtype)
+    return base
 
 
 def _layer_pattern(model: nn.Module, targets: str) -> str:
@@ -92,18 +120,27 @@ def _layer_pattern(model: nn.Module, targets: str) -> str:
     chosen = layers_named(model, targets)
     if not chosen:
         raise ConfigError(
-            f"lora_targets: {targets!r} names no layer; give {', '.join(LORA_TARGETS)} or an expression of full names "
+            f"lora_targets: '{targets}' names no layer; give {', '.join(LORA_TARGETS)} or an expression of full names "
             "such as model.language_model.layers.0.self_attn.q_proj"
         )
     for name in chosen:
-        reasons = [why for prefix, why in NO_LORA.items() if name == prefix or name.startswith(f"{prefix}.")]
-        if reasons:
-            raise ConfigError(f"lora_targets: {targets!r} hits {name}, where LoRA cannot go: {reasons[0]}")
+        if reason := why_no_lora(name):
+            raise ConfigError(f"lora_targets: '{targets}' hits {name}, where LoRA cannot go: {reason}")
         if not isinstance(layers[name], nn.Linear):
             raise ConfigError(
-                f"lora_targets: {targets!r} hits {name} ({type(layers[name]).__name__}); LoRA goes on linear layers"
+                f"lora_targets: '{targets}' hits {name} ({type(layers[name]).__name__}); LoRA goes on linear layers"
             )
     return "|".join(map(re.escape, chosen)) if targets == ALL_LINEAR else LORA_TARGETS.get(targets, targets)
+
+
+def why_no_lora(name: str) -> str | None:
+    """Why the layer of this name cannot carry LoRA, if so."""
+    return next((why for start, why in NO_LORA.items() if f"{name}.".startswith(f"{start}.")), None)
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    """Full names of the layers that carry an adapter."""
+    return [name for name, layer in base_of(model).named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def layers_named(model: nn.Module, targets: str) -> list[str]:
@@ -111,7 +148,7 @@ def layers_named(model: nn.Module, targets: str) -> list[str]:
     try:
         pattern = re.compile(LORA_TARGETS.get(targets, targets))
     except re.error as error:
-        raise ConfigError(f"lora_targets: {targets!r} is not a regular expression ({error})") from error
+        raise ConfigError(f"lora_targets: '{targets}' is not a regular expression ({error})") from error
     kinds = (nn.Linear, BaseTunerLayer) if targets == ALL_LINEAR else nn.Module
     return [
         name
@@ -128,7 +165,7 @@ def check_same_adapter(model: PeftModel, **given: Any) -> None:
         "r": adapter.r,
         "alpha": adapter.lora_alpha,
         "dropout": adapter.lora_dropout,
-        "targets": [name for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)],
+        "targets": adapted_layers(model),
         "use_dora": adapter.use_dora,
         "use_rslora": adapter.use_rslora,
         "modules_to_save": {part for part, name in WHOLE_MODULES.items() if name in (adapter.modules_to_save or ())},
@@ -164,12 +201,12 @@ def part_of(name: str) -> Part:
 
 
 def part_sizes(model: nn.Module) -> list[PartSize]:
-    """Parameters of each part, and how many of them are trained."""
+    """Parameters of each part, and how many are trained."""
     sizes: dict[Part, list[int]] = {part: [0, 0] for part in get_args(Part)}
     for name, parameter in model.named_parameters():
         quantised = getattr(parameter, "quant_state", None)
         count = parameter.numel() if quantised is None else quantised.shape.numel()
-        sizes[part_of(name)][0] += count
+        sizes[part_of(name)][0] += count * (BESIDE_BASE.search(name) is None)
         sizes[part_of(name)][1] += count * parameter.requires_grad
     return [PartSize(part, total, trained) for part, (total, trained) in sizes.items()]
 
@@ -186,7 +223,9 @@ def merge(model: nn.Module) -> Ovis2_5ForConditionalGeneration:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise CheckpointError(f"the adapter cannot be merged: {error}") from error
-    return base_of(merged.to(dtype))  # whole parts were trained in float32
+    for parameter in merged.parameters():  # whole parts were trained in float32; rotary buffers stay in it
+        parameter.data = parameter.data.to(dtype)
+    return base_of(merged)
 
 
 def base_of(model: nn.Module) -> Ovis2_5ForConditionalGeneration:

@@ -9,12 +9,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, Qwen3Config
 
 NUM_INDICATORS = 4
 OFFICIAL_TRAINER_TYPE = "ovis"
 RELEASED_ARCHITECTURE = "Ovis2_5"
 SERVING_CONFIG = Path(__file__).parents[1] / "serving" / "configuration_ovis2_5.py"
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels"),
+    *("image_size", "patch_size", "hidden_stride"),
+)
 AUTO_MAP = {"AutoConfig": f"{SERVING_CONFIG.stem}.Ovis2_5_Config"}
 
 
@@ -71,6 +76,10 @@ class Siglip2NavitConfig(PretrainedConfig):
 
     def _problem(self) -> str | None:
         """Why the tower cannot be built as the released code would build it, if so."""
+        for name in (*COUNTS, "num_patches", "window_size"):
+            value = getattr(self, name)
+            if type(value) is not int or (value < 1 and name in COUNTS):
+                return f"{name} is {value!r}; it must be a whole number{' of at least 1' * (name in COUNTS)}"
         if self.temporal_patch_size != 1:
             return f"temporal_patch_size is {self.temporal_patch_size}; the patch embedding takes single frames, so 1"
         if self.hidden_size % self.num_attention_heads:
@@ -207,4 +216,7 @@ def _as_config(value: Any, config_class: type[PretrainedConfig]) -> Any:
     fields.pop("model_type", None)
     # released files carry this flag as true, which would skip the choice of an attention implementation
     fields.pop("_attn_implementation_autoset", None)
-    return config_class(**fields)
+    try:
+        return config_class(**fields)
+    except StrictDataclassError as error:  # no ValueError, which is what readers of a config look out for
+        raise ValueError(f"{config_class.base_config_key or 'llm_config'}: {' '.join(str(error).split())}") from error

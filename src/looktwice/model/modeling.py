@@ -31,7 +31,8 @@ IGNORE_INDEX = -100
 
 @dataclass
 class Ovis2_5Output(ModelOutput):
-    """`logits` [B, T, V] unless `loss_mask` was given, then `logprobs` and `entropy` [N] of the N trained tokens."""
+    """`logits` [B, T, V] unless `loss_mask` was given, then `logprobs` [N] of the N trained tokens, and `entropy` [N]
+    if it was asked for."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -48,7 +49,7 @@ class Ovis2_5PreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen3DecoderLayer", "VisionLayer"]
+    _no_split_modules = ["Qwen3DecoderLayer", "VisionEmbeddings", "VisionLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -101,15 +102,17 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
             raise ValueError(f"{int(is_atom.sum())} visual tokens in input_ids, {num_features} in the pictures")
         is_indicator = torch.isin(input_ids, input_ids.new_tensor(config.indicator_token_ids))
         embeds = self.language_model.embed_tokens(input_ids.masked_fill(is_atom | is_indicator, 0))
+        # the parts of the model may be on several GPUs
+        input_ids, is_atom, is_indicator = (each.to(embeds.device) for each in (input_ids, is_atom, is_indicator))
         if is_indicator.any():
             rows = torch.zeros_like(input_ids)
             for number, token_id in enumerate(config.indicator_token_ids):
                 rows = rows.masked_fill(input_ids == token_id, number)
             first = config.visual_vocab_size - NUM_INDICATORS
-            indicators = self.vte(first + rows[is_indicator]).to(embeds.dtype)
+            indicators = self.vte(first + rows[is_indicator]).to(embeds)
             embeds = embeds.masked_scatter(is_indicator[..., None], indicators)
         if image_features is not None:
-            embeds = embeds.masked_scatter(is_atom[..., None], image_features.to(embeds.dtype))
+            embeds = embeds.masked_scatter(is_atom[..., None], image_features.to(embeds))
         return embeds
 
     def forward(
@@ -131,10 +134,12 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         `image_index` [J] names the picture shown at each of J places when one picture serves several sequences.
         """
         if inputs_embeds is None:
-            assert input_ids is not None, "give input_ids or inputs_embeds"
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
             features = None
             if pixel_values is not None and len(pixel_values):
-                assert image_grid_thw is not None, "pixel_values come with image_grid_thw"
+                if image_grid_thw is None:
+                    raise ValueError("pixel_values come with image_grid_thw")
                 features = self.get_image_features(pixel_values, image_grid_thw)
                 if image_index is not None:
                     features = self._repeat_images(features, image_grid_thw, image_index)
@@ -204,16 +209,21 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
+        with_entropy: bool = False,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Ovis2_5Output:
-        """Logits, or with `loss_mask` [1, T] the logprobs of the tokens it marks.
+        """Logits, or with `loss_mask` [1, T] the logprobs of the tokens it marks, at `temperature`.
 
         `labels` [B, T] (-100 = not trained) adds the shifted mean loss; `num_items_in_batch` replaces its divisor.
         `loss_mask` never materialises logits: it is what training uses, on packed rows. The inputs of Ovis2_5Model are
         named here too because `generate` and Trainer read this signature.
+        Raises ValueError for a `loss_mask` of several rows, without `input_ids`, or that marks what nothing predicts:
+        the first token of a sequence.
         """
+        if loss_mask is not None:
+            check_loss_mask(loss_mask, input_ids, cu_seqlens)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -228,20 +238,27 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        weight = self.lm_head.weight
         if loss_mask is not None:
-            assert input_ids is not None, "loss_mask marks places of input_ids"
-            # the token at t is predicted by the state at t - 1; a sequence's first token is never trained
+            # the token at t is predicted by the state at t - 1
             places = loss_mask[0].nonzero()[:, 0]
             logprobs, entropy = chunked_logprobs(
-                hidden[0, places - 1], self.lm_head.weight, input_ids[0, places], temperature=temperature
+                hidden[0, (places - 1).to(hidden.device)].to(weight.device),
+                weight,
+                input_ids[0, places.to(input_ids.device)].to(weight.device),  # type: ignore[index,union-attr]
+                temperature=temperature,
+                with_entropy=with_entropy,
             )
             return Ovis2_5Output(logprobs=logprobs, entropy=entropy)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
-            trained = labels[:, 1:] != IGNORE_INDEX
-            logprobs, _ = chunked_logprobs(hidden[:, :-1][trained], self.lm_head.weight, labels[:, 1:][trained])
-            loss = -logprobs.sum() / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
+            is_trained = labels[:, 1:] != IGNORE_INDEX
+            targets = labels[:, 1:][is_trained].to(weight.device)
+            rows = hidden[:, :-1][is_trained.to(hidden.device)].to(weight.device)
+            logprobs, _ = chunked_logprobs(rows, weight, targets)
+            divisor = len(targets) if num_items_in_batch is None else num_items_in_batch
+            loss = -logprobs.sum() / torch.as_tensor(divisor, device=weight.device)
         return Ovis2_5Output(
             loss=loss,
             logits=logits,
@@ -285,6 +302,19 @@ class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
                 num_left -= counts[row[-1]]
             rows.append(row)
         return rows
+
+
+def check_loss_mask(loss_mask: Tensor, input_ids: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless `loss_mask` is one row over `input_ids` that marks no first token of a sequence."""
+    if input_ids is None:
+        raise ValueError("loss_mask marks places of input_ids; give them too")
+    if loss_mask.shape != input_ids.shape or len(loss_mask) != 1:
+        raise ValueError(
+            f"loss_mask is {list(loss_mask.shape)}, input_ids {list(input_ids.shape)}; logprobs are of one row [1, T]"
+        )
+    firsts = [0] if cu_seqlens is None else cu_seqlens[:-1].to(loss_mask.device, torch.long)
+    if loss_mask[0, firsts].any():
+        raise ValueError("loss_mask marks the first token of a sequence, which nothing predicts")
 
 
 RELEASED_PREFIXES = {

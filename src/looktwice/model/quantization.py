@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from looktwice.config import Quantization
 from looktwice.errors import ConfigError
@@ -32,3 +32,11 @@ def quantization_config(kind: Quantization, compute_dtype: torch.dtype) -> BitsA
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=UNQUANTISED,
     )
+
+
+def quantization_of(model: PreTrainedModel) -> Quantization:
+    """How a loaded model is quantised."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return "none"
+    return "nf4" if config.load_in_4bit else "int8"

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from looktwice.config import Quantization
 from looktwice.errors import CheckpointError, ConfigError
-from looktwice.model.adapters import base_of
+from looktwice.model.adapters import (
+    PEFT_PREFIX,
+    adapted_layers,
+    base_of,
+    trained_parameters,
+    why_no_lora,
+    with_adapter,
+)
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
-from looktwice.model.quantization import quantization_config
+from looktwice.model.quantization import quantization_config, quantization_of
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHANGES_BASE_FOR_GOOD = ("pissa_niter", "corda", "loftq")
 """Starts of LoRA after which an adapter fits no base on disk. PEFT repeats plain PiSSA and OLoRA when it loads."""
+OWN_FIELDS = "looktwice"
+"""The place in an adapter folder's config.json for what PEFT does not store: `quantization`, how the base was quantised
+while the adapter was trained."""
 MAX_SHARD_SIZE = "5GB"
 """That of the released folders."""
+UNFINISHED = ".unfinished"
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+logger = logging.getLogger(__name__)
 
 
 def locate(name: str) -> str:
@@ -94,23 +112,26 @@ def load_model(
     if (adapter := adapter_folder(folder)) is not None:
         return _load_adapter(adapter, **options)
     compute_dtype = torch.float32 if dtype == "auto" else dtype
+    if os.path.isdir(folder):
+        tensor_files(Path(folder))  # a broken file is named
     try:
         fields, _ = Ovis2_5Config.get_config_dict(folder)
         if "llm_config" not in fields:
             # the defaults would stand in for it: a model of many gigabytes, filled with random numbers
             raise CheckpointError(f"{name}: config.json has no llm_config, so this is not an Ovis2.5 model")
         config = Ovis2_5Config.from_pretrained(folder)
-        loaded: Any = Ovis2_5ForConditionalGeneration.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map="auto" if device == "auto" else {"": device},
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config(quantization, compute_dtype),
-            ignore_mismatched_sizes=True,  # a mis-shaped tensor is then reported by name, in `info`
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with _without_report():
+            loaded: Any = Ovis2_5ForConditionalGeneration.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map="auto" if device == "auto" else {"": device},
+                attn_implementation=attn_implementation,
+                quantization_config=quantization_config(quantization, compute_dtype),
+                ignore_mismatched_sizes=True,  # a mis-shaped tensor is then reported by name, in `info`
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{attn_implementation}: {reason}; install looktwice[flash] or use sdpa") from error
@@ -124,33 +145,116 @@ def load_model(
     return model
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers prints a table of missing and unexpected tensors; ours is one line."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a whole model's folder. Raises CheckpointError naming a file that is broken."""
+    path = folder / WEIGHT_FILES[0]
+    if path.is_file():
+        return dict.fromkeys(_tensor_names(path), path)
+    index = folder / WEIGHT_FILES[1]
+    try:
+        files = {
+            name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: no usable index of weights ({type(error).__name__}: {error})") from error
+    for path in sorted(set(files.values())):
+        _tensor_names(path)
+    return files
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: a broken weight file ({error}); copy or download it again") from error
+
+
+def base_quantization(folder: Path) -> Quantization:
+    """How the base of an adapter was quantised while it was trained; `none` also where the folder does not say."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return fields.get(OWN_FIELDS, {}).get("quantization", "none")
+    except (OSError, ValueError, AttributeError):
+        return "none"  # an adapter made elsewhere, or a config.json that its readers will name
+
+
 def _load_adapter(folder: Path, **options: Any) -> PeftModel:
+    """The adapter on its base. Raises CheckpointError when it does not fit, or does what would go unnoticed here."""
     try:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base_name = settings["base_model_name_or_path"]
-        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-            stored = set(file.keys())
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        tensors = {_our_name(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a usable adapter ({type(error).__name__}: {error})") from error
     if not base_name:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is empty; name the base model there")
+    _check_kind(folder, settings, options["quantization"])
+    try:
+        base = load_model(base_name, **options)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: the base of this adapter cannot be loaded ({error}); if it has moved, write its new place as "
+            f"base_model_name_or_path into {folder / ADAPTER_CONFIG}"
+        ) from error
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path, config.inference_mode = base.name_or_path, False
+        model = with_adapter(base_of(base), config)
+        _check_layers(folder, model)
+        wrong = sorted(tensors.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys())
+        if wrong:  # PEFT would leave a missing tensor fresh
+            raise CheckpointError(f"{folder}: the adapter does not fit {base_name}; missing or unexpected: {wrong[:5]}")
+        set_peft_model_state_dict(model, tensors)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(f"{folder}: the adapter does not fit {base_name}; {reason}") from error
+    trained_over = base_quantization(folder)
+    if trained_over != options["quantization"]:
+        logger.warning(f"{folder}: trained over a base in {trained_over}, used over one in {options['quantization']}")
+    return model
+
+
+def _our_name(name: str) -> str:
+    """The name of an adapter's tensor, which may have been trained on the released code's modules."""
+    for released, ours in RELEASED_PREFIXES.items():
+        if name.startswith(start := PEFT_PREFIX + released):
+            return PEFT_PREFIX + ours + name.removeprefix(start)
+    return name
+
+
+def _check_kind(folder: Path, settings: dict[str, Any], quantization: Quantization) -> None:
+    """Refuse adapters that cannot be put on their base as they were."""
+    if settings.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder}: peft_type is {settings.get('peft_type')!r}; only LORA adapters are supported")
     start = str(settings.get("init_lora_weights"))
     if start.startswith(CHANGES_BASE_FOR_GOOD):
         raise CheckpointError(
             f"{folder}: the adapter started with {start}, which changed the base's weights by steps that cannot be "
             "repeated; save it anew with PEFT's path_initial_model_for_weight_conversion"
         )
-    base = load_model(base_name, **options)
-    try:
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise CheckpointError(f"{folder}: the adapter does not fit {base_name}; {reason}") from error
-    # PEFT only warns when a tensor is missing, and leaves it fresh
-    wrong = sorted(stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
-    if wrong:
-        raise CheckpointError(f"{folder}: the adapter does not fit {base_name}; missing or unexpected: {wrong[:5]}")
-    return model
+    if start.startswith("pissa") and quantization != "none":
+        raise ConfigError(
+            f"{folder}: the adapter started with {start}, which takes part of the base's weights, and weights in "
+            f"{quantization} cannot be taken apart; use quantization none, or export it and quantise the result"
+        )
+
+
+def _check_layers(folder: Path, model: PeftModel) -> None:
+    for name in adapted_layers(model):
+        if reason := why_no_lora(name):
+            raise CheckpointError(f"{folder}: the adapter sits on {name}, where LoRA cannot go: {reason}")
 
 
 def pick_device(name: str | None) -> str:
@@ -182,24 +286,81 @@ def released_state(model: Ovis2_5ForConditionalGeneration) -> dict[str, Tensor]:
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return {
-        released + name.removeprefix(ours): tensor
-        for name, tensor in state.items()
-        for released, ours in RELEASED_PREFIXES.items()
-        if name.startswith(ours)
-    }
+    return {released_name(name): tensor for name, tensor in state.items()}
+
+
+def released_name(name: str) -> str:
+    """The name that one of our tensors has in released files."""
+    released, ours = next(pair for pair in RELEASED_PREFIXES.items() if name.startswith(pair[1]))
+    return released + name.removeprefix(ours)
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Put what a saved folder holds in place of the trained weights, one tensor at a time.
+
+    Raises CheckpointError, and changes nothing, when one is not there or a file is broken.
+    """
+    if isinstance(model, PeftModel):
+        try:
+            set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: cannot be read ({error})") from error
+        return
+    files = tensor_files(folder)
+    parameters = {released_name(name): parameter for name, parameter in trained_parameters(model)}
+    if missing := sorted(parameters.keys() - files.keys()):
+        raise CheckpointError(f"{folder}: no {missing[0]} in its weight files")
+    for path in sorted(set(files.values())):
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name in parameters.keys() & file.keys():
+                parameters[name].copy_(file.get_tensor(name))
 
 
 def save_model(model: nn.Module, folder: str | Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """Write weights under the released names, or the adapter with the name of its base model."""
+    """Write weights under the released names, or the adapter with the name of its base model.
+
+    Raises CheckpointError when the folder cannot be written.
+    """
+    with written_whole(Path(folder)) as draft:
+        write_model(model, draft, max_shard_size=max_shard_size)
+
+
+def write_model(model: nn.Module, folder: Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    """What `save_model` does, into a folder without weights."""
     base = base_of(model)
-    _clear_weights(Path(folder))
-    if isinstance(model, PeftModel):
-        for adapter in model.peft_config.values():
-            adapter.base_model_name_or_path = str(base.name_or_path)
-            adapter.inference_mode = True
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-        base.config.save_pretrained(folder)
-        (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
-    else:
+    if not isinstance(model, PeftModel):
         base.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = str(base.name_or_path)
+        adapter.inference_mode = True
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
+    base.config.save_pretrained(folder)
+    if (quantization := quantization_of(base)) != "none":
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fields[OWN_FIELDS] = {"quantization": quantization}
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder`: what is written there takes the place of what `folder` holds when all is done.
+
+    Raises CheckpointError when it cannot be written; what was in `folder` before is then still there.
+    """
+    draft = folder / UNFINISHED
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        _clear_weights(folder)
+        for path in list(draft.iterdir()):
+            path.replace(folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error}); make room on the disk, or give another folder. What was saved "
+            "before is untouched"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

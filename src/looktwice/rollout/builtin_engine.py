@@ -62,10 +62,12 @@ class RowCache:
             if old is not None:
                 grown[:, :, : old.shape[2]] = old
             store[layer] = old = grown
-        old[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
+        # layers may be spread over several GPUs, and an index must be where its tensor is
+        rows, positions = self.rows.to(old.device), self.positions.to(old.device)
+        old[rows[:, None], :, positions] = new.transpose(1, 2)
         # the live rows are always the first ones, so decoding reads a view and copies nothing
-        rows = old[: len(self.rows)] if self.is_prefix else old[self.rows]
-        return rows[:, :, : self.length]
+        live = old[: len(rows)] if self.is_prefix else old[rows]
+        return live[:, :, : self.length]
 
     def copy_row(self, source: int, targets: list[int], length: int) -> None:
         """Give rows `targets` the first `length` places of row `source`."""
@@ -239,8 +241,9 @@ class _Run:
         ).last_hidden_state
         for place, count in zip(places, counts):
             self.rows[place].length += count
-        last = torch.tensor(counts, device=self.device) - 1
-        return self.model.lm_head(hidden[torch.arange(len(places), device=self.device), last])
+        last = torch.tensor(counts, device=hidden.device) - 1
+        rows = torch.arange(len(places), device=hidden.device)
+        return self.model.lm_head(hidden[rows, last]).to(self.device)
 
     def _sample(self, places: list[int], logits: Tensor) -> None:
         engine = self.engine

@@ -207,7 +207,8 @@ def update_policy(
         sampling_logprobs, advantages = (fact.to(scores.logprobs.device) for fact in facts[place])
         sequences = row.loss_sequence().to(scores.logprobs.device)
         per_token, seen = surrogate(scores.logprobs, sampling_logprobs, advantages, sequences, config)
-        seen["policy/entropy"] = scores.entropy.mean()
+        if scores.entropy is not None:
+            seen["policy/entropy"] = scores.entropy.mean()
         if reference is not None:
             kl = kl_estimate(scores.logprobs, ref_logprobs[place])
             seen["kl/reference"] = kl.detach().mean()
@@ -217,7 +218,10 @@ def update_policy(
             per_token, sequences, mode=config.loss_aggregation, num_tokens=num_tokens, num_sequences=len(trained)
         )
 
-    updates = [learner.update(rows, loss, temperature=config.temperature) for _ in range(config.num_iterations)]
+    updates = [
+        learner.update(rows, loss, temperature=config.temperature, with_entropy=True)
+        for _ in range(config.num_iterations)
+    ]
     means = {name: value / len(updates) for name, value in sums.items()}
     return means | {
         "loss": sum(update.loss for update in updates) / len(updates),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,17 @@ from looktwice.model.adapters import (
     trained_parameters,
 )
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import is_adapter, load_model, pick_device, save_model
+from looktwice.model.quantization import quantization_of
+from looktwice.model.weights import (
+    adapter_folder,
+    base_quantization,
+    load_model,
+    load_trained,
+    locate,
+    pick_device,
+    write_model,
+    written_whole,
+)
 from looktwice.processing.packing import PackedBatch, pack, split_by_tokens
 from looktwice.processing.processor import Example, Ovis2_5Processor
 
@@ -35,10 +46,10 @@ STATE_FILE = "trainer_state.pt"
 
 
 class Scores(NamedTuple):
-    """Logprobs and entropies of the trained tokens of a row [N], float32."""
+    """Logprobs of the trained tokens of a row, and their entropies if asked for: [N], [N], float32."""
 
     logprobs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
 
 
 Loss = Callable[[Scores, PackedBatch], Tensor]
@@ -72,16 +83,22 @@ class Learner:
     def load(
         cls, name: str, model_config: ModelConfig, config: StageConfig, processor: Ovis2_5Processor, *, total_steps: int
     ) -> Learner:
-        """Load the model and make the parts trainable that the settings name; an adapter folder keeps its adapter."""
+        """Load the model and make the parts trainable that the settings name; an adapter folder keeps its adapter.
+
+        Raises ConfigError for settings that the start does not allow or that would do nothing.
+        """
         torch.manual_seed(config.seed)
-        has_adapter = config.use_lora or is_adapter(name)
-        if model_config.quantization != "none" and not has_adapter:
-            raise ConfigError(f"quantization {model_config.quantization} trains adapters alone; add --use_lora")
+        device = pick_device(model_config.device)
+        adapter = adapter_folder(locate(name))
+        has_adapter = config.use_lora or adapter is not None
+        check_start(name, adapter, model_config, config)
+        if model_config.attn_implementation == "flex_attention" and device.startswith("cpu"):
+            raise ConfigError("flex_attention has no backward on a CPU; use --attn_implementation sdpa")
         # full fine-tuning keeps float32 weights and computes in bfloat16; under LoRA only the adapters are float32
         model = load_model(
             name,
             dtype=torch.bfloat16 if config.bf16 and has_adapter else torch.float32,
-            device=pick_device(model_config.device),
+            device=device,
             attn_implementation=model_config.attn_implementation,
             quantization=model_config.quantization,
         )
@@ -107,20 +124,24 @@ class Learner:
         """The precision of every forward, in training and in sampling alike."""
         return torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.config.bf16)
 
-    def score(self, batch: PackedBatch, *, temperature: float = 1.0) -> Scores:
-        """Logprobs and entropy of the trained tokens of a row."""
+    def score(self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
+        """Logprobs of the trained tokens of a row, and their entropy if asked for."""
         with self.precision():
-            output = self.model(**batch.model_inputs(self.base.device), temperature=temperature)
+            output = self.model(
+                **batch.model_inputs(self.base.device), temperature=temperature, with_entropy=with_entropy
+            )
         return Scores(output.logprobs, output.entropy)
 
-    def update(self, rows: Sequence[PackedBatch], loss: Loss, *, temperature: float = 1.0) -> Update:
+    def update(
+        self, rows: Sequence[PackedBatch], loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> Update:
         """One optimizer step on the sum of the rows' losses. Raises TrainingError before it when that is no number."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for batch in rows:
-            row_loss = loss(self.score(batch, temperature=temperature), batch)
+            row_loss = loss(self.score(batch, temperature=temperature, with_entropy=with_entropy), batch)
             row_loss.backward()
             total += row_loss.item()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
@@ -148,31 +169,52 @@ class Learner:
         return Reference(self.parameters)
 
     def save(self, folder: Path, resolved: Sequence[Config], *, with_optimizer: bool) -> None:
-        """Write model, processor and resolved settings; with the optimizer's state, training can go on from there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, folder)
-        self.processor.save_pretrained(folder)
+        """Write model, processor and resolved settings; with the optimizer's state, training can go on from there.
+
+        Raises CheckpointError when the folder cannot be written.
+        """
         settings = {type(config).__name__: config.model_dump(mode="json") for config in resolved}
-        (folder / "train_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if with_optimizer:
-            torch.save({"step": self.step, "optimizer": self.optimizer.state_dict()}, folder / STATE_FILE)
+        with written_whole(folder) as draft:
+            write_model(self.model, draft)
+            self.processor.save_pretrained(draft)
+            (draft / "train_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            if with_optimizer:
+                state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "trained": self.trained()}
+                try:
+                    torch.save(state, draft / STATE_FILE)
+                except RuntimeError as error:  # how torch reports a full disk
+                    raise OSError(str(error)) from error
+
+    def trained(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that goes on from it: settings, then shapes by name."""
+        facts: dict[str, Any] = {"use_lora": isinstance(self.model, PeftModel)}
+        if isinstance(self.model, PeftModel):
+            adapter: Any = self.model.peft_config[self.model.active_adapter]
+            facts |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
+        facts["quantization"] = quantization_of(self.base)
+        return facts | {name: list(parameter.shape) for name, parameter in trained_parameters(self.model)}
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint: its trained weights, optimizer state and step.
+        """Go on from a checkpoint: its trained weights, optimizer state and step, under the present learning rates and
+        weight decay.
 
-        What was frozen before, such as the KL reference, stays as it is.
+        What was frozen before, such as the KL reference, stays as it is. Raises CheckpointError, before anything is
+        changed, when the checkpoint is broken or this run trains something else.
         """
         path = state_file(folder)
-        saved = dict(load_model(str(folder)).named_parameters())
-        missing = [name for name, _ in trained_parameters(self.model) if name not in saved]
-        if missing:
-            raise CheckpointError(f"{folder}: lacks {missing[0]}, which this run trains; resume with the same settings")
-        with torch.no_grad():
-            for name, parameter in trained_parameters(self.model):
-                parameter.copy_(saved[name])
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            step, moments, saved = (state[name] for name in ("step", "optimizer", "trained"))
+        except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{path}: no usable state; resume from another checkpoint ({error})") from error
+        if difference := first_difference(saved, self.trained()):
+            raise CheckpointError(f"{folder}: {difference}; resume with the same settings")
+        load_trained(self.model, folder)
+        present = [{name: group[name] for name in ("peak_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(moments)
+        for group, settings in zip(self.optimizer.param_groups, present):
+            group |= settings
+        self.step = step
 
 
 def parameter_groups(model: nn.Module, config: StageConfig) -> list[dict[str, Any]]:
@@ -203,7 +245,44 @@ def recompute_layers(model: Ovis2_5ForConditionalGeneration, towers: str) -> Non
     chosen = {"llm": model.model.language_model, "vit": model.model.visual_tokenizer.vit}
     for name, tower in chosen.items():
         if towers in (name, "all"):
-            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers renamed it in 5.23; the older name warns from then on
+            enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+
+
+def check_start(name: str, adapter: Path | None, model_config: ModelConfig, config: StageConfig) -> None:
+    """Refuse settings that do not go with the model to start from, an adapter or a whole one. Raises ConfigError."""
+    quantization = model_config.quantization
+    is_lora_off = "use_lora" in config.model_fields_set and not config.use_lora
+    if adapter is None:
+        if quantization != "none" and not config.use_lora:
+            raise ConfigError(f"quantization {quantization} trains adapters alone; add --use_lora")
+        idle = [knob for knob in LORA_KNOBS.values() if knob in config.model_fields_set]
+        if idle and not config.use_lora and not is_lora_off:
+            raise ConfigError(
+                f"{', '.join(idle)}: all weights are trained, without LoRA; add --use_lora, or leave it out"
+            )
+        return
+    if is_lora_off:
+        raise ConfigError(
+            f"use_lora is off, but {name} is an adapter, which goes on; leave it out, or train all weights of the "
+            f"merged model: looktwice export {name} FOLDER"
+        )
+    trained_over = base_quantization(adapter)
+    if trained_over != quantization and "quantization" not in model_config.model_fields_set:
+        raise ConfigError(
+            f"{name} was trained over a base in {trained_over}; add --quantization {trained_over}, or "
+            f"--quantization {quantization} to go on over the whole base"
+        )
+
+
+def first_difference(saved: dict[str, Any], present: dict[str, Any]) -> str | None:
+    """What a checkpoint has otherwise than the run that is to go on from it, if anything."""
+    for name in present | saved:
+        was, now = ("not trained" if facts.get(name) is None else facts[name] for facts in (saved, present))
+        if was != now:
+            return f"{name} was {was} and is {now}"
+    return None
 
 
 def lora_settings(config: StageConfig, *, only_given: bool = False) -> dict[str, Any]:

@@ -18,26 +18,30 @@ LOGPROB_CHUNK = 1024
 
 
 def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Logprob of each target and entropy of its distribution, float32: [N, D], [V, D], [N] -> [N], [N].
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Logprob of each target, and if asked for entropy of its distribution: [N, D], [V, D], [N] -> [N], [N], float32.
 
     Logits exist for 1024 rows at a time and are recomputed in backward. The entropy carries no gradient.
     """
 
-    def score(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def score(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         logprobs = F.log_softmax(F.linear(rows, weight).float() / temperature, dim=-1)
+        chosen = logprobs.gather(1, ids[:, None])[:, 0]
+        if not with_entropy:
+            return chosen, None
+        # after all that backward needs: recomputation stops before it comes here
         with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, ids[:, None])[:, 0], entropy
+            return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
     keep = torch.is_grad_enabled() and len(targets) > LOGPROB_CHUNK
+    # an empty split is one empty chunk, so there is always something to join
     parts = [
         checkpoint(score, rows, ids, use_reentrant=False) if keep else score(rows, ids)
         for rows, ids in zip(hidden.split(LOGPROB_CHUNK), targets.split(LOGPROB_CHUNK))
     ]
-    logprobs, entropy = zip(*parts) if parts else ((hidden.sum(-1)[:0].float(),), (hidden.new_zeros(0).float(),))
-    return torch.cat(logprobs), torch.cat(entropy)
+    logprobs, entropies = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
 
 
 AdvantageScale = Literal["std", "batch", "none"]
