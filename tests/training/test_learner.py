@@ -511,7 +511,7 @@ def test_a_broken_optimizer_state_is_named(content, load, tmp_path) -> None:
     learner = load()
     learner.save(tmp_path, [], with_optimizer=True)
     file = tmp_path / "trainer_state.pt"
-    file.write_bytes(file.read_bytes()[:9000] if content is None else content)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
     with pytest.raises(CheckpointError, match=r"trainer_state\.pt: no usable state; resume from another checkpoint"):
         learner.resume(tmp_path)
 
