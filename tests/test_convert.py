@@ -24,7 +24,7 @@ from looktwice.geometry import BOX_FRAMES, Box
 from looktwice.messages import Conversation, ImagePart, Message, TextPart, assistant, system, user
 
 BASE = Path("pictures")
-FULL = ("messages", "openai", "ovis", "sharegpt")
+FULL = ("messages", "openai", "swift", "ovis", "sharegpt")
 """Formats of whole conversations."""
 
 # -- any sample comes back from any format that can hold it

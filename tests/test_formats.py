@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from looktwice.data.files import write_rows
 from looktwice.data.formats import FORMATS, detect
 from looktwice.data.records import SampleFile, check_pictures, check_responses, read_samples
 from looktwice.data.sample import Sample
@@ -98,6 +100,7 @@ def test_a_broken_row_is_an_error_for_that_row_alone(tmp_path: Path) -> None:
     [
         ([{"conversations": []}, {"conversations": [], "images": ["a"]}], "sharegpt"),
         ([{"messages": []}, {"messages": [{"content": [{"type": "image_url"}]}]}], "openai"),
+        ([{"messages": []}, {"messages": [], "images": []}], "swift"),
         ([{"image_path": "a", "question": "q", "answer": "a"}], "vlm_r3"),
         ([{"image_path": "a", "question": "q", "answer": "a", "QnA": []}], "documented"),
         ([], "documented"),
@@ -254,7 +257,6 @@ def said(content: object, **fields: object) -> dict[str, object]:
         (said("<tool_call>[1]</tool_call>"), "messages[1].content: call 1: a box has 4 numbers"),
         (said("x", train="no"), "messages[1].train: 'no'; write false or true"),
         (said("<answer>x"), "messages[1].content: the <answer> block is empty or not closed"),
-        (user_row("x", images=["a.png"]), "images: beside the messages; write each picture as"),
         (user_row("x", box=[1]), "box: a box has 4 numbers"),
         (user_row("x", box_frame="units"), "box_frame: 'units' is no frame; write one of original_px, "),
         (
@@ -334,13 +336,13 @@ def test_sharegpt_puts_pictures_without_a_place_before_the_first_question(read) 
         ),
         (turns(("human", "<video> Q"), ("gpt", "A")), "conversations[0].value: <video> for a video; write &lt;video>"),
         (
-            turns(("user", "Q")),
-            'conversations[0].from: "user" is no role; write one of system, human, gpt, ignored_gpt',
+            turns(("tool", "Q")),
+            'conversations[0].from: "tool" is no role; write one of system, human, user, gpt, assistant, ignored_gpt',
         ),
         (turns(("gpt", "A")), "conversations[0].value: there is no user turn"),
         (turns(("human", " ")), "conversations[0].value: the text is empty"),
-        (turns(("human", "Q"), image=7), "image: a number where a path belongs"),
-        (turns(("human", "<image>"), image=["a", ""]), "image[1]: nothing where a path belongs"),
+        (turns(("human", "Q"), image=7), "image: a number where a text belongs"),
+        (turns(("human", "<image>"), image=["a", ""]), "image[1]: the text is empty"),
         (turns(("human", "<image>"), image="a", images=["b"]), 'images: beside "image"; write all pictures in one'),
         (turns(("human", "Q"), ("gpt", "<tool_call>")), "conversations[1].value: <tool_call> is not closed"),
         ({"conversations": [{"from": "human"}]}, "conversations[0].value: the field is missing"),
@@ -352,6 +354,66 @@ def test_a_bad_turn_is_named(row: dict[str, object], problem: str, read) -> None
         read(row)
     assert f"d.jsonl:1: {problem}" in str(caught.value)
     assert str(caught.value).startswith("1 problem in ")
+
+
+def test_other_names_of_the_two_speakers_are_read_too(read) -> None:
+    [sample] = read(turns(("user", "Q"), ("assistant", "A")))
+    assert messages_of(sample) == [user("Q"), assistant("A")]
+
+
+# -- swift
+
+
+def beside(*contents: object, **fields: object) -> dict[str, object]:
+    roles = ("user", "assistant") * 2
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    return {"messages": messages, "images": ["a.png", "b.png"], **fields}
+
+
+def test_pictures_beside_the_messages_go_to_their_places(read) -> None:
+    untold, told, listed = read(
+        beside("Q", "A", system="S"),
+        beside("<image>Q", "See <image>", "&lt;image>?", CALL, id=7),
+        beside([{"type": "image"}, {"type": "text", "text": "<image>"}, {"type": "image", "image": None}], "A"),
+    )
+    assert messages_of(untold) == [system("S"), user("Q", A, B), assistant("A")]
+    shown = Message(role="assistant", parts=(TextPart(text="See "), ImagePart(source=B)))
+    assert messages_of(told) == [user("Q", A), shown, user("<image>?"), assistant(CALL)]
+    assert told.extra == {"id": 7}
+    parts = (ImagePart(source=A), TextPart(text="<image>"), ImagePart(source=B))
+    assert messages_of(listed) == [Message(role="user", parts=parts), assistant("A")]
+
+
+def test_a_message_without_loss_is_not_trained(read) -> None:
+    row = beside("Q", "A")
+    row["messages"][1]["loss"] = False
+    [sample] = read(row)
+    assert messages_of(sample) == [user("Q", A, B), untrained("A")]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (beside("<image> Q", "A"), "messages: 1 <image> for 2 pictures; write one where each belongs"),
+        (beside("Q", "A", objects={"bbox": [[1, 2, 3, 4]]}), "objects: boxes beside the messages are not read"),
+        (beside("Q", "A", videos=["v.mp4"]), "videos: a video cannot be trained on here"),
+        (beside([{"type": "image", "image": "a.png"}], "A"), "messages[0].content[0].type: the row names its pictures"),
+        (beside([{"type": "audio"}], "A"), 'messages[0].content[0].type: "audio" cannot stand here; write one of text'),
+        (beside([{"type": "text"}], "A"), "messages[0].content[0].text: the field is missing"),
+        (beside("Q", "A", images=[{"url": "a.png"}]), "images[0]: an object where a text belongs"),
+        (beside("Q", "A", images=[{"bytes": None, "path": None}]), "images[0].path: null where a text belongs"),
+    ],
+)
+def test_a_bad_row_with_pictures_beside_it_is_named(row: dict[str, object], problem: str, read) -> None:
+    with pytest.raises(DataError) as caught:
+        read(row)
+    assert f"d.jsonl:1: {problem}" in str(caught.value)
+    assert str(caught.value).startswith("1 problem in ")
+
+
+def test_under_another_name_pictures_beside_the_messages_are_refused_not_lost(read) -> None:
+    with pytest.raises(DataError, match=r"images: beside the messages, .*; give --from swift"):
+        read(beside("Q", "A"), data_format="messages")
 
 
 # -- vlm_r3
@@ -402,6 +464,20 @@ def test_a_bad_record_is_named(row: dict[str, object], problem: str, read) -> No
 
 
 # -- pictures inside the row
+
+
+def test_pictures_as_hugging_face_stores_them_in_parquet_are_read(tmp_path: Path) -> None:
+    raw = b64decode(PIXEL.partition(",")[2])
+    write_rows(
+        tmp_path / "d.parquet",
+        [
+            {**beside("Q", "A"), "images": [{"bytes": raw, "path": None}, {"bytes": b"no picture", "path": "x"}]},
+            {**beside("Q", "A"), "images": [{"bytes": None, "path": "a.png"}]},
+        ],
+    )
+    held, named = read_samples(tmp_path / "d.parquet", "p")
+    assert held.image_paths == [PIXEL, "data:image/unknown;base64,bm8gcGljdHVyZQ=="]
+    assert named.image_paths == [A]
 
 
 def test_a_picture_may_stand_in_the_row_itself(read) -> None:

@@ -29,7 +29,9 @@ from looktwice.geometry import BoxFrame, check_box
 from looktwice.messages import ImagePart, Message, Role, TextPart
 
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-KNOWN = ("messages", "images", *GOLD_FIELDS)
+PICTURES_BESIDE = ("image", "images")
+"""Fields of a row that name pictures in another format: see `conversations.SWIFT`."""
+KNOWN = ("messages", *PICTURES_BESIDE, *GOLD_FIELDS)
 PART_FIELDS = {
     "text": ("text",),
     "image": ("image",),
@@ -54,12 +56,10 @@ def is_openai(values: Mapping[str, object]) -> bool:
 
 def read(row: Fields, reading: Reading) -> list[Sample]:
     row.known = KNOWN
-    if row.values.get("images"):
-        row.note(
-            "images",
-            "pictures_twice",
-            'beside the messages; write each picture as {"type": "image", "image": path} in its message',
-        )
+    for name in PICTURES_BESIDE:
+        if row.values.get(name):
+            what = "beside the messages, as in the format swift; give --from swift, or name each picture in its message"
+            row.note(name, "pictures_twice", what)
     frames: set[BoxFrame] = set()
     messages = [
         _message(row.inside(values, known=("role", "content"), path=f"messages[{index}]."), reading, frames)
@@ -82,13 +82,8 @@ def _message(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> Message
     parts = list(_parts(fields, reading, frames, is_assistant=role == "assistant"))
     if fields.is_good and not any(isinstance(part, ImagePart) or part.text.strip() for part in parts):
         fields.note("content", "empty_text", "the message is empty; fill it in or remove it")
-    is_trained = True
     fields.known = (*fields.known, "train", "weight")
-    for name in ("train", "weight"):
-        if fields.is_given(name):
-            if fields.values[name] not in (False, True):  # 0 and 1 are equal to them
-                fields.note(name, "wrong_type", f"{fields.values[name]!r}; write false or true")
-            is_trained = is_trained and bool(fields.values[name])
+    is_trained = fields.flag("train") & fields.flag("weight")
     for name in fields.extra():
         reading.ignored.add(f'"{name}" of a message', fields.where)
     if not fields.is_good:

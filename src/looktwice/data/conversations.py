@@ -1,47 +1,88 @@
-"""Ovis' official format and ShareGPT / LLaVA: `conversations` of `from` and `value`, with `<image>` in the text.
+"""Formats with `<image>` in their texts: Ovis' own, ShareGPT / LLaVA, and the one of ms-swift, LLaMA-Factory and TRL.
 
-One row of each, wrapped here:
+One row of each kind, wrapped here:
 
     {"id": "7", "image": "x.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                     {"from": "gpt", "value": "A cup."}]}
+    {"images": ["x.jpg"], "messages": [{"role": "user", "content": "<image>What is it?"},
+                                       {"role": "assistant", "content": "A cup."}]}
 
-Each `<image>` stands for the next picture of `image`, a path or a list of them; one newline before and after it belongs
-to it, because the template puts pictures on lines of their own. The word itself is written `&lt;image>`. A turn from
-`ignored_gpt` (Ovis) is not trained. In ShareGPT pictures without any `<image>` stand before the first question,
-pictures may be named `images`, and a system turn may be the row's field `system`.
+Each `<image>` stands for the next picture of `image` or `images`, a path or a list of them; one newline before and
+after it belongs to it, because the template puts pictures on lines of their own. The word itself is written
+`&lt;image>`. Pictures without any `<image>` stand before the first question, in Ovis' format they are an error. A turn
+from `ignored_gpt` (Ovis) or with `"loss": false` (ms-swift) is not trained. A system turn may be the row's field
+`system`. A content may be a list of parts (TRL), whose texts are plain and whose `{"type": "image"}` are places.
+
+Source of the third: modelscope/ms-swift, "Custom dataset"; hiyouga/LLaMA-Factory, data/README.md; huggingface/trl,
+"Dataset formats".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from looktwice.data.escaping import Mark
-from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish
-from looktwice.data.files import kind_of
+from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish, short
 from looktwice.data.sample import Part, Sample, glue_of
 from looktwice.data.writing import Writing
 from looktwice.errors import nearest
 from looktwice.messages import ImagePart, Message, Role, TextPart, system
 
 IMAGE_PLACE, VIDEO_PLACE = "<image>", "<video>"
-ROLES: dict[str, tuple[Role, bool]] = {
-    "system": ("system", True),
-    "human": ("user", True),
-    "gpt": ("assistant", True),
-    "ignored_gpt": ("assistant", False),
-}
-"""Role, and whether the turn is trained, of each `from`."""
+_PICTURE_FIELDS = ("image", "images")
 _VIDEO_FIELDS = ("video", "videos", "video_frames")
-KNOWN = ("image", "images", *_VIDEO_FIELDS, "conversations", "system", *GOLD_FIELDS)
-_EXAMPLE = '{"from": "human", "value": …}'
-
 _PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How a format writes its turns.
+
+    `turns` is the field that lists them; `role`, `text` and `mark` (false: not trained) are fields of a turn. `roles`
+    gives the meaning of each role and whether it is trained; of two with one meaning the first is written.
+    `is_place_needed`: pictures without any `<image>` are an error.
+    """
+
+    turns: str
+    role: str
+    text: str
+    roles: Mapping[str, tuple[Role, bool]]
+    mark: str | None = None
+    is_place_needed: bool = False
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The fields of a row that have a meaning."""
+        return (*_PICTURE_FIELDS, *_VIDEO_FIELDS, self.turns, "system", *GOLD_FIELDS)
+
+
+SHAREGPT = Dialect(
+    turns="conversations",
+    role="from",
+    text="value",
+    roles={
+        "system": ("system", True),
+        "human": ("user", True),
+        "user": ("user", True),
+        "gpt": ("assistant", True),
+        "assistant": ("assistant", True),
+        "ignored_gpt": ("assistant", False),
+    },
+)
+OVIS = replace(SHAREGPT, is_place_needed=True)
+SWIFT = Dialect(
+    turns="messages",
+    role="role",
+    text="content",
+    roles={"system": ("system", True), "user": ("user", True), "assistant": ("assistant", True)},
+    mark="loss",
+)
+
+
 def fits(values: Mapping[str, object]) -> bool:
-    return values.get("conversations") is not None
+    return values.get(OVIS.turns) is not None
 
 
 def is_sharegpt(values: Mapping[str, object]) -> bool:
@@ -49,34 +90,48 @@ def is_sharegpt(values: Mapping[str, object]) -> bool:
     return fits(values) and any(values.get(name) is not None for name in ("images", "system"))
 
 
+def is_swift(values: Mapping[str, object]) -> bool:
+    """Whether there are messages and beside them a list of pictures."""
+    return values.get(SWIFT.turns) is not None and any(values.get(name) is not None for name in _PICTURE_FIELDS)
+
+
 def read_ovis(row: Fields, reading: Reading) -> list[Sample]:
-    return _read(row, reading, is_place_needed=True)
+    return _read(row, reading, OVIS)
 
 
 def read_sharegpt(row: Fields, reading: Reading) -> list[Sample]:
-    return _read(row, reading, is_place_needed=False)
+    return _read(row, reading, SHAREGPT)
 
 
-def _read(row: Fields, reading: Reading, *, is_place_needed: bool) -> list[Sample]:
-    row.known = KNOWN
+def read_swift(row: Fields, reading: Reading) -> list[Sample]:
+    if row.values.get("objects"):
+        row.note(
+            "objects", "unknown_part", "boxes beside the messages are not read; write them into the texts as they are"
+        )
+    return _read(row, reading, SWIFT)
+
+
+def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
+    row.known = dialect.known
     pictures = list(_pictures(row, reading.image_base_path))
     for name in _VIDEO_FIELDS:
         if row.values.get(name):
             row.note(name, "video", "a video cannot be trained on here; remove the row")
+    example = f'{{"{dialect.role}": …, "{dialect.text}": …}}'
     turns = [
         turn
-        for index, values in enumerate(row.objects("conversations", _EXAMPLE))
+        for index, values in enumerate(row.objects(dialect.turns, example))
         if values is not None
-        and (turn := _turn(row.inside(values, known=("from", "value"), path=f"conversations[{index}]."), reading))
+        and (turn := _turn(row.inside(values, known=(), path=f"{dialect.turns}[{index}]."), reading, dialect))
     ]
     num_places = sum(value.count(IMAGE_PLACE) for _, value in turns)
     first_question = next((number for number, (message, _) in enumerate(turns) if message.role == "user"), None)
-    if pictures and num_places == 0 and not is_place_needed and first_question is not None:
+    if pictures and num_places == 0 and not dialect.is_place_needed and first_question is not None:
         message, value = turns[first_question]
         turns[first_question] = message, f"{IMAGE_PLACE}\n" * len(pictures) + value
     elif row.is_good and num_places != len(pictures):
         row.note(
-            "conversations",
+            dialect.turns,
             "placeholder_count",
             f"{num_places} {IMAGE_PLACE} for {len(pictures)} pictures; write one where each belongs, and "
             f"{_PLACE_MARK.escape(IMAGE_PLACE)} for the word",
@@ -86,7 +141,7 @@ def _read(row: Fields, reading: Reading, *, is_place_needed: bool) -> list[Sampl
     if row.values.get("system") and (text := row.text("system")) is not None:
         messages.insert(0, system(text))
     last = max(0, len(turns) - 1)
-    sample = finish(row, messages, reading, answer_field=f"conversations[{last}].value")
+    sample = finish(row, messages, reading, answer_field=f"{dialect.turns}[{last}].{dialect.text}")
     return [sample] if sample else []
 
 
@@ -97,37 +152,61 @@ def _pictures(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
         return
     if row.is_given("image") and row.is_given("images"):
         row.note("images", "pictures_twice", 'beside "image"; write all pictures in one of them')
-    for index, path in enumerate(written if isinstance(written, list) else [written]):
-        place = f"{name}[{index}]" if isinstance(written, list) else name
-        if not isinstance(path, str) or not path.strip():
-            seen = kind_of(path) if path else "nothing"
-            row.note(place, "wrong_type", f"{seen} where a path belongs; write it in quotes")
-        elif (picture := row.picture_at(place, path, image_base_path)) is not None:
+    places = {f"{name}[{index}]": one for index, one in enumerate(written)} if isinstance(written, list) else {}
+    inside = row.inside(places or {name: written}, known=(), path="")
+    for place in inside.values:
+        picture = inside.picture(place, image_base_path)
+        if picture is not None:
             yield picture
 
 
-def _turn(fields: Fields, reading: Reading) -> tuple[Message, str] | None:
+def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, str] | None:
     """A turn without its parts, and its text as written."""
-    role, value = fields.text("from"), fields.text("value")
-    for name in fields.extra():
-        reading.ignored.add(f'"{name}" of a turn', fields.where)
-    if role is None or value is None:
+    fields.known = (dialect.role, dialect.text, *([dialect.mark] if dialect.mark else []))
+    role = fields.text(dialect.role)
+    if role is not None and role not in dialect.roles:
+        known = ", ".join(dialect.roles)
+        hint = nearest(role, dialect.roles)
+        fields.note(dialect.role, "unknown_role", f'"{role}" is no role; write one of {known}.{hint}')
         return None
-    if role not in ROLES:
-        known = ", ".join(ROLES)
-        fields.note("from", "unknown_role", f'"{role}" is no role; write one of {known}.{nearest(role, ROLES)}')
+    name, is_trained = dialect.roles[role] if role else ("user", True)
+    value = _text(fields, dialect, name)
+    is_marked = fields.flag(dialect.mark) if dialect.mark else True
+    for unknown in fields.extra():
+        reading.ignored.add(f'"{unknown}" of a turn', fields.where)
+    if role is None or value is None:
         return None
     if VIDEO_PLACE in value:
         fields.note(
-            "value",
+            dialect.text,
             "video",
             f"{VIDEO_PLACE} for a video; write {_PLACE_MARK.escape(VIDEO_PLACE)} for the word, or remove the row",
         )
-    name, is_trained = ROLES[role]
     if name == "assistant":
         for reason, problem in call_problems(value):
-            fields.note("value", reason, problem)
-    return Message(role=name, parts=(), is_trained=is_trained), value
+            fields.note(dialect.text, reason, problem)
+    return Message(role=name, parts=(), is_trained=is_trained and is_marked), value
+
+
+def _text(fields: Fields, dialect: Dialect, role: Role) -> str | None:
+    """The text of a turn; of a list of parts the text that says the same."""
+    if dialect is not SWIFT or not isinstance(fields.values.get(dialect.text), list):
+        return fields.text(dialect.text)
+    pieces: list[str] = []
+    for index, values in enumerate(fields.objects(dialect.text, '{"type": "text", "text": …}')):
+        if values is None:
+            continue
+        part = fields.inside(values, known=("type", "text"), path=f"{dialect.text}[{index}].")
+        kind = part.text("type")
+        if kind == "text" and (text := part.any_text("text")) is not None:
+            pieces.append(_PLACE_MARK.escape(text))
+        elif kind == "image" and not part.extra():
+            pieces.append(IMAGE_PLACE)
+        elif kind == "image":
+            part.note("type", "pictures_twice", 'the row names its pictures in "images"; write {"type": "image"} alone')
+        elif kind is not None and kind != "text":
+            part.note("type", "unknown_part", f'"{short(kind)}" cannot stand here; write one of text, image')
+    return glue_of(Message(role=role, parts=())).join(pieces) if fields.is_good else None
 
 
 def _with_pictures(message: Message, value: str, pictures: Iterator[str | Path]) -> Message:
@@ -148,31 +227,38 @@ def _with_pictures(message: Message, value: str, pictures: Iterator[str | Path])
 
 
 def write_ovis(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:
-    return [_row(sample, writing) for sample in samples]
+    return [_row(sample, writing, OVIS) for sample in samples]
 
 
 def write_sharegpt(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:
+    rows = []
     for sample in samples:
-        if not all(message.is_trained for message in sample.conversation.messages):
+        messages = sample.conversation.messages
+        if not all(message.is_trained for message in messages):
             writing.lose(sample, "that an assistant turn is not trained")
-    rows = [_row(sample, writing) for sample in samples]
-    for row in rows:
-        for turn in row["conversations"]:  # type: ignore[attr-defined]
-            turn["from"] = "gpt" if turn["from"] == "ignored_gpt" else turn["from"]
+            trained = tuple(replace(message, is_trained=True) for message in messages)
+            sample = replace(sample, conversation=replace(sample.conversation, messages=trained))
+        rows.append(_row(sample, writing, SHAREGPT))
     return rows
 
 
-def _row(sample: Sample, writing: Writing) -> dict[str, object]:
+def write_swift(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:
+    return [_row(sample, writing, SWIFT) for sample in samples]
+
+
+def _row(sample: Sample, writing: Writing, dialect: Dialect) -> dict[str, object]:
     pictures = [writing.picture(source) for source in sample.image_paths]
-    shown = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
-    turns = [{"from": _from(message), "value": _value(message)} for message in sample.conversation.messages]
-    return writing.with_extra({**shown, "conversations": turns, **writing.gold(sample)}, sample, KNOWN)
+    if dialect is SWIFT:  # where it is known by this field
+        shown: dict[str, object] = {"images": pictures}
+    else:
+        shown = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+    turns = [_written_turn(message, dialect) for message in sample.conversation.messages]
+    return writing.with_extra({**shown, dialect.turns: turns, **writing.gold(sample)}, sample, dialect.known)
 
 
-def _from(message: Message) -> str:
-    return next(name for name, meaning in ROLES.items() if meaning == (message.role, message.is_trained))
-
-
-def _value(message: Message) -> str:
+def _written_turn(message: Message, dialect: Dialect) -> dict[str, object]:
+    meaning = (message.role, message.is_trained or dialect.mark is not None)
+    role = next(name for name, known in dialect.roles.items() if known == meaning)
+    mark = {} if message.is_trained or dialect.mark is None else {dialect.mark: False}
     texts = [_PLACE_MARK.escape(part.text) if isinstance(part, TextPart) else IMAGE_PLACE for part in message.parts]
-    return glue_of(message).join(texts)
+    return {dialect.role: role, dialect.text: glue_of(message).join(texts), **mark}

@@ -18,7 +18,7 @@ from looktwice.data.tally import Tally
 from looktwice.errors import BoxError, nearest
 from looktwice.geometry import BOX_FRAMES, Box, BoxFrame, check_box
 from looktwice.messages import ANSWER_OPEN, Conversation, Message
-from looktwice.processing.images import DATA_ADDRESS
+from looktwice.processing.images import DATA_ADDRESS, data_address
 
 GOLD_FIELDS = ("answer", "box", "box_frame")
 """Optional in every format: the short gold answer, the gold box in original pixels, the frame of the boxes in calls."""
@@ -128,13 +128,27 @@ class Fields:
                 )
         return [value if isinstance(value, dict) else None for value in values]
 
-    def picture(self, name: str, image_base_path: Path) -> str | Path | None:
-        """The picture a field names; None where there was a problem."""
-        written = self.text(name)
-        return None if written is None else self.picture_at(name, written, image_base_path)
+    def flag(self, name: str) -> bool:
+        """False only where the field says so; anything but true, false, 1 and 0 is noted."""
+        value = self.values.get(name)
+        if value not in (None, False, True):  # 0 and 1 are equal to them
+            self.note(name, "wrong_type", f"{value!r}; write false or true")
+        return value is None or bool(value)
 
-    def picture_at(self, name: str, written: str, image_base_path: Path) -> str | Path | None:
-        """A path, a file:// address, or a data: address, which stays as it is."""
+    def picture(self, name: str, image_base_path: Path) -> str | Path | None:
+        """The picture a field names; None where there was a problem.
+
+        A path, a file:// address, a data: address, which stays as it is, or what Hugging Face's `datasets` stores in
+        Parquet for a picture: an object of `bytes`, `path` or both.
+        """
+        value = self.values.get(name)
+        if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+            if isinstance(raw := value.get("bytes"), bytes):
+                return data_address(raw)
+            return self.inside(value, known=("path",), path=f"{name}.").picture("path", image_base_path)
+        written = self.text(name)
+        if written is None:
+            return None
         if written.startswith(DATA_ADDRESS):
             if _BASE64_PICTURE.fullmatch(written):
                 return written

@@ -14,6 +14,8 @@ from looktwice.data.writing import Writing
 from looktwice.errors import DataError
 
 ROWS_LOOKED_AT = 100
+MAY_LACK_THE_SIGN = (("swift", "messages"), ("openai", "messages"), ("sharegpt", "ovis"))
+"""Where some rows of a file fit the first of these and the others the second, all are of the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,13 @@ class Format:
 
 
 _ALL = (
+    Format(
+        name="swift",
+        description="messages with images beside them",
+        fits=conversations.is_swift,
+        read=conversations.read_swift,
+        write=conversations.write_swift,
+    ),
     Format(
         name="openai",
         description="messages with image_url",
@@ -92,7 +101,7 @@ def detect(rows: Iterable[Mapping[str, object]], path: object) -> Format:
         seen.update([next((name for name, format in FORMATS.items() if format.fits(values)), "")])
         names.update(values.keys())
     found = [name for name in FORMATS if seen[name]]
-    if found in (["openai", "messages"], ["sharegpt", "ovis"]):  # the second may do without the sign of the first
+    if tuple(found) in MAY_LACK_THE_SIGN:
         found = found[:1]
     if len(found) == 1:
         return FORMATS[found[0]]

@@ -85,7 +85,9 @@ def _answer(row: Fields, reading: Reading) -> Iterator[Part]:
         is_separated = is_last or has_crop or text.rstrip().endswith(TOOL_CALL_CLOSE) or text.endswith("\n")
         yield TextPart(text=text if is_separated else f"{text}\n")
         if has_crop and not has_call:
-            picture = row.picture_at(f"{CROP_FILES}[{index}]", crops[index], reading.image_base_path)
+            place = f"{CROP_FILES}[{index}]"
+            inside = row.inside({place: crops[index]}, known=(), path="")
+            picture = inside.picture(place, reading.image_base_path)
             if picture is not None:
                 yield ImagePart(source=picture)
 

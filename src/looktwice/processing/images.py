@@ -6,7 +6,7 @@ Pictures are upright RGB after `open_image`; its size is the only "original" siz
 from __future__ import annotations
 
 import os
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -195,6 +195,16 @@ def _has_late_exif(file: IO[bytes]) -> bool:
     finally:
         file.seek(place)
     return False
+
+
+def data_address(raw: bytes) -> str:
+    """The address that holds a picture's file, its kind read from its first bytes; of no known picture: unknown."""
+    try:
+        with Image.open(BytesIO(raw)) as image:
+            kind = (image.get_format_mimetype() or "image/unknown").removeprefix("image/")
+    except UNREADABLE:
+        kind = "unknown"
+    return f"{DATA_ADDRESS}image/{kind};base64,{b64encode(raw).decode()}"
 
 
 def _data_of(address: str | Path) -> IO[bytes]:
