@@ -32,7 +32,7 @@ REAL_SAMPLE = Path(__file__).parents[2] / "shared" / "sample_data" / "refcoco_sa
 CASES: dict[str, dict[str, Any]] = {
     case["name"]: case for case in map(json.loads, (BAD / "cases.jsonl").read_text().splitlines())
 }
-BY_DECODING = ("picture: BMP cut short", "picture: a wrong checksum")
+BY_DECODING = ("picture: a wrong checksum",)
 """Found by `--decode` alone."""
 
 ROTATED = 6
@@ -90,6 +90,11 @@ def placed(processor: Ovis2_5Processor, case: dict[str, Any]) -> Ovis2_5Processo
     other = processor.at(processor.policy)
     other.box_frame = case.get("options", {}).get("box_frame", processor.box_frame)
     return other
+
+
+def said(content: object) -> dict[str, object]:
+    asked = [{"type": "image", "image": "good.png"}, {"type": "text", "text": "What?"}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": content}]}
 
 
 # -- the set
@@ -318,6 +323,61 @@ def test_corners_that_can_be_read_in_no_other_way_are_put_in_order(
 def test_a_box_with_another_reading_is_left_out(box, tmp_path, pictures, processor) -> None:
     rows = [row(A3=f"{{Crop cup {box}}} <answer>a</answer>"), row()]
     assert fixed_rows(rows, tmp_path, pictures, processor) == [rows[1]]
+
+
+REVERSED = "<tool_call>[190, 140, 150, 100]</tool_call>"
+SORTED = "<tool_call>[150, 100, 190, 140]</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("bad", "mended"),
+    [
+        (said(f"{REVERSED} <answer>[90, 80, 30, 20]</answer>"), said(f"{SORTED} <answer>[90, 80, 30, 20]</answer>")),
+        (
+            said([{"type": "text", "text": REVERSED}, {"type": "text", "text": "<answer>a</answer>"}]),
+            said([{"type": "text", "text": SORTED}, {"type": "text", "text": "<answer>a</answer>"}]),
+        ),
+        (
+            said([{"type": "crop", "box": [190, 140, 150, 100]}, {"type": "text", "text": "<answer>a</answer>"}]),
+            said([{"type": "crop", "box": [150, 100, 190, 140]}, {"type": "text", "text": "<answer>a</answer>"}]),
+        ),
+        (
+            row(A3=f"{{Crop a [190, 140, 150, 100]}} [9, 8, 3, 2] {REVERSED} <answer>a</answer>"),
+            row(A3=f"{{Crop a [150, 100, 190, 140]}} [9, 8, 3, 2] {SORTED} <answer>a</answer>"),
+        ),
+    ],
+)
+def test_corners_are_put_in_order_in_calls_alone_wherever_they_stand(
+    bad, mended, tmp_path, pictures, processor
+) -> None:
+    assert fixed_rows([bad], tmp_path, pictures, processor) == [mended]
+
+
+def test_a_box_is_read_in_the_frame_of_its_own_question(tmp_path, pictures, processor) -> None:
+    in_thousandths = {**GOOD, "Q": "Where?", "A3": f"{REVERSED} <answer>a</answer>", "box_frame": "norm1000"}
+    rows = [{"image_path": "good.png", "QnA": [GOOD, in_thousandths]}]
+    # as thousandths the numbers fit as corner and size too
+    assert fixed_rows(rows, tmp_path, pictures, processor) == [row()]
+    assert report_of(tmp_path)["mended"] == []
+
+
+def test_a_question_that_is_left_out_counts_as_that_alone(tmp_path, pictures, processor) -> None:
+    both = {**GOOD, "Q": "Where?", "A3": f"{REVERSED} <answer>", "box": [190, 140, 150, 100]}
+    mendable = {**GOOD, "Q": "Whose?", "A3": f"{REVERSED} <answer>a</answer>"}
+    [kept] = fixed_rows([{"image_path": "good.png", "QnA": [both, mendable]}], tmp_path, pictures, processor)
+    assert kept["QnA"] == [{**mendable, "A3": f"{SORTED} <answer>a</answer>"}]
+    report = report_of(tmp_path)
+    assert [one["field"] for one in report["mended"]] == ["QnA[1].A3"]
+    assert {one["field"] for one in report["left_out"]} == {"QnA[0].A3", "QnA[0].box"}
+
+
+def test_a_copy_that_lost_the_sign_of_its_format_says_how_to_read_it(tmp_path, pictures) -> None:
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "<answer>a cup</answer>"}]
+    rows = [{"image": "good.png", "conversations": turns}, {"images": ["absent.png"], "conversations": turns}]
+    fixed = fix(write(tmp_path / "d.jsonl", rows), tmp_path / "out.jsonl", CheckConfig(image_base_path=pictures))
+    assert str(fixed).endswith("; read it with --from sharegpt")
+    config = CheckConfig(image_base_path=pictures, source_format="sharegpt")
+    assert judge([tmp_path / "out.jsonl"], config).would_train
 
 
 def test_a_byte_order_mark_and_blank_lines_are_not_copied(tmp_path, pictures, processor) -> None:

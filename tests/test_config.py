@@ -406,6 +406,7 @@ TRAIN_FLAGS = [
     "--eval_steps",
     "--freeze",
     "--freeze_vision",
+    "--from",
     "--gradient_accumulation_steps",
     "--gradient_checkpointing",
     "--grpo_batch_size",

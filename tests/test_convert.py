@@ -158,6 +158,7 @@ QUESTION, ANSWER = user("Q", BASE / "a.png"), assistant("A")
         ("documented", (user("Q", "a.png", "b.png"), ANSWER), "a question that is not one picture and then a text"),
         ("documented", (user(" ", "a.png"), ANSWER), "a question without words"),
         ("vlm_r3", (user(" ", "a.png"), ANSWER), "a question without words"),
+        ("vlm_r3", (QUESTION,), "a question without an answer"),
         ("vlm_r3", (system("S"), QUESTION, ANSWER), "a system turn"),
     ],
 )

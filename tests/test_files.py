@@ -18,6 +18,7 @@ from looktwice.data.files import RowFile, write_rows
 from looktwice.errors import ConfigError, DataError
 
 pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 zstandard = pytest.importorskip("zstandard")
 
 ROWS = [{"a": 1}, {"b": [{"text": "größer"}, {"text": "\u2028"}]}, {"a": 2, "c": 0.5}]
@@ -82,6 +83,20 @@ def test_a_file_that_changed_on_the_way_is_refused(put: Put) -> None:
     put(b"{}\n{}\n")
     with pytest.raises(DataError, match=r"d\.jsonl: the data file changed while it was in use"):
         pickle.loads(sent)
+
+
+def test_a_file_that_is_changed_while_it_is_read_is_refused_and_one_that_is_replaced_is_not(put: Put) -> None:
+    path = put(b'{"a": 1}\n')
+    file, packed = RowFile(path), RowFile(put(gzip.compress(b'{"a": 1}\n'), "d.jsonl.gz"))
+    path.rename(path.with_name("old.jsonl"))
+    put(b'{"a": 2}\n{}\n')
+    assert file[0].values == {"a": 1}
+    with path.with_name("old.jsonl").open("ab") as old:
+        old.write(b'{"a": 3}\n')
+    with pytest.raises(DataError, match=r"d\.jsonl: the data file changed while it was in use"):
+        file[0]
+    put(b"{}", "d.jsonl.gz")
+    assert packed[0].values == {"a": 1}
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])
@@ -217,11 +232,31 @@ def test_parquet_keeps_bytes_and_the_others_refuse_them(tmp_path: Path) -> None:
         write_rows(tmp_path / "d.jsonl", [{"image": b"\x89PNG"}])
 
 
-@pytest.mark.parametrize("rows", [[{"a": "text"}, {"a": [1]}], [{}], [{"a": {}}], [{"a": 1 << 80}]])
+@pytest.mark.parametrize("rows", [[{"a": "text"}, {"a": [1]}], [{}], [{"a": {}}], [{"a": 1 << 80}], [{"a": "\ud800"}]])
 def test_rows_that_parquet_cannot_hold_are_refused(rows: list, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d\.parquet: Parquet cannot hold these rows \(.*; write \.jsonl"):
         write_rows(tmp_path / "d.parquet", rows)
     assert list(tmp_path.iterdir()) == []
+
+
+def parquet(path: Path, **columns: object) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(list(columns.values()), names=[name[0] for name in columns]), path)
+    return path
+
+
+def test_a_value_of_parquet_that_is_none_of_python_spoils_no_file(tmp_path: Path) -> None:
+    not_utf8 = pyarrow.array([b"\xff", b"a"]).cast(pyarrow.binary()).view(pyarrow.string())
+    file = RowFile(parquet(tmp_path / "d.parquet", a=not_utf8))
+    assert problem(file.path).startswith("d.parquet:row 1: the row cannot be read ('utf-8' codec")
+    assert file[1].values == {"a": "a"}
+    assert file.sample_counts(lambda values: 2).tolist() == [1, 2]
+    far = pyarrow.array([1 << 50]).cast(pyarrow.timestamp("ms"))
+    assert problem(parquet(tmp_path / "d.parquet", a=far)).startswith("d.parquet:row 1: the row cannot be read (")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "d.parquet", a1=[1], b=[2], a2=[3])
+    assert problem(path) == 'd.parquet: two columns named "a"; keep one of them'
 
 
 def test_a_damaged_parquet_file_is_named(put: Put) -> None:
@@ -235,6 +270,8 @@ def test_what_is_packed_is_seen_by_its_bytes_not_its_name(put: Put) -> None:
     assert values(put(gzip.compress(b'{"a": 1}') + gzip.compress(b'\n{"a": 2}'))) == [{"a": 1}, {"a": 2}]
     packed = zstandard.compress(b'{"a": 1}\n')
     assert values(put(packed * 3)) == [{"a": 1}] * 3
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    assert values(put(skipped + packed + skipped + packed)) == [{"a": 1}] * 2
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
@@ -254,6 +291,10 @@ def test_a_package_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf'{module} is not installed.*pip install "looktwice\[{extra}\]"'):
         RowFile(tmp_path / name)
+
+
+def test_a_file_that_is_no_text_is_named(put: Put) -> None:
+    assert problem(put("{}".encode("utf-16"))).startswith("d.jsonl: zero bytes, so no text in UTF-8; name a JSONL,")
 
 
 def test_a_missing_file_or_a_directory_is_named(put: Put) -> None:

@@ -222,6 +222,7 @@ def said(content: object, **fields: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
+        ({"messages": 5}, "messages: a number where a list belongs"),
         ({"messages": "hi"}, 'messages: a text where a list belongs; write [{"role": "user", "content": …}]'),
         ({"messages": ["hi"]}, "messages[0]: a text where an object belongs"),
         ({"messages": [{"role": "usr", "content": "x"}]}, 'messages[0].role: "usr" is no role; write one of system, '),

@@ -242,6 +242,14 @@ def fail() -> None:
     raise OSError("cannot be read again")
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_more_tasks_and_results_than_sockets_hold_do_not_block_either_side(
+    num_workers: int, load: Callable[..., Loader]
+) -> None:
+    task = "x" * 20_000  # much more than a socket holds, in both directions
+    assert list(load([task] * 600, num_workers=num_workers, ahead=400)) == [task] * 600
+
+
 # -- the end
 
 

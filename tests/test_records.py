@@ -174,7 +174,7 @@ def test_one_leading_picture_mark_is_taken_off_the_question(
     [
         ([], "d.jsonl:1: a list where an object belongs; write one JSON object a line"),
         (None, "d.jsonl:1: null where an object belongs"),
-        ({}, "d.jsonl: no format fits, the rows have nothing; known are openai: "),
+        ({}, "d.jsonl: no format fits, the rows have nothing; known are swift: "),
         (
             {"image_pth": "x", "QnA": [GOOD]},
             'image_path: the field is missing, unknown: "image_pth". Did you mean "image_path"?',

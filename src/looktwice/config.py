@@ -105,6 +105,7 @@ class DataConfig(Config):
 
     train_data_path: Path | None = knob(None, "training JSONL", flag="train_data")
     val_data_path: Path | None = knob(None, "validation JSONL: loss (stage 1), accuracy (stage 2)", flag="val_data")
+    source_format: SourceFormat = knob("auto", "format of the files; auto: by their first rows", flag="from")
     image_base_path: Path = knob(Path("."), "folder that the paths of pictures are relative to")
     answer_key: str | None = knob(None, "field of a question that holds its answer (documented format); default: A3, A")
     min_pixels: Positive | None = knob(None, "fewest pixels of a resized picture")
@@ -130,7 +131,6 @@ class CheckConfig(DataConfig):
     """Judging data files before training."""
 
     model_name: str | None = knob(None, "model folder or hub name, for token lengths; `tiny` is the small model")
-    source_format: SourceFormat = knob("auto", "format of the files; auto: by their first rows", flag="from")
     stage: Literal["sft", "grpo", "both"] = knob("sft", "what the files are for")
     decode: bool = knob(False, "decode every picture to its end; default: headers and end marks alone")
 
@@ -139,7 +139,6 @@ class ShowConfig(DataConfig):
     """Showing samples as the model will see them."""
 
     model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are shown, or `tiny`")
-    source_format: SourceFormat = knob("auto", "format of the file; auto: by its first rows", flag="from")
     num_samples: Positive = knob(3, "samples shown, from the first row on; short: -n")
     row: Positive | None = knob(None, "show the samples of this row: the number behind the file in messages")
     seed: int | None = knob(None, "show rows picked at random by this seed")
@@ -155,7 +154,6 @@ class StatsConfig(DataConfig):
     """Measuring data files."""
 
     model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are counted, or `tiny`")
-    source_format: SourceFormat = knob("auto", "format of the files; auto: by their first rows", flag="from")
     num_rows: Positive | None = knob(None, "measure so many rows of each file, picked at random", flag="sample")
     train_batch_size: Positive = knob(4, "samples of a padded batch that packing is compared with", flag="batch_size")
     max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward")

@@ -20,6 +20,7 @@ METRICS: dict[str, str] = {
     "optim/lr": "learning rate",
     "optim/grad_norm": "gradient norm before clipping",
     "epoch": "passes over the training data so far",
+    "data/too_long": "samples so far that were left out or shrunk because they were longer than max_length",
     "perf/tokens_per_s": "tokens of packed rows per second, prompts and pictures included",
     "time/step_s": "seconds of the whole step",
     "time/rollout_s": "seconds of sampling rollouts",

@@ -16,7 +16,7 @@ from PIL import Image, features
 import looktwice.processing.images
 from looktwice.errors import ImageError
 from looktwice.geometry import Size
-from looktwice.processing.images import image_size, open_image, patchify, resize, to_rgb
+from looktwice.processing.images import image_size, open_image, patchify, read_header, resize, to_rgb
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 Save = Callable[..., Path]
@@ -86,6 +86,11 @@ def test_8_bits_in_a_32_bit_picture_stay_as_they_are() -> None:
 def test_values_beyond_16_bits_are_scaled_by_the_largest(dtype: type) -> None:
     image = Image.fromarray(np.array([[-5, 0, 100_000, 200_000]], dtype=dtype))
     assert [red for red, _, _ in pixels(to_rgb(image))] == [0, 0, 127, 255]
+
+
+def test_floats_up_to_1_are_fractions_and_what_is_no_number_is_black(save: Save) -> None:
+    image = Image.fromarray(np.array([[0, 0.5, 1, np.nan, -np.inf, np.inf]], dtype=np.float32))
+    assert [red for red, _, _ in pixels(open_image(save(image, "x.tiff")))] == [0, 127, 255, 0, 0, 0]
 
 
 def test_cmyk_becomes_rgb(save: Save) -> None:
@@ -191,6 +196,43 @@ def test_a_truncated_picture_is_damaged(save: Save, name: str) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ImageError, match=f"{path}: "):
         open_image(path)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.gif", "x.webp", "x.bmp", "x.tiff"])
+def test_a_header_is_believed_of_a_whole_file_alone(save: Save, name: str) -> None:
+    path = save(noise(40, 30), name)
+    assert read_header(path).size == (40, 30)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - 40])
+    with pytest.raises(ImageError, match=f"{path}: "):
+        read_header(path)
+
+
+def test_a_webp_that_is_whole_is_not_decoded(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looktwice.processing.images, "open_image", None)
+    assert read_header(save(noise(40, 30), "x.webp")).size == (40, 30)
+
+
+def test_a_png_whose_pixels_pillow_would_make_up_is_damaged(save: Save) -> None:
+    path = save(Image.new("RGB", (200, 200), (225, 225, 225)), "x.png")
+    data = bytearray(path.read_bytes())
+    middle = (data.index(b"IDAT") + len(data)) // 2
+    data[middle : middle + 20] = bytes(20)
+    path.write_bytes(data)
+    with Image.open(path) as image:
+        assert image.getpixel((199, 199)) == BLACK  # no error, and not white
+    with pytest.raises(ImageError, match="the picture is damaged"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("read", [open_image, read_header])
+def test_a_gif_whose_frames_cannot_be_counted_is_damaged(read: Callable[[Path], object], save: Save) -> None:
+    path = save(noise(40, 30), "x.gif", save_all=True, append_images=[noise(40, 30)])
+    data = path.read_bytes()
+    damaged = range(20, len(data), 97)
+    for place in damaged:
+        path.write_bytes(data[:place])
+        with pytest.raises(ImageError):
+            read(path)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")

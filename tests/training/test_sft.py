@@ -19,6 +19,7 @@ from looktwice.processing.packing import pack
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training import run as run_module
 from looktwice.training.learner import Learner
+from looktwice.training.run import LengthReport
 from looktwice.training.sft import evaluation_loss, train_sft
 
 Run = Callable[..., tuple[Path, list[dict[str, float]]]]
@@ -147,7 +148,8 @@ def test_dropout_is_off_in_the_validation_loss(model_folder, dataset, processor)
     learner.model.train()
     samples = read_samples(dataset.eval, dataset.eval.parent)[:1]
     encoder = Encoder(processor=processor, max_length=1000, length_policy="error")
-    assert evaluation_loss(learner, samples, encoder) == evaluation_loss(learner, samples, encoder)
+    first, second = (evaluation_loss(learner, samples, encoder, LengthReport(config)) for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"bf16": True, "use_lora": True, "lora_r": 4}])
@@ -236,6 +238,35 @@ def test_a_later_row_of_a_large_set_is_named_in_its_turn(run, dataset, tmp_path)
     bad.write_text("\n".join([*dataset.train.read_text().splitlines(), "{"]))
     with pytest.raises(DataError, match=r"bad\.jsonl:7: broken JSON"):
         run(data={"train_data_path": bad}, train_batch_size=7)
+
+
+@pytest.mark.usefixtures("large")
+def test_validation_samples_of_a_large_set_that_are_too_long_are_listed_too(run, dataset, capsys) -> None:
+    data = {"max_length": 151, "length_policy": "drop", "val_data_path": dataset.train}
+    final, lines = run(data=data, max_steps=1, num_train_epochs=0, train_batch_size=1)
+    left_out = [json.loads(line) for line in (final.parent / "left_out.jsonl").read_text().splitlines()]
+    assert lines[0]["data/too_long"] == len(left_out) > 1
+    assert "eval/loss" in lines[0]
+    with pytest.raises(DataError, match=r"train\.jsonl: each of the first 3 samples is longer than max_length 100"):
+        run(data={**data, "max_length": 100})
+
+
+def test_samples_left_out_are_listed_once_in_a_run_that_goes_on(run, tmp_path) -> None:
+    settings = {"num_train_epochs": 1, "train_batch_size": 1, "save_steps": 1}
+    data = {"max_length": 151, "length_policy": "drop"}
+    final, lines = run(data=data, **settings)
+    listed = (final.parent / "left_out.jsonl").read_text()
+    run(data=data, resume_from_checkpoint=tmp_path / "run" / "checkpoint-1", **settings)
+    assert (final.parent / "left_out.jsonl").read_text() == listed
+    assert {line["data/too_long"] for line in lines} == {listed.count("\n")}
+
+
+@pytest.mark.usefixtures("large")
+def test_the_first_bad_rows_of_a_large_set_are_named_together(run, dataset, tmp_path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(["{", "[", *dataset.train.read_text().splitlines()]))
+    with pytest.raises(DataError, match=r"(?s)^2 problems in .*bad\.jsonl:1: .*bad\.jsonl:2: "):
+        run(data={"train_data_path": bad})
 
 
 @pytest.mark.usefixtures("large")

@@ -49,7 +49,8 @@ def fits(values: Mapping[str, object]) -> bool:
 def is_openai(values: Mapping[str, object]) -> bool:
     """Whether a picture of the row is written as OpenAI writes it."""
     messages = values.get("messages")
-    contents = [message.get("content") for message in messages or () if isinstance(message, dict)]  # type: ignore[attr-defined]
+    turns = messages if isinstance(messages, list) else []
+    contents = [message.get("content") for message in turns if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     return any(part.get("type") == "image_url" for part in parts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,7 @@ from looktwice.data.sample import Sample, text_of
 from looktwice.data.verdict import Verdict
 from looktwice.errors import BoxError, DataError
 from looktwice.geometry import Box, Size
-from looktwice.processing.images import DATA_ADDRESS, PictureHeader
+from looktwice.processing.images import PictureHeader
 from looktwice.processing.processor import Ovis2_5Processor
 
 CHUNK = 256
@@ -244,6 +243,5 @@ class LargeBoxes:
 
 
 def picture_key(source: Source) -> int:
-    """A few bytes that stand for the path of a picture, however it is written."""
-    text = str(source)
-    return hash(text if text.startswith(DATA_ADDRESS) else os.path.normpath(text))
+    """A few bytes that stand for a picture's path or data: address."""
+    return hash(str(source))

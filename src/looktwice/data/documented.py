@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call
+from looktwice.calls import WRITTEN_CALL, format_call, parse_call
 from looktwice.data.escaping import Mark
 from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish, short
 from looktwice.data.problems import BOX_REASONS
@@ -29,9 +29,10 @@ PICTURE_PLACE = "<image>"
 ANSWER_FIELDS = ("A3", "A")
 
 _PICTURE_PREFIX = re.compile(rf"\s*{PICTURE_PLACE}[ \t]*\r?\n?")
-_WRITTEN_CALL = re.compile(f"({TOOL_CALL_OPEN}.*?{TOOL_CALL_CLOSE})", re.DOTALL)
 _CROP = re.compile(r"\{\s*crop(?![a-z])[^{}]*(\}?)", re.IGNORECASE)
 _BRACKET = re.compile(r"\[[^\]]*\]")
+COMMANDS = re.compile(f"{WRITTEN_CALL.pattern}|{_CROP.pattern}", re.IGNORECASE | re.DOTALL)
+"""Calls, and the commands that become calls."""
 _CROP_MARK = Mark("{", "#123;", r"\s*crop(?![a-z])")
 
 
@@ -123,7 +124,7 @@ def crops_to_calls(text: str) -> tuple[str, list[tuple[str, str]]]:
                 return "".join(format_call(part.strip() for part in box[1:-1].split(",")) for box in brackets)
         return written
 
-    pieces = _WRITTEN_CALL.split(text)
+    pieces = re.split(f"({WRITTEN_CALL.pattern})", text, flags=re.DOTALL)
     pieces[::2] = [_CROP.sub(call, piece) for piece in pieces[::2]]
     response = "".join(pieces)
     return response, problems + call_problems(response)

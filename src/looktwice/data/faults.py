@@ -22,6 +22,8 @@ from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Proce
 
 SLACK_PX = 1.0
 """How far a box may reach over its picture before it is noted."""
+MIN_SIDE_PX = 2
+"""Shortest side of a box that is taken for pixels."""
 WHOLE_SHARE = 0.98
 """Share of the picture from which on a crop counts as the whole of it."""
 SPECIAL_TEXTS = (TURN_OPEN, TURN_CLOSE, TEXT_END, *(token for token in VISUAL_TOKENS if "_" in token))
@@ -104,7 +106,8 @@ def call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: Vi
     if frame != "unit" and min(requested) >= 0 and max(requested) <= 1:
         yield "box_looks_unit", "no number is above 1"
     limit = {"unit": 1.0, "norm1000": 1000.0}.get(frame)
-    if limit and max(requested) > limit * 1.05 and _overhang(requested, size) <= SLACK_PX:
+    are_sides_px = min(requested.x2 - requested.x1, requested.y2 - requested.y1) >= MIN_SIDE_PX
+    if limit and max(requested) > limit * 1.05 and are_sides_px and _overhang(requested, size) <= SLACK_PX:
         yield "box_looks_px", f"a number is above {limit:.0f}, and as pixels the box lies inside {name}"
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from looktwice.answers import find_answer_block
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, parse_call, split_calls
@@ -23,6 +23,7 @@ from looktwice.processing.images import DATA_ADDRESS, data_address
 GOLD_FIELDS = ("answer", "box", "box_frame")
 """Optional in every format: the short gold answer, the gold box in original pixels, the frame of the boxes in calls."""
 
+_FILE_ADDRESS = re.compile(r"file://(?:localhost(?=/))?(.*)", re.DOTALL)
 _WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs)://", re.IGNORECASE)
 _BASE64_PICTURE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/]+=*\s*", re.ASCII)
 
@@ -157,8 +158,8 @@ class Fields:
             self.note(
                 name, "web_address", f"{short(written)} is a web address; download the picture and write its path"
             )
-        elif written.startswith("file://"):
-            return image_base_path / unquote(urlsplit(written).path)
+        elif file := _FILE_ADDRESS.fullmatch(written):
+            return image_base_path / unquote(file[1])
         else:
             return image_base_path / written
         return None

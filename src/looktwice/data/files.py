@@ -26,15 +26,20 @@ import numpy as np
 
 from looktwice.errors import ConfigError, DataError, nearest
 
-GZIP_MAGIC, ZSTD_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
+ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+"""A frame of data, or one to be skipped, which parallel packers write first. Source: RFC 8878, 3.1."""
 BLOCK = 1 << 24
 """Bytes that are scanned at a time."""
+LOOKED_AT = 4096
+"""Bytes at the beginning that are looked at to tell a text from something else."""
 ROWS_PER_GROUP = 1000
 """Rows of a Parquet row group we write; a reader unpacks a whole group to get at one row."""
 
 _EXTRAS = {"zstandard": "zstd", "pyarrow": "parquet", "pyarrow.parquet": "parquet"}
 _IS_BLANK = np.zeros(256, dtype=bool)
 _IS_BLANK[list(b" \t\n\r\v\f")] = True
+_CHANGED = "the data file changed while it was in use; leave it alone and start again"
 _GAP = re.compile(r"[ \t\n\r]*")
 
 
@@ -52,8 +57,8 @@ class RowFile(Sequence[Row]):
     Parquet; of the rest, a name in .json (or .json.gz, ...) is a list of objects or, where each line is one, JSONL;
     any other name is JSONL. Blank lines are no rows.
 
-    `file[i]` raises DataError for a row that is broken, and for that row alone. A RowFile may be sent to another
-    process, which opens the file again; it refuses a file that has changed meanwhile.
+    `file[i]` raises DataError for a row that is broken, and for that row alone, and where the file was changed since it
+    was opened. A RowFile may be sent to another process, which opens the file again.
     Raises DataError when the file cannot be read, ConfigError when a package for its kind is not installed.
     """
 
@@ -61,11 +66,11 @@ class RowFile(Sequence[Row]):
         self.path = Path(path)
         with _reading(self.path):
             file: IO[bytes] = self.path.open("rb")
-            status = os.stat(file.fileno())
-            self._stamp = (status.st_size, status.st_mtime_ns)
-            file = _unpacked(file)
-        weakref.finalize(self, file.close)
-        self._rows = _open_rows(file, self.path)
+            self._stamp = _stamp_of(file)
+            unpacked = _unpacked(file)
+        weakref.finalize(self, unpacked.close)
+        self._watched = file if unpacked is file else None  # what is unpacked is ours alone
+        self._rows = _open_rows(unpacked, self.path)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -78,6 +83,8 @@ class RowFile(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         where = self.where(index)
+        if self._watched and _stamp_of(self._watched) != self._stamp:
+            raise DataError(f"{self.path}: {_CHANGED}")
         return Row(where, self._rows.values(range(len(self))[index], where))
 
     def where(self, index: int) -> str:
@@ -99,7 +106,7 @@ class RowFile(Sequence[Row]):
         path, stamp = state
         self.__init__(path)  # type: ignore[misc]
         if self._stamp != stamp:
-            raise DataError(f"{path}: the data file changed while it was in use; leave it alone and start again")
+            raise DataError(f"{path}: {_CHANGED}")
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -145,6 +152,8 @@ class _Rows(Protocol):
 def _open_rows(file: IO[bytes], path: Path) -> _Rows:
     if os.pread(file.fileno(), len(PARQUET_MAGIC), 0) == PARQUET_MAGIC:
         return _ParquetRows(file, path)
+    if b"\0" in os.pread(file.fileno(), LOOKED_AT, 0):
+        raise DataError(f"{path}: zero bytes, so no text in UTF-8; name a JSONL, JSON or Parquet file, saved as UTF-8")
     if ".json" in [suffix.lower() for suffix in path.suffixes[-2:]] and not _is_object_a_line(file):
         return _list_rows(file, path)
     return _line_rows(file)
@@ -319,6 +328,9 @@ class _ParquetRows:
             self.file = _require("pyarrow.parquet").ParquetFile(file)
         except (self.arrow.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a whole Parquet file ({error}); make it again") from error
+        names = Counter(self.file.schema_arrow.names)
+        if len(names) < len(self.file.schema_arrow.names):
+            raise DataError(f'{path}: two columns named "{names.most_common(1)[0][0]}"; keep one of them')
         metadata = self.file.metadata
         self.ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)], dtype=np.int64)
         self.groups: dict[int, Any] = {}
@@ -334,15 +346,18 @@ class _ParquetRows:
         try:
             if group not in self.groups:
                 self.groups[group] = self._unpack(group)
-        except (self.arrow.ArrowException, OSError) as error:
-            raise DataError(f"{where}: the row group cannot be read ({error}); make the file again") from error
-        table = self.groups[group]
-        [row] = table.slice(index - int(self.ends[group]) + len(table), 1).to_pylist()
+            table = self.groups[group]
+            [row] = table.slice(index - int(self.ends[group]) + len(table), 1).to_pylist()
+        except (self.arrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+            raise DataError(f"{where}: the row cannot be read ({error}); make the file again") from error
         return _without_nulls(row)
 
     def quick_values(self) -> Iterator[dict[str, Any] | None]:
         for index in range(len(self)):
-            yield self.values(index, f"row {index + 1}")
+            try:
+                yield self.values(index, self.place(index))
+            except DataError:
+                yield None
 
     def _unpack(self, group: int) -> Any:
         table = self.file.read_row_group(group)
@@ -383,7 +398,7 @@ def _unpacked(file: IO[bytes]) -> IO[bytes]:
         unpacked = tempfile.TemporaryFile()  # noqa: SIM115, the caller's to close
         with file, gzip.open(file) as packed:
             shutil.copyfileobj(packed, unpacked, BLOCK)
-    elif head == ZSTD_MAGIC:
+    elif ZSTD_MAGIC.fullmatch(head):
         unpacked = tempfile.TemporaryFile()  # noqa: SIM115
         with file:
             _unpack_zstd(file, unpacked)
@@ -408,6 +423,12 @@ def _unpack_zstd(packed: IO[bytes], unpacked: IO[bytes]) -> None:
         raise EOFError(error) from error
     if frame is None or not frame.eof:
         raise EOFError("the last frame has no end")
+
+
+def _stamp_of(file: IO[bytes]) -> tuple[int, int]:
+    """Size and time of the last change; a file that was replaced by another of its name stays as it was."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_at(file: IO[bytes], start: int, end: int) -> bytes:
@@ -482,7 +503,7 @@ def _write_parquet(stream: BinaryIO, rows: Iterable[Mapping[str, Any]], path: Pa
                 raise arrow.ArrowInvalid("rows without a field")
         table = arrow.concat_tables(tables, promote_options="permissive") if tables else arrow.table({})
         parquet.write_table(table, stream, row_group_size=ROWS_PER_GROUP, compression="zstd")
-    except (arrow.ArrowException, OverflowError) as error:
+    except (arrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
         raise DataError(
             f"{path}: Parquet cannot hold these rows ({error}); write .jsonl, or give each field one type in all rows"
         ) from error

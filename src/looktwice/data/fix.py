@@ -10,23 +10,27 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from looktwice.config import CheckConfig
 from looktwice.data.check import Judge
 from looktwice.data.fields import Fields
 from looktwice.data.files import write_rows
 from looktwice.data.problems import Problem
+from looktwice.data.records import SampleFile
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import Size
 from looktwice.processing.processor import Ovis2_5Processor
 
 Step = str | int
+Note = Callable[[list[float], list[float]], None]
+"""Told the numbers of a box before and after its corners were put in order."""
 
 _STEP = re.compile(r"([^.\[\]]+)|\[([0-9]+)\]")
 _FOUR_NUMBERS = re.compile(r"\[(\s*[0-9.]+\s*(?:,\s*[0-9.]+\s*){3})\]")
@@ -34,7 +38,10 @@ _FOUR_NUMBERS = re.compile(r"\[(\s*[0-9.]+\s*(?:,\s*[0-9.]+\s*){3})\]")
 
 @dataclass(kw_only=True)
 class Fixed:
-    """What was done: places and words of each mend and of each row or question left out."""
+    """What was done: places and words of each mend, and each problem that left with its row or question.
+
+    `lost_sign` is the format of the source where the copy, whose rows are fewer, is no longer recognised as that.
+    """
 
     target: Path
     report: Path
@@ -42,11 +49,13 @@ class Fixed:
     num_written: int = 0
     mended: list[dict[str, str]] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
+    lost_sign: str | None = None
 
     def __str__(self) -> str:
+        hint = f"; read it with --from {self.lost_sign}" if self.lost_sign else ""
         return (
-            f"{self.target}: {self.num_written} of {self.num_rows} rows, {len(self.mended)} mends, "
-            f"{len(self.left_out)} rows or questions left out; see {self.report}"
+            f"{self.target}: {self.num_written} of {self.num_rows} rows, {len(self.mended)} boxes mended, "
+            f"{len(self.left_out)} problems left out with their rows or questions; see {self.report}{hint}"
         )
 
 
@@ -64,16 +73,34 @@ def fix(path: Path, target: Path, config: CheckConfig, processor: Ovis2_5Process
             fatal[problem.where].append(problem)
     if not judge.files:
         raise DataError("\n".join(map(str, fatal[str(path)])))
-    done = Fixed(target=target, report=Path(f"{target}.report.json"), num_rows=len(judge.files[0]))
+    file = judge.files[0]
+    done = Fixed(target=target, report=Path(f"{target}.report.json"), num_rows=len(file))
     rows = Cleaning(judge, fatal, done).rows()
     first = next(rows, None)
     if first is None:
         raise DataError(f"{path}: no row would be left; mend the file first")
-    done.num_written = write_rows(target, _chain(first, rows))
-    report = {"source": str(path), "rows": done.num_rows, "rows_written": done.num_written}
+    done.num_written = write_rows(target, chain([first], rows))
+    if _format_of(target, config) != file.format.name:
+        done.lost_sign = file.format.name
+    report = {"source": str(path), "format": file.format.name, "rows": done.num_rows, "rows_written": done.num_written}
     text = json.dumps({**report, "mended": done.mended, "left_out": done.left_out}, indent=2, ensure_ascii=False)
     done.report.write_text(text + "\n", encoding="utf-8")
     return done
+
+
+def _format_of(path: Path, config: CheckConfig) -> str | None:
+    try:
+        return SampleFile(path, config.image_base_path, data_format=config.source_format).format.name
+    except DataError:
+        return None
+
+
+class Swap(NamedTuple):
+    """A box whose corners were put in order, and the path of the field it stands in."""
+
+    path: list[Step]
+    old: list[float]
+    new: list[float]
 
 
 class Cleaning:
@@ -99,30 +126,29 @@ class Cleaning:
             self.leave_out(problems)
             return None
         values = deepcopy(values)
-        mends = self.sort_corners(values, problems, number)
-        if mends:
+        swaps = self.sort_corners(values, problems, where)
+        if swaps:
             problems = self.fatal_problems(values, where, number)
-        questions = {self.question(problem) for problem in problems}
-        if None not in questions and len(questions) < len(values.get("QnA", ())):
-            values["QnA"] = [one for place, one in enumerate(values["QnA"]) if place not in questions]
+        bad = {_question(_steps(problem.field)) for problem in problems}
+        if bad and None not in bad and len(bad) < len(values["QnA"]):
+            values["QnA"] = [one for place, one in enumerate(values["QnA"]) if place not in bad]
             if not self.fatal_problems(values, where, number):
                 self.leave_out(problems)
                 problems = []
         if problems:
             self.leave_out(problems)
             return None
-        self.done.mended += mends
+        self.done.mended += [
+            {"where": where, "field": _name(path), "what": f"corners put in order: {old} to {new}"}
+            for path, old, new in swaps
+            if _question(path) not in bad
+        ]
         return values
 
     def leave_out(self, problems: Sequence[Problem]) -> None:
         self.done.left_out += [
             {"where": one.where, "field": one.field, "reason": one.reason, "what": one.what} for one in problems
         ]
-
-    def question(self, problem: Problem) -> int | None:
-        """The number of the documented question that a problem lies in."""
-        steps = _steps(problem.field)
-        return steps[1] if steps[:1] == ["QnA"] and len(steps) > 1 and isinstance(steps[1], int) else None
 
     def fatal_problems(self, values: dict[str, Any], where: str, number: int) -> list[Problem]:
         samples, problems = self.read(values, where)
@@ -134,32 +160,37 @@ class Cleaning:
         fields = Fields(values, known=(), where=where, path="", problems=reading.problems)
         return self.file.format.read(fields, reading), reading.problems
 
-    def sort_corners(self, values: dict[str, Any], problems: Sequence[Problem], number: int) -> list[dict[str, str]]:
-        """Put the corners of reversed boxes in order, in place, and give back what was done; all of them or none."""
-        paths = [_steps(problem.field) for problem in problems if problem.reason == "box_reversed"]
-        trial = deepcopy(values)
-        swaps: list[tuple[list[Step], list[float], list[float]]] = []
-        for path in paths:
-            holder = _at(trial, path[:-1])
-            holder[path[-1]] = _sorted(holder[path[-1]], lambda old, new, path=path: swaps.append((path, old, new)))
-        where = self.file.rows.where(number)
-        samples, _ = self.read(trial, where) if swaps else ([], [])
-        if not samples or not all(self.is_certain(old, new, path, samples[0]) for path, old, new in swaps):
-            return []
-        for path in paths:
-            _at(values, path[:-1])[path[-1]] = _at(trial, path)
-        return [
-            {"where": where, "field": _name(path), "what": f"corners put in order: {old} to {new}"}
-            for path, old, new in swaps
-        ]
+    def sort_corners(self, values: dict[str, Any], problems: Sequence[Problem], where: str) -> list[Swap]:
+        """Put the corners of reversed boxes in order, in place, and give back what was done.
 
-    def is_certain(self, old: list[float], new: list[float], path: Sequence[Step], sample: Sample) -> bool:
+        Of one question, or of a row without questions, all of them or none.
+        """
+        by_question: defaultdict[int | None, list[list[Step]]] = defaultdict(list)
+        for problem in problems:
+            if problem.reason == "box_reversed" and (path := _steps(problem.field)) not in by_question[_question(path)]:
+                by_question[_question(path)].append(path)
+        done: list[Swap] = []
+        for question, paths in by_question.items():
+            trial = deepcopy(values)
+            swaps: list[Swap] = []
+            for path in paths:
+                holder = _at(trial, path[:-1])
+                note = _noting(swaps, path)
+                holder[path[-1]] = _in_order(holder[path[-1]], self.file.format.commands, note)
+            samples = [one for one in self.read(trial, where)[0] if _question(_steps(one.field)) == question]
+            if samples and swaps and all(self.is_certain(swap, samples[0]) for swap in swaps):
+                for path in paths:
+                    _at(values, path[:-1])[path[-1]] = _at(trial, path)
+                done += swaps
+        return done
+
+    def is_certain(self, swap: Swap, sample: Sample) -> bool:
         """Whether four numbers fit as corners in order, and neither as corner nor as centre with width and height."""
         self.judge.look_at(sample.image_paths)
         header = self.judge.header(sample.image_paths[0]) if sample.image_paths else None
         if header is None:
             return False
-        is_gold = path[-1] == "box" and "content" not in path
+        is_gold = swap.path[-1] == "box" and "content" not in swap.path
         frame = "original_px" if is_gold else sample.box_frame or self.judge.view.box_frame
         sizes = {
             "unit": Size(1, 1),
@@ -171,23 +202,36 @@ class Cleaning:
         def fits(left: float, top: float, right: float, bottom: float) -> bool:
             return 0 <= left < right <= size.width and 0 <= top < bottom <= size.height
 
-        a, b, c, d = old
+        a, b, c, d = swap.old
         is_corner_and_size = fits(a, b, a + c, b + d)
         is_centre_and_size = fits(a - c / 2, b - d / 2, a + c / 2, b + d / 2)
-        return fits(*new) and not is_corner_and_size and not is_centre_and_size
+        return fits(*swap.new) and not is_corner_and_size and not is_centre_and_size
 
 
-def _sorted(value: Any, note: Any) -> Any:
-    """A box, or a text that holds boxes in brackets, with reversed corners put in order; each change is noted."""
+def _noting(swaps: list[Swap], path: list[Step]) -> Note:
+    return lambda old, new: swaps.append(Swap(path, old, new))
+
+
+def _in_order(value: Any, commands: re.Pattern[str], note: Note) -> Any:
+    """A field with the reversed corners of its boxes put in order: a box, a text, or a list of texts or parts.
+
+    In a text only what stands in a command is a box.
+    """
     if isinstance(value, str):
-        return _FOUR_NUMBERS.sub(lambda found: _sorted_text(found, note), value)
+        return commands.sub(lambda command: _FOUR_NUMBERS.sub(lambda box: _text_in_order(box, note), command[0]), value)
+    if isinstance(value, dict):
+        return {
+            name: _in_order(inner, commands, note) if isinstance(inner, str) else inner for name, inner in value.items()
+        }
+    if not all(isinstance(item, (int, float)) for item in value):
+        return [_in_order(item, commands, note) for item in value]
     new = [min(value[0], value[2]), min(value[1], value[3]), max(value[0], value[2]), max(value[1], value[3])]
     if new != value:
         note(value, new)
     return new
 
 
-def _sorted_text(found: re.Match[str], note: Any) -> str:
+def _text_in_order(found: re.Match[str], note: Note) -> str:
     written = [number.strip() for number in found[1].split(",")]
     try:
         old = [float(number) for number in written]
@@ -199,6 +243,11 @@ def _sorted_text(found: re.Match[str], note: Any) -> str:
         return found[0]
     note(old, [old[place] for place in order])
     return f"[{', '.join(written[place] for place in order)}]"
+
+
+def _question(path: Sequence[Step]) -> int | None:
+    """The number of the documented question that a path lies in."""
+    return path[1] if len(path) > 1 and path[0] == "QnA" and isinstance(path[1], int) else None
 
 
 def _steps(path: str) -> list[Step]:
@@ -214,8 +263,3 @@ def _at(values: Any, path: Sequence[Step]) -> Any:
     for step in path:
         values = values[step]
     return values
-
-
-def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield first
-    yield from rest

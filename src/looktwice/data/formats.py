@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from looktwice.calls import WRITTEN_CALL
 from looktwice.config import DataFormat
 from looktwice.data import chat, conversations, documented, vlm_r3
 from looktwice.data.fields import Fields, Reading
@@ -23,7 +25,8 @@ class Format:
     """One way of writing samples into rows.
 
     `fits` tells whether a row may be of this format; `read` notes problems instead of raising; `write` is given the
-    samples of one row. `num_samples` counts the samples of a row; None where it is always one.
+    samples of one row. `num_samples` counts the samples of a row; None where it is always one. `commands` are the calls
+    in a text as the format writes them.
     """
 
     name: DataFormat
@@ -32,6 +35,7 @@ class Format:
     read: Callable[[Fields, Reading], list[Sample]]
     write: Callable[[Sequence[Sample], Writing], list[dict[str, object]]]
     num_samples: Callable[[Mapping[str, object]], int] | None = None
+    commands: re.Pattern[str] = WRITTEN_CALL
 
 
 _ALL = (
@@ -76,6 +80,7 @@ _ALL = (
         fits=vlm_r3.fits,
         read=vlm_r3.read,
         write=vlm_r3.write,
+        commands=vlm_r3.COMMANDS,
     ),
     Format(
         name="documented",
@@ -84,6 +89,7 @@ _ALL = (
         read=documented.read,
         write=documented.write,
         num_samples=documented.num_samples,
+        commands=documented.COMMANDS,
     ),
 )
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}

@@ -2,7 +2,9 @@
 
 Each worker has a socket of its own, over which tasks go out and results come back as open files without a name, mapped
 into memory here without a copy. Nothing is shared between workers, so one that is killed leaves no lock held and no
-memory behind, and the parent knows which task it had. The files are not on /dev/shm, whose size containers limit.
+memory behind, and the parent knows which task it had. The files are not on /dev/shm, whose size containers limit. A
+worker takes in tasks while it works, so that the parent, which sends tasks before it reads results, never waits for a
+worker that waits for the parent.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from dataclasses import dataclass, field
 from multiprocessing import forkserver, get_context, reduction
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Any, BinaryIO, Generic, Self, TypeVar
 
@@ -33,6 +37,8 @@ Item = TypeVar("Item")
 
 PRELOADED = ["looktwice.data.dataset"]
 """What the process imports once from which all workers are forked."""
+MOST_AHEAD = 512
+"""Items ahead at the most, whatever is asked for: each on its way is an open file, of which a user may have 1,024."""
 ALIGNMENT = 64
 """Bytes at whose multiples tensors start in a result."""
 SECONDS_TO_STOP = 5.0
@@ -48,7 +54,7 @@ def warm_up() -> None:
 
 
 class Loader(Iterator[Item], Generic[Task, Item]):
-    """The items `function(task)` of all tasks, in order, up to `ahead` of them prepared before they are asked for.
+    """The items `function(task)` of all tasks in order, up to `ahead` (at most 512) prepared before they are asked for.
 
     `function` and the tasks must pickle; the function is sent once to each of `num_workers` processes, which start here
     and now, forked from a fresh process that has never seen CUDA. Without workers each item is made when it is asked
@@ -72,7 +78,7 @@ class Loader(Iterator[Item], Generic[Task, Item]):
             raise ValueError(f"num_workers {num_workers} and ahead {ahead}: need at least 0 and 1")
         self._function, self._where = function, where
         self._tasks = iter(tasks)
-        self._ahead = ahead
+        self._ahead = min(ahead, MOST_AHEAD)
         self._num_tasks = self._num_items = 0
         self._outcomes: dict[int, Any] = {}
         self._is_closed = False
@@ -124,7 +130,7 @@ class Loader(Iterator[Item], Generic[Task, Item]):
         """Give the workers tasks until `limit` have been given in all, each to the one with the fewest waiting."""
         while self._num_tasks < limit:
             alive = [worker for worker in self._workers if worker.is_alive]
-            if not alive:
+            if not alive:  # what the last one was working on is an error by now, and nothing comes behind it
                 return
             try:
                 task = next(self._tasks)
@@ -224,29 +230,43 @@ def _work(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     torch.set_num_threads(1)
     function = pickle.loads(connection.recv_bytes())
-    connection.send_bytes(b"ready")
+    tasks: SimpleQueue[bytes | None] = SimpleQueue()
+    Thread(target=_take_in, args=(connection, tasks), daemon=True).start()
+    with suppress(BrokenPipeError, ConnectionResetError):
+        connection.send_bytes(b"ready")
+        while (packed_task := tasks.get()) is not None:
+            _send(connection, packed_task, function)
+
+
+def _take_in(connection: Connection, tasks: SimpleQueue[bytes | None]) -> None:
     try:
         while True:
-            _send(connection, connection.recv_bytes(), function)
+            tasks.put(connection.recv_bytes())
     except (EOFError, OSError):
-        return
+        tasks.put(None)
 
 
 def _send(connection: Connection, packed_task: bytes, function: Callable[[Any], Any]) -> None:
     try:
-        parts = _pack(function(pickle.loads(packed_task)))
+        file, sizes = _written(function(pickle.loads(packed_task)))
     except Exception as error:
-        parts = _pack(_Failure(_portable(error)))
-    # only sizes and the open file go over the socket: a worker never waits for the parent to read
-    sizes = [len(part) for part in parts]
-    places = _places(sizes)
-    with _nameless_file() as file:
-        for part, place in zip(parts, places):
-            file.seek(place)
-            file.write(part)
-        file.truncate(places[-1] + sizes[-1])  # a last part of no bytes writes none
+        file, sizes = _written(_Failure(_portable(error)))
+    with file:  # only sizes and the open file go over the socket
         connection.send(sizes)
         reduction.send_handle(connection, file.fileno(), None)
+
+
+def _written(item: object) -> tuple[BinaryIO, list[int]]:
+    """A file without a name that holds the parts of a packed item, and their sizes."""
+    parts = _pack(item)
+    sizes = [len(part) for part in parts]
+    places = _places(sizes)
+    file = _nameless_file()
+    for part, place in zip(parts, places):
+        file.seek(place)
+        file.write(part)
+    file.truncate(places[-1] + sizes[-1])  # a last part of no bytes writes none
+    return file, sizes
 
 
 def _receive(connection: Connection) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -83,12 +84,19 @@ class SampleFile:
         said = self.reading
         return Reading(image_base_path=said.image_base_path, answer_key=said.answer_key, box_frame=said.box_frame)
 
-    def read(self) -> list[Sample]:
-        """All samples in order. Raises one DataError that counts all problems and lists the first 20."""
+    def read(self, *, limit: int | None = None) -> list[Sample]:
+        """All samples in order, or the first ones, with the last of their row.
+
+        Raises one DataError that counts all problems of these rows and lists the first 20.
+        """
         if not len(self):
             raise DataError(f"{self.path}: the file holds no records; write one JSON object a line")
         reading = self.new_reading()
-        samples = [sample for row in range(len(self)) for sample in self.read_row(row, reading)]
+        samples: list[Sample] = []
+        for row in range(len(self)):
+            if limit is not None and len(samples) >= limit:
+                break
+            samples += self.read_row(row, reading)
         raise_if_any(reading.problems, str(self.path))
         for warning in unused_names(reading):
             _logger.warning("%s: %s", self.path, warning)
@@ -202,7 +210,7 @@ def check_pictures(
     for (picture, asked), original in zip(shown_in.items(), sizes):
         if isinstance(original, ImageError):
             others = f" ({len(asked) - 1} more use it)" if len(asked) > 1 else ""
-            hint = "" if not isinstance(picture, Path) or picture.exists() else " and --image_base_path"
+            hint = "" if not isinstance(picture, Path) or os.path.exists(picture) else " and --image_base_path"
             problems.append(f"{asked[0].where}: picture: {original}{hint}{others}")
             continue
         resized = overview_size(original) if overview_size else original

@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from looktwice.calls import TOOL_CALL_CLOSE, format_call, parse_call
+from looktwice.calls import TOOL_CALL_CLOSE, WRITTEN_CALL, format_call, parse_call
 from looktwice.data.escaping import Mark
 from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish, short
 from looktwice.data.files import kind_of
@@ -39,6 +39,8 @@ CROP_FILES = "img_crop_list"
 
 _BOX_COMMAND = re.compile(r"\{\s*\"bbox_2d\"\s*:\s*(\[[^\[\]{}]*\])\s*\}")
 _ANY_BOX_COMMAND = re.compile(r"\{[^{}]*\"bbox_2d\"[^{}]*\}?")
+COMMANDS = re.compile(f"{WRITTEN_CALL.pattern}|{_ANY_BOX_COMMAND.pattern}", re.DOTALL)
+"""Calls, and the commands that become calls."""
 _CALL_END = re.compile(r"(?<=</tool_call>)(?!\n)|(?<=</tool_call>\n)")
 _PLAIN_CALL = re.compile(r"<tool_call>(\[[^\[\]]*\])</tool_call>")
 _BRACE_MARK = Mark("{", "#123;")
@@ -134,6 +136,9 @@ def _row(sample: Sample, writing: Writing) -> dict[str, object] | None:
     row: dict[str, object] = {"image_path": writing.picture(sample.image_paths[0]), "question": sample.question}
     if not sample.question.strip():
         writing.leave_out(sample, "a question without words")
+        return None
+    if not sample.solution and sample.conversation.messages[-1].role != "assistant":
+        writing.leave_out(sample, "a question without an answer")
         return None
     if sample.conversation.messages[-1].role == "assistant":
         segments = _segments(sample.conversation.messages[-1], writing)

@@ -6,6 +6,7 @@ Pictures are upright RGB after `open_image`; its size is the only "original" siz
 from __future__ import annotations
 
 import os
+import struct
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import IO
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -32,8 +34,20 @@ DATA_ADDRESS = "data:"
 """What the address of a picture begins with that holds the picture itself; see RFC 2397."""
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xaeB`\x82", "GIF": b"\x3b"}
 """How whole files end."""
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
-"""What Pillow raises for a damaged or oversized file; RuntimeError comes from its AVIF reader."""
+UNREADABLE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's readers raise for a damaged or oversized file: nearly anything but MemoryError."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,8 +86,8 @@ def image_size(source: ImageSource) -> Size:
 def read_header(source: ImageSource) -> PictureHeader:
     """What a picture says of itself before it is decoded. Raises ImageError as `open_image` does.
 
-    A JPEG, PNG or GIF whose last bytes are not its end mark is decoded to be sure that it is whole. That a file of
-    another format is cut short may show only when it is decoded.
+    A file that does not end as a whole file of its format ends is decoded to be sure, and so is one of a format whose
+    end cannot be told, such as BMP and TIFF.
     """
     with _open(source) as image:
         stored = Size(*image.size)
@@ -84,7 +98,7 @@ def read_header(source: ImageSource) -> PictureHeader:
             has_frames = kind != "MPO" and bool(getattr(image, "is_animated", False))
         except UNREADABLE as error:
             raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
-    if kind in END_MARKS and not _tail(source).endswith(END_MARKS[kind]):
+    if not isinstance(source, Image.Image) and not _seems_whole(source, kind):
         open_image(source)
     size = Size(stored.height, stored.width) if is_turned else stored
     return PictureHeader(size=size, stored=stored, has_frames=has_frames)
@@ -97,6 +111,8 @@ def open_image(source: ImageSource) -> Image.Image:
     """
     with _open(source) as image:
         try:
+            if isinstance(image, PngImageFile) and image.fp is not None:
+                _check_checksums(image.fp)
             image.load()
             upright = ImageOps.exif_transpose(image)
         except UNREADABLE as error:
@@ -109,14 +125,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        highest = float(values.max())
-        top = max(65535.0 if image.mode == "I" and highest > 255 else 255.0, highest)
-        return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values [height, width], int32 or float32, as uint8, by the range that they seem to have.
+
+    Floats up to 1 are fractions; other values are of 8 bits where none is above 255, integers above that of 16 bits;
+    what is larger still is scaled by the largest. What is below 0 or no number becomes black.
+    """
+    is_integer = np.issubdtype(values.dtype, np.integer)
+    values = np.where(np.isfinite(values), values, 0).astype(np.float64)
+    highest = float(values.max())
+    top = max(highest, 65535.0 if is_integer and highest > 255 else 255.0)
+    if not is_integer and highest <= 1:
+        top = 1.0
+    return (values.clip(0, top) * (255.0 / top)).astype(np.uint8)
 
 
 def resize(image: Image.Image, size: Size, rectangle: tuple[int, int, int, int] | None = None) -> Image.Image:
@@ -160,7 +188,7 @@ def _open(source: ImageSource) -> Iterator[Image.Image]:
         yield source
         return
     try:
-        image = Image.open(_data_of(source) if str(source).startswith(DATA_ADDRESS) else source)
+        image = Image.open(_file_of(source))
     except FileNotFoundError as error:
         raise ImageError(f"{source}: no such picture; check the path") from error
     except UNREADABLE as error:
@@ -180,6 +208,26 @@ def _orientation(source: ImageSource, image: Image.Image) -> int | None:
     except UNREADABLE as error:
         raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
     return exif.get(EXIF_ORIENTATION)
+
+
+def _check_checksums(file: IO[bytes]) -> None:
+    """Raise ValueError for pixels of a PNG that have changed. Leaves the file where it was.
+
+    Pillow does not look at them, and of a stream that cannot be unpacked may leave the rest black without a word.
+    """
+    place = file.tell()
+    file.seek(len(PNG_SIGNATURE))
+    try:
+        while len(head := file.read(8)) == 8:
+            content, checksum = file.read(int.from_bytes(head[:4], "big")), file.read(4)
+            if (
+                head[4:] == b"IDAT"
+                and len(checksum) == 4
+                and crc32(content, crc32(b"IDAT")) != int.from_bytes(checksum, "big")
+            ):
+                raise ValueError("a wrong checksum of pixels")
+    finally:
+        file.seek(place)
 
 
 def _has_late_exif(file: IO[bytes]) -> bool:
@@ -207,19 +255,25 @@ def data_address(raw: bytes) -> str:
     return f"{DATA_ADDRESS}image/{kind};base64,{b64encode(raw).decode()}"
 
 
+def _file_of(source: str | Path) -> str | Path | IO[bytes]:
+    """What Pillow opens: the path, or the bytes of a data: address."""
+    return _data_of(source) if str(source).startswith(DATA_ADDRESS) else source
+
+
 def _data_of(address: str | Path) -> IO[bytes]:
     """The bytes of a `data:image/png;base64,...` address. Raises ValueError when they cannot be decoded."""
     return BytesIO(b64decode(str(address).partition(",")[2]))
 
 
-def _tail(source: ImageSource) -> bytes:
-    """The last bytes of a picture's file; none of a picture that has no file."""
-    if isinstance(source, Image.Image):
-        return b""
+def _seems_whole(source: str | Path, kind: str) -> bool:
+    """Whether the file of a picture ends as one of its kind ends; False where that cannot be told."""
     with _data_of(source) if str(source).startswith(DATA_ADDRESS) else open(source, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - max(map(len, END_MARKS.values()))))
-        return file.read()
+        if kind == "WEBP":  # a RIFF file, which says its size
+            said = int.from_bytes(file.read(8)[4:], "little") + 8
+            return file.seek(0, os.SEEK_END) >= said
+        mark = END_MARKS.get(kind, b"")
+        file.seek(max(0, file.seek(0, os.SEEK_END) - len(mark)))
+        return bool(mark) and file.read() == mark
 
 
 def _name(source: ImageSource) -> str:

@@ -10,12 +10,12 @@ from PIL import Image
 
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.errors import BoxError, DataError
-from looktwice.geometry import Box, BoxFrame, Size, from_original, to_original
+from looktwice.geometry import Box, BoxFrame, Size, check_box, from_original, to_original
 from looktwice.messages import Conversation, ImagePart, ImageSource, TextPart, VideoPart
 from looktwice.processing.images import PatchedImage, image_size, open_image
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.processing.video import NUM_FRAMES, open_video
-from looktwice.rollout.crop_tool import CropTool
+from looktwice.rollout.crop_tool import CropTool, rectangle_of
 
 
 def open_pictures(conversation: Conversation, *, num_frames: int = NUM_FRAMES) -> Conversation:
@@ -89,13 +89,21 @@ def in_model_frame(
     """The same conversation with the boxes of its calls, which are in `frame`, in the frame of the model.
 
     None is the model's frame already. Pixels and thousandths are written as whole numbers, fractions with three
-    digits; a box that rounding would make empty keeps all its digits. A call that cannot be read stays as it is.
+    digits; a box keeps all its digits where rounding decides whether it can be cut. A call that cannot be read stays
+    as it is.
     `size_of` gives the upright size of the first picture.
     """
     if frame is None or frame == processor.box_frame or not conversation.images:
         return conversation
     original = size_of(conversation.images[0])
     resized = processor.overview_size(original)
+
+    def is_cut(box: Box) -> bool:
+        try:
+            rectangle_of(check_box(box), processor, original)
+        except BoxError:
+            return False
+        return True
 
     def moved(call: str) -> str:
         try:
@@ -104,7 +112,7 @@ def in_model_frame(
             return call
         box = from_original(box, frame=processor.box_frame, original=original, resized=resized)
         rounded = Box(*(round(side, 3 if processor.box_frame == "unit" else 0) for side in box))
-        numbers = format_call(rounded if rounded.area > 0 else box)
+        numbers = format_call(rounded if is_cut(box) and is_cut(rounded) else box)
         numbers = numbers.removeprefix(f"{TOOL_CALL_OPEN}[").removesuffix(f"]{TOOL_CALL_CLOSE}")
         # words may stand before the bracket
         return f"{call[: call.rindex('[') + 1]}{numbers}{call[call.rindex(']') :]}"

@@ -15,9 +15,11 @@ from torch import Tensor
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.data.dataset import processor_for
 from looktwice.data.lengths import fit_lengths
+from looktwice.data.records import check_solutions
 from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
 from looktwice.processing.packing import PackedBatch
+from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rewards import Reward, RewardFunction, load_reward, score
 from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.conversation import in_model_frame
@@ -86,15 +88,8 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:
             started = time.perf_counter()
-            prompts, refits = fit_lengths(
-                [samples[number] for number in order[learner.step]],
-                processor,
-                max_length=data.max_length,
-                length_policy=data.length_policy,
-                purpose="prompt",
-            )
-            lengths.note(refits)
-            metrics = {}
+            prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
+            metrics: dict[str, float] = {}
             if prompts:
                 groups = roll_out(learner, prompts, config, score_rollout)
                 metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
@@ -103,20 +98,40 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
             learner.step += 1
             metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
             if held_out and is_due(learner, eval_every):
-                metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, config)
+                metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, data, config, lengths)
+            metrics |= lengths.metrics
             close_step(learner, recorder, metrics, resolved)
     lengths.show()
     return save_final(learner, resolved)
 
 
-def evaluation_accuracy(learner: Learner, samples: Sequence[Sample], config: GRPOConfig) -> float:
+def fitted(
+    samples: Sequence[Sample], processor: Ovis2_5Processor, data: DataConfig, lengths: LengthReport
+) -> list[Sample]:
+    """Samples that can be rolled out: with a gold answer, and prompts of at most `max_length` tokens.
+
+    Of a large set they are met here first. Raises DataError as `check_solutions` and `fit_lengths` do.
+    """
+    check_solutions(samples)
+    prompts, refits = fit_lengths(
+        samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose="prompt"
+    )
+    lengths.note(refits)
+    return prompts
+
+
+def evaluation_accuracy(
+    learner: Learner, samples: Sequence[Sample], data: DataConfig, config: GRPOConfig, lengths: LengthReport
+) -> float:
     """Share of right greedy answers, judged by the rules of the `robust` reward."""
     greedy = config.model_copy(update={"num_generations": 1, "temperature": 0.0})
     size = config.rollout_batch_size
     groups = [
         group
         for first in range(0, len(samples), size)
-        for group in roll_out(learner, samples[first : first + size], greedy, score)
+        for group in roll_out(
+            learner, fitted(samples[first : first + size], learner.processor, data, lengths), greedy, score
+        )
     ]
     return mean(rollout.reward.accuracy for group in groups for rollout in group)
 

@@ -83,9 +83,9 @@ def load_samples(
     path: Path, data: DataConfig, processor: Ovis2_5Processor, purpose: Purpose
 ) -> tuple[Sequence[Sample], list[Refit]]:
     """The samples of a file and what became of those that were too long; of a large file that is seen later."""
-    file = SampleFile(path, data.image_base_path, answer_key=data.answer_key)
+    file = SampleFile(path, data.image_base_path, data_format=data.source_format, answer_key=data.answer_key)
     is_large = file.num_samples > CHECKED_AT_START
-    samples = LargeSet(file)[:CHECKED_AT_START] if is_large else file.read()
+    samples = file.read(limit=CHECKED_AT_START)
     if purpose == "train":
         check_responses(samples)
     else:
@@ -96,14 +96,15 @@ def load_samples(
     kept, refits = fit_lengths(
         samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose=purpose
     )
+    if not kept:
+        which = f"each of the first {CHECKED_AT_START:,} samples" if is_large else "every sample"
+        raise DataError(f"{path}: {which} is longer than max_length {data.max_length}; raise it")
     if is_large:
         print(
             f"{path}: {file.num_samples:,} samples; the first {CHECKED_AT_START:,} are checked now, the others when "
             "their turn comes; `looktwice data check` judges all"
         )
         return LargeSet(file), []
-    if not kept:
-        raise DataError(f"{path}: every sample is longer than max_length {data.max_length}; raise it")
     return kept, refits
 
 
@@ -114,7 +115,8 @@ class LengthReport:
         self.path = config.output_dir / LEFT_OUT
         if not config.resume_from_checkpoint:
             self.path.unlink(missing_ok=True)
-        self.seen: set[tuple[str, str]] = set()
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.seen: set[tuple[str, str]] = {(line["where"], line["field"]) for line in map(json.loads, lines)}
         self.counts: Counter[str] = Counter()
         self.shown: Counter[str] = Counter()
 
@@ -126,6 +128,11 @@ class LengthReport:
                 self.counts["left out" if refit.policy is None else "with smaller pictures"] += 1
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(refit.as_json(), ensure_ascii=False) + "\n")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """How many samples are listed by now, where any is."""
+        return {"data/too_long": float(len(self.seen))} if self.seen else {}
 
     def show(self) -> None:
         """Print the counts that are new since they were printed last."""
