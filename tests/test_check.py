@@ -14,18 +14,18 @@ import pytest
 from PIL import Image
 
 from looktwice import cli
-from looktwice.config import CheckConfig, DataConfig
+from looktwice.config import CheckConfig, DataConfig, Stage
 from looktwice.data import faults, problems
 from looktwice.data.check import CHUNK, judge
-from looktwice.data.dataset import encode_sample
+from looktwice.data.dataset import Encoder
 from looktwice.data.files import RowFile
 from looktwice.data.fix import fix
 from looktwice.data.problems import REASONS
-from looktwice.data.records import check_responses, check_solutions
 from looktwice.data.verdict import Verdict
 from looktwice.errors import DataError, LooktwiceError
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.training.run import load_sets
+from looktwice.training import run
+from looktwice.training.grpo import fitted
 
 BAD = Path(__file__).parent / "data" / "bad"
 REAL_SAMPLE = Path(__file__).parents[2] / "shared" / "sample_data" / "refcoco_sample.jsonl"
@@ -110,30 +110,43 @@ def test_each_bad_row_and_picture_gets_its_verdict(name, files_of, pictures, pro
     assert verdict.would_train == (not any(REASONS[reason].is_fatal for reason in case["expect"]))
 
 
+@pytest.mark.parametrize("num_checked_at_start", [2000, 0])
 @pytest.mark.parametrize("name", CASES)
-def test_training_refuses_what_is_fatal_and_nothing_else(name, files_of, pictures, processor) -> None:
+def test_training_refuses_what_is_fatal_and_nothing_else(
+    name, num_checked_at_start, files_of, pictures, processor, monkeypatch
+) -> None:
+    """Both ways: the whole set before the start, and a large one sample by sample."""
     case = CASES[name]
     path, held_out = files_of(case)
     options = dict(case.get("options", {}))
     stage = options.pop("stage", "sft")
     options.pop("decode", None)
     data = DataConfig(train_data_path=path, val_data_path=held_out, image_base_path=pictures, **options)
+    ready = placed(processor, case)
+    monkeypatch.setattr(run, "CHECKED_AT_START", num_checked_at_start)
 
-    def load() -> None:
-        ready = placed(processor, case)
-        if stage != "grpo":
-            train, more, _ = load_sets(data, ready, "train")
-            check_responses([*train, *more])
-            for sample in train:
-                encode_sample(sample, ready, max_length=data.max_length)
-        if stage != "sft":
-            check_solutions(load_sets(data, ready, "prompt").train)
+    def load(stage: Stage) -> None:
+        train, more, _ = run.load_sets(data, ready, "train" if stage == "sft" else "prompt")
+        encoder = Encoder(processor=ready, max_length=data.max_length, length_policy=data.length_policy)
+        for sample in [*train, *more]:
+            if stage == "sft":
+                encoder(sample)
+            else:
+                fitted([sample], ready, data, None)
 
-    if any(REASONS[reason].is_fatal for reason in case["expect"]):
-        with pytest.raises(LooktwiceError):
-            load()
-    else:
-        load()
+    fatal = [reason for reason in case["expect"] if REASONS[reason].is_fatal]
+    stages = ("sft", "grpo") if stage == "both" else (stage,)
+    if not fatal:
+        for each in stages:
+            load(each)
+        return
+    refusals = []
+    for each in stages:
+        try:
+            load(each)
+        except LooktwiceError as error:
+            refusals.append(str(error))
+    assert refusals and all(str(path) in refusal or str(held_out) in refusal for refusal in refusals)
 
 
 def test_every_reason_has_a_bad_row_and_every_bad_row_a_reason() -> None:

@@ -232,7 +232,7 @@ def test_a_question_without_an_answer_to_judge_by_is_found_before_either_stage(
 ) -> None:
     row = {"image_path": "cup.png", "QnA": [{"Q": "What is it?", "A3": "A cup."}]}
     (tmp_path / "data.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    assert "DIR/data.jsonl:1: QnA[0].A3: no <answer>…</answer> to judge by; add it" in refusal(command(stage))
+    assert 'DIR/data.jsonl:1: QnA[0].A3: no <answer> block and no field "answer"; add' in refusal(command(stage))
 
 
 @pytest.mark.usefixtures("no_model")

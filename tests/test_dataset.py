@@ -94,7 +94,7 @@ def test_a_sample_of_just_max_length_tokens_is_taken_and_a_longer_one_refused(sa
     length = len(encode_sample(sample, processor, max_length=1000))
     assert len(encode_sample(sample, processor, max_length=length)) == length
     with pytest.raises(
-        DataError, match=rf"^train\.jsonl:3: {length} tokens, more than max_length {length - 1}; .*lower"
+        DataError, match=rf"^train\.jsonl:3: QnA\[1\]\.A3: {length} tokens, more than max_length {length - 1}; .*lower"
     ):
         encode_sample(sample, processor, max_length=length - 1)
 

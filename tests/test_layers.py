@@ -68,7 +68,7 @@ IMPORTS = {module: set(imports_of(ast.parse(path.read_text(encoding="utf-8")))) 
 
 def test_the_package_is_found() -> None:
     assert {"geometry", "model.vision", "processing.images", "cli", "__init__"} <= MODULES.keys()
-    assert "processing.images" in IMPORTS["data.records"]
+    assert "processing.images" in IMPORTS["data.faults"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from looktwice.calls import parse_call, split_calls
-from looktwice.data.records import check_pictures, check_solutions, read_samples
+from looktwice.data.records import read_samples
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
-from looktwice.geometry import Box, Size
+from looktwice.geometry import Box
 from looktwice.messages import Conversation, assistant, user
 
 REAL_SAMPLE = Path(__file__).parents[2] / "shared" / "sample_data" / "refcoco_sample.jsonl"
@@ -257,82 +256,6 @@ def test_a_misspelt_optional_field_is_not_ignored_in_silence(tmp_path: Path, cap
     assert record.getMessage().endswith('field "anwser" of 1 samples is ignored. Did you mean "answer"?')
 
 
-def sample(image_path: Path, *boxes: str, gold_box: Box | None = None, line: int = 1) -> Sample:
-    calls = "".join(f"<tool_call>{box}</tool_call>" for box in boxes)
-    return Sample(
-        conversation=Conversation(messages=(user("q", image_path), assistant(calls))),
-        solution="a",
-        gold_box=gold_box,
-        where=f"d.jsonl:{line}",
-        field="QnA[0].A3",
-    )
-
-
-@pytest.fixture
-def upright(tmp_path: Path) -> Path:
-    """Stored 40 wide and 200 high, shown 200 wide and 40 high."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 200)).save(tmp_path / "upright.jpg", exif=exif)
-    return tmp_path / "upright.jpg"
-
-
-def test_boxes_at_least_partly_inside_the_rotated_picture_are_good(upright: Path) -> None:
-    good = sample(upright, "[150, 5, 190, 20]", "[-50, -50, 5, 5]", gold_box=Box(190, 30, 400, 400))
-    check_pictures([good, good], min_side=16)
-
-
-def test_boxes_outside_the_rotated_picture_are_named(upright: Path) -> None:
-    bad = sample(upright, "[1, 2, 30, 40]", "[0, 50, 30, 180]", gold_box=Box(200, 0, 300, 40))
-    with pytest.raises(DataError) as caught:
-        check_pictures([bad], min_side=16)
-    head, call, gold = str(caught.value).splitlines()
-    assert head == "2 problems in 1 picture:"
-    assert call.startswith(
-        "  d.jsonl:1: QnA[0].A3: call 2 <tool_call>[0, 50, 30, 180]</tool_call> read as original_px: "
-        f"the box lies outside the picture of 200x40 ({upright}); "
-    )
-    assert gold.startswith("  d.jsonl:1: QnA[0].box: [200, 0, 300, 40] lies outside the picture of 200x40")
-
-
-def test_too_thin_depends_on_the_smallest_crop(tmp_path: Path) -> None:
-    Image.new("L", (1000, 50)).save(tmp_path / "wide.png")
-    thin = sample(tmp_path / "wide.png", "[0, 10, 1000, 12]")
-    check_pictures([thin], min_side=16)
-    with pytest.raises(DataError, match="more than 100 times longer"):
-        check_pictures([thin], min_side=1)
-
-
-def test_boxes_are_read_in_the_frame_given(upright: Path) -> None:
-    def shrink(size: Size) -> Size:
-        return Size(size.width // 10, size.height // 10)
-
-    check_pictures([sample(upright, "[0.5, 0.5, 0.9, 0.9]")], min_side=16, box_frame="unit")
-    check_pictures([sample(upright, "[900, 900, 999, 999]")], min_side=16, box_frame="norm1000")
-    check_pictures([sample(upright, "[18, 3, 20, 4]")], min_side=16, box_frame="resized_px", overview_size=shrink)
-    with pytest.raises(DataError, match=r"\[18, 5, 20, 6\]</tool_call> read as resized_px"):
-        check_pictures([sample(upright, "[18, 5, 20, 6]")], min_side=16, box_frame="resized_px", overview_size=shrink)
-    with pytest.raises(ValueError, match="overview_size"):
-        check_pictures([], min_side=16, box_frame="resized_px")
-
-
-def test_pictures_that_cannot_be_used_are_named_once(tmp_path: Path) -> None:
-    (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "empty.png").touch()
-    # a header that promises 40,000 x 40,000 pixels, which is all that is read of it
-    header = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (40_000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
-    (tmp_path / "bomb.png").write_bytes(header + b"\x00" * 20)
-    Image.new("RGB", (8, 8)).save(tmp_path / "metadata.webp", exif=b"junk")
-    names = ["none.jpg", "text.jpg", "empty.png", "bomb.png", "metadata.webp", "."]
-    with pytest.raises(DataError) as caught:
-        check_pictures([sample(tmp_path / name, line=line) for line in (1, 2) for name in names], min_side=16)
-    head, *lines = str(caught.value).splitlines()
-    assert head == "6 problems in 6 pictures:"
-    for name, line in zip(names, lines, strict=True):
-        assert line.startswith(f"  d.jsonl:1: picture: {tmp_path / name}: ")
-        assert line.endswith("(1 more use it)")
-
-
 @pytest.mark.skipif(not REAL_SAMPLE.exists(), reason="the sample of real records lies outside the project")
 def test_all_real_records_are_read_completely() -> None:
     samples = read_samples(REAL_SAMPLE, "pictures")
@@ -342,12 +265,3 @@ def test_all_real_records_are_read_completely() -> None:
     assert not any(re.search(r"\{\s*crop[^}]*\[", sample.response, re.IGNORECASE) for sample in samples)
     assert all(sample.solution and sample.solution in sample.response for sample in samples)
     assert sum("{" in sample.response for sample in samples) == 1  # braces that hold no crop
-
-
-def test_a_sample_without_an_answer_block_can_be_trained_on_but_not_judged(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"image_path": "x.png", "QnA": [{"Q": "q", "A3": "plain words"}]}))
-    samples = read_samples(path, tmp_path)
-    assert samples[0].solution == ""
-    with pytest.raises(DataError, match=r"a\.jsonl:1: QnA\[0\]\.A3: no <answer>"):
-        check_solutions(samples)

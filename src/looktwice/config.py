@@ -24,6 +24,7 @@ VISION_PARTS: tuple[Part, ...] = ("vit", "visual_head", "visual_table")
 AttnImplementation = Literal["sdpa", "flash_attention_2", "flex_attention", "eager"]
 Quantization = Literal["none", "nf4", "int8"]
 DataFormat = Literal["messages", "documented", "openai", "swift", "ovis", "sharegpt", "vlm_r3"]
+Stage = Literal["sft", "grpo", "both"]
 SourceFormat = Literal["auto", DataFormat]
 LengthPolicy = Literal["error", "drop", "shrink_images"]
 DEFAULT_MODEL = "AIDC-AI/Ovis2.5-9B"
@@ -131,7 +132,7 @@ class CheckConfig(DataConfig):
     """Judging data files before training."""
 
     model_name: str | None = knob(None, "model folder or hub name, for token lengths; `tiny` is the small model")
-    stage: Literal["sft", "grpo", "both"] = knob("sft", "what the files are for")
+    stage: Stage = knob("sft", "what the files are for")
     decode: bool = knob(False, "decode every picture to its end; default: headers and end marks alone")
 
 

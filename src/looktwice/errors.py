@@ -19,7 +19,11 @@ class DataError(LooktwiceError):
 
 
 class ImageError(LooktwiceError):
-    """A picture or video is missing, unreadable or too large."""
+    """A picture or video is missing, unreadable or too large. `reason` is missing, empty, damaged or huge."""
+
+    def __init__(self, message: str, reason: str = "damaged") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class CheckpointError(LooktwiceError):

@@ -66,6 +66,11 @@ class PixelPolicy:
                 values[f"{kind}_min_pixels"] = min(values[f"{kind}_min_pixels"], values[f"{kind}_max_pixels"])
         return PixelPolicy(**values)
 
+    def overview_size(self, original: Size, *, factor: int) -> Size:
+        """The size at which a model of this factor sees a whole picture of this upright size."""
+        low, high = self.image_min_pixels, self.image_max_pixels
+        return smart_resize(original, factor=factor, min_pixels=low, max_pixels=high)
+
     @property
     def frame_bounds(self) -> tuple[int, int]:
         """Fewest and most pixels of a video's frame: its own bounds, each lowered to the picture's where that is less.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -70,6 +71,11 @@ def test_a_transparent_colour_becomes_white(save: Save) -> None:
 def test_16_bits_are_scaled_not_clipped(save: Save, name: str) -> None:
     image = Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16))
     assert [red for red, _, _ in pixels(open_image(save(image, name)))] == [0, 0, 1, 128, 255]
+
+
+def test_the_transparent_value_of_16_bit_grey_becomes_white(save: Save) -> None:
+    image = Image.fromarray(np.array([[0, 256, 512]], dtype=np.uint16))
+    assert [red for red, _, _ in pixels(open_image(save(image, "x.png", transparency=256)))] == [0, 255, 2]
 
 
 def test_16_bits_in_a_32_bit_picture_are_scaled() -> None:
@@ -280,8 +286,15 @@ def test_a_header_that_promises_billions_of_pixels_is_refused(save: Save) -> Non
     data = bytearray(path.read_bytes())
     data[18:26] = struct.pack("<ii", 100_000, 100_000)
     path.write_bytes(data)
-    with pytest.raises(ImageError, match="not a readable picture"):
+    with pytest.raises(ImageError, match=r"10000000000 pixels.* exceeds limit") as caught:
         image_size(path)
+    assert caught.value.reason == "huge"
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=r"x\.png: not a readable picture \(not a file\)"):
+        open_image(tmp_path / "x.png")
 
 
 # -- whose picture it is

@@ -437,7 +437,7 @@ def test_samples_without_a_gold_answer_are_named(model_folder, dataset, tmp_path
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(row))
     data = DataConfig(train_data_path=path, image_base_path=dataset.rl.parent)
-    with pytest.raises(DataError, match=r"data\.jsonl:1: QnA\[0\]\.A3: no <answer>…</answer> to judge by"):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: QnA\[0\]\.A3: no <answer> block and no field"):
         train_grpo(
             ModelConfig(device="cpu"), data, GRPOConfig(sft_checkpoint_path=model_folder, output_dir=tmp_path / "out")
         )

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from looktwice.calls import TOOL_CALL_OPEN, format_call, parse_call
+from looktwice.calls import TOOL_CALL_OPEN, parse_call
 from looktwice.config import CheckConfig
-from looktwice.data.faults import (
-    Picture,
-    Source,
-    View,
-    call_faults,
-    calls_of,
-    decoded,
-    gold_faults,
-    inspected,
-    problem_of,
-    shown_name,
-    turn_problems,
-    written,
-)
+from looktwice.data.faults import Picture, Source, View, calls_of, inspect_all, problem_of, sample_problems
 from looktwice.data.lengths import sequence_lengths
-from looktwice.data.problems import BOX_REASONS, Problem
+from looktwice.data.problems import Problem
 from looktwice.data.records import SampleFile, unused_names
 from looktwice.data.sample import Sample, text_of
 from looktwice.data.verdict import Verdict
 from looktwice.errors import BoxError, DataError
-from looktwice.geometry import Box, Size
-from looktwice.processing.images import PictureHeader
+from looktwice.geometry import Size
+from looktwice.processing.images import name_of
 from looktwice.processing.processor import Ovis2_5Processor
 
 CHUNK = 256
@@ -57,7 +44,7 @@ class Judge:
         self.config = config
         self.processor = processor
         self.verdict = Verdict()
-        self.view = View.of(processor, config)
+        self.view = View.of(processor) if processor else View.by_default(config)
         self.questions: dict[int, tuple[int, int]] = {}
         self.files: list[SampleFile] = []
         self.num_training_files = 0
@@ -65,6 +52,7 @@ class Judge:
         self.known: dict[Picture, Picture] = {}
         self.training_pictures: frozenset[int] = frozenset()
         self.seen_in_validation: set[int] = set()
+        self.told: set[int] = set()
         self.large_boxes = LargeBoxes()
         if processor is None:
             self.verdict.unchecked = ("token lengths", "calls under tokenising")
@@ -110,37 +98,36 @@ class Judge:
 
     def of_samples(self, rows: Sequence[tuple[Sample, int]]) -> Iterator[Problem]:
         samples = [sample for sample, _ in rows]
-        new_pictures = self.look_at(source for sample in samples for source in sample.image_paths)
+        self.look_at(source for sample in samples for source in sample.image_paths)
         good: list[Sample] = []
-        named: set[tuple[str, Source]] = set()
         for sample, row in rows:
-            found = [*turn_problems(sample, self.config.stage), *self.repeats(sample, row)]
-            found += self.picture_problems(sample, named, new_pictures)
-            found += self.box_problems(sample)
-            if not any(problem.is_fatal for problem in found) and self.is_usable(sample):
+            found = [*self.repeats(sample, row)]
+            found += sample_problems(sample, stage=self.config.stage, view=self.view, picture_of=self.picture_of)
+            if not any(problem.is_fatal for problem in found):
                 good.append(sample)
-            yield from found
+            yield from filter(self.is_new, found)
+            self.large_boxes.see(sample, self.view, self.picture_of)
         if self.processor:
             yield from self.token_problems(good, self.processor)
 
-    def look_at(self, sources: Iterable[Source]) -> set[int]:
-        """Read the headers of pictures not seen before, and give back the keys of these."""
+    def look_at(self, sources: Iterable[Source]) -> None:
+        """Read the headers of pictures not seen before."""
         new = {key: source for source in sources if (key := picture_key(source)) not in self.pictures}
-        inspect = decoded if self.config.decode else inspected
-        if self.config.decode:
-            with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-                pictures = list(pool.map(inspect, new.values()))
-        else:
-            pictures = [inspect(source) for source in new.values()]
-        for key, picture in zip(new, pictures):
+        for key, picture in zip(new, inspect_all(new.values(), decode=self.config.decode)):
             self.pictures[key] = self.known.setdefault(picture, picture)
-        return set(new)
 
-    def header(self, source: Source) -> PictureHeader | None:
-        return self.pictures[picture_key(source)].header
+    def picture_of(self, source: Source) -> Picture:
+        """What is known of a picture that was looked at."""
+        return self.pictures[picture_key(source)]
 
-    def is_usable(self, sample: Sample) -> bool:
-        return all(self.header(source) for source in sample.image_paths)
+    def is_new(self, problem: Problem) -> bool:
+        """Whether the same was not told before: of a picture once a row, or once at all where it is no error."""
+        if problem.field != "picture":
+            return True
+        key = hash((problem.reason, problem.what, problem.where if problem.is_fatal else ""))
+        is_new = key not in self.told
+        self.told.add(key)
+        return is_new
 
     def repeats(self, sample: Sample, row: int) -> Iterator[Problem]:
         """The same question about the same pictures, in the training files or across to the validation file."""
@@ -157,54 +144,14 @@ class Judge:
         for picture, source in zip(shown, sample.image_paths) if is_validation else ():
             if picture in self.training_pictures and picture not in self.seen_in_validation:
                 self.seen_in_validation.add(picture)
-                yield problem_of(sample, "leaked_picture", shown_name(source))
-
-    def picture_problems(
-        self, sample: Sample, named: set[tuple[str, Source]], new_pictures: set[int]
-    ) -> Iterator[Problem]:
-        """What is wrong with the pictures of a sample: once a row, and of what is no error once a picture."""
-        for source in dict.fromkeys(sample.image_paths):
-            key = picture_key(source)
-            picture = self.pictures[key]
-            if picture.header is None and (sample.where, source) not in named:
-                named.add((sample.where, source))
-                yield Problem(
-                    reason=picture.reason,
-                    where=sample.where,
-                    field="picture",
-                    what=f"{shown_name(source)}: {picture.what}",
-                )
-            elif picture.header and picture.header.has_frames and key in new_pictures:
-                new_pictures.remove(key)
-                yield Problem(reason="picture_frames", where=sample.where, field="picture", what=shown_name(source))
-
-    def box_problems(self, sample: Sample) -> Iterator[Problem]:
-        frame = sample.box_frame or self.view.box_frame
-        header = self.header(sample.image_paths[0]) if sample.image_paths else None
-        for number, segment in enumerate(calls_of(sample), 1):
-            if not sample.image_paths:
-                yield problem_of(sample, "call_without_picture", f"call {number}: there is no picture to cut from")
-            elif header is not None:
-                try:
-                    requested = parse_call(segment)
-                except BoxError as error:  # a picture stands inside the call
-                    yield problem_of(sample, BOX_REASONS[error.reason], f"call {number}: {error}")
-                    continue
-                name = f"call {number} {format_call(requested)} read as {frame}"
-                for reason, what in call_faults(requested, frame, header, self.view):
-                    yield problem_of(sample, reason, f"{name}: {what}")
-                if frame == "original_px":
-                    self.large_boxes.see(sample, requested, header.size)
-        if sample.gold_box and header is not None:
-            for reason, what in gold_faults(sample.gold_box, header):
-                yield problem_of(sample, reason, f"gold box {written(sample.gold_box)}: {what}")
+                yield problem_of(sample, "leaked_picture", name_of(source))
 
     def token_problems(self, samples: Sequence[Sample], processor: Ovis2_5Processor) -> Iterator[Problem]:
         """Samples that are too long, and calls that are no longer the same after tokenising."""
         limit = self.config.max_length
 
         def size_of(source: object) -> Size:
-            header = self.header(source)  # type: ignore[arg-type]
+            header = self.picture_of(source).header  # type: ignore[arg-type]
             assert header is not None
             return header.size
 
@@ -230,11 +177,15 @@ class LargeBoxes:
         self.first: Sample | None = None
         self.is_refuted = False
 
-    def see(self, sample: Sample, box: Box, size: Size) -> None:
-        if min(size) >= LARGE_SIDE:
-            self.num_boxes += 1
-            self.first = self.first or sample
-            self.is_refuted = self.is_refuted or max(box) > 1000
+    def see(self, sample: Sample, view: View, picture_of: Callable[[Source], Picture]) -> None:
+        header = picture_of(sample.image_paths[0]).header if sample.image_paths else None
+        if header is None or min(header.size) < LARGE_SIDE or (sample.box_frame or view.box_frame) != "original_px":
+            return
+        for call in calls_of(sample):
+            with suppress(BoxError):
+                self.is_refuted = self.is_refuted or max(parse_call(call)) > 1000
+                self.num_boxes += 1
+                self.first = self.first or sample
 
     def problems(self) -> Iterator[Problem]:
         if self.first and not self.is_refuted and self.num_boxes >= MIN_LARGE_BOXES:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from looktwice.config import LengthPolicy
+from looktwice.data.faults import View, refuse
 from looktwice.data.lengths import Refit, fit_lengths
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, ImageError
@@ -37,7 +38,8 @@ def encode_sample(sample: Sample, processor: Ovis2_5Processor, *, max_length: in
         raise DataError(f"{sample.where}: {sample.field}: no assistant turn to train on; add the answer")
     if len(example) > max_length:
         raise DataError(
-            f"{sample.where}: {len(example)} tokens, more than max_length {max_length}; raise it or lower --max_pixels"
+            f"{sample.where}: {sample.field}: {len(example)} tokens, more than max_length {max_length}; raise it, "
+            "lower --max_pixels, or give --length_policy drop or shrink_images"
         )
     return example
 
@@ -58,10 +60,13 @@ class Encoder:
     length_policy: LengthPolicy
 
     def __call__(self, sample: Sample) -> Encoded:
-        """Raises what `encode_sample` and `fit_lengths` raise."""
-        kept, refits = fit_lengths(
-            [sample], self.processor, max_length=self.max_length, length_policy=self.length_policy
-        )
+        """Raises what `refuse`, `fit_lengths` and `encode_sample` raise."""
+        refuse([sample], "the data", stage="sft", view=View.of(self.processor))
+        kept, refits = [sample], list[Refit]()
+        if self.length_policy != "error":
+            kept, refits = fit_lengths(
+                kept, self.processor, max_length=self.max_length, length_policy=self.length_policy
+            )
         example = encode_sample(kept[0], self.processor, max_length=self.max_length) if kept else None
         return Encoded(example, refits[0] if refits else None)
 

@@ -1,23 +1,25 @@
-"""What can be said of one sample, one picture, one box: its faults, as codes of REASONS and words."""
+"""What is wrong with a sample, its turns, pictures and boxes: `data check` tells it, training stops if it is fatal."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from looktwice.answers import find_answer_block
-from looktwice.calls import split_calls
-from looktwice.config import CheckConfig
+from looktwice.calls import format_call, parse_call, split_calls
+from looktwice.config import DataConfig, Stage
 from looktwice.data.problems import BOX_REASONS, Problem
+from looktwice.data.records import raise_if_any
 from looktwice.data.sample import Sample, text_of
 from looktwice.errors import BoxError, ImageError
-from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, smart_resize, to_original
+from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
 from looktwice.messages import THINK_CLOSE, THINK_OPEN, Message, TextPart
 from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
-from looktwice.processing.images import DATA_ADDRESS, PictureHeader, open_image, read_header
+from looktwice.processing.images import PictureHeader, name_of, open_image, read_header
 from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
 
 SLACK_PX = 1.0
@@ -49,16 +51,44 @@ class View:
     box_frame: BoxFrame = "original_px"
 
     @classmethod
-    def of(cls, processor: Ovis2_5Processor | None, config: CheckConfig) -> View:
-        """What the processor sees, or without one what the settings make of the defaults."""
-        if processor:
-            return cls(policy=processor.policy, factor=processor.factor, box_frame=processor.box_frame)
-        policy = PixelPolicy().override(**config.pixel_bounds)
-        return cls(policy=policy, box_frame=config.box_frame or "original_px")
+    def of(cls, processor: Ovis2_5Processor) -> View:
+        return cls(policy=processor.policy, factor=processor.factor, box_frame=processor.box_frame)
+
+    @classmethod
+    def by_default(cls, config: DataConfig) -> View:
+        """What the settings make of the defaults."""
+        return cls(policy=PixelPolicy().override(**config.pixel_bounds), box_frame=config.box_frame or "original_px")
 
     def overview_size(self, original: Size) -> Size:
-        low, high = self.policy.image_min_pixels, self.policy.image_max_pixels
-        return smart_resize(original, factor=self.factor, min_pixels=low, max_pixels=high)
+        return self.policy.overview_size(original, factor=self.factor)
+
+
+def refuse(samples: Sequence[Sample], subject: object, *, stage: Stage, view: View, decode: bool = False) -> None:
+    """Raise one DataError about `subject` that counts all that is fatal in samples and lists the first 20.
+
+    With `decode` each picture is decoded to its end, once.
+    """
+    sources = list(dict.fromkeys(source for sample in samples for source in sample.image_paths))
+    pictures = dict(zip(sources, inspect_all(sources, decode=decode)))
+    problems = [
+        f"{problem}; {problem.mend}"
+        for sample in samples
+        for problem in sample_problems(sample, stage=stage, view=view, picture_of=pictures.__getitem__)
+        if problem.is_fatal
+    ]
+    raise_if_any(problems, str(subject))
+
+
+def sample_problems(
+    sample: Sample, *, stage: Stage, view: View, picture_of: Callable[[Source], Picture]
+) -> Iterator[Problem]:
+    """All that can be said of one sample, by what its rows are for and what is known of its pictures."""
+    yield from turn_problems(sample, stage)
+    yield from picture_problems(sample, picture_of)
+    first = picture_of(sample.image_paths[0]).header if sample.image_paths else None
+    yield from call_problems(sample, view, first)
+    if first:
+        yield from gold_problems(sample, first)
 
 
 def turn_problems(sample: Sample, stage: str) -> Iterator[Problem]:
@@ -88,7 +118,45 @@ def text_problems(sample: Sample, message: Message) -> Iterator[Problem]:
             yield problem_of(sample, "think_not_closed", f"{opened} {THINK_OPEN} and {closed} {THINK_CLOSE}")
 
 
-def call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: View) -> Iterator[tuple[str, str]]:
+def picture_problems(sample: Sample, picture_of: Callable[[Source], Picture]) -> Iterator[Problem]:
+    for source in dict.fromkeys(sample.image_paths):
+        picture = picture_of(source)
+        if picture.header is None:
+            what = f"{name_of(source)}: {picture.what}"
+            yield Problem(reason=picture.reason, where=sample.where, field="picture", what=what)
+        elif picture.header.has_frames:
+            yield Problem(reason="picture_frames", where=sample.where, field="picture", what=name_of(source))
+
+
+def call_problems(sample: Sample, view: View, picture: PictureHeader | None) -> Iterator[Problem]:
+    """What is wrong with the calls of a sample; `picture` is its first one, None where that cannot be used."""
+    frame = sample.box_frame or view.box_frame
+    for number, segment in enumerate(calls_of(sample), 1):
+        if not sample.image_paths:
+            yield problem_of(sample, "call_without_picture", f"call {number}: there is no picture to cut from")
+        elif picture:
+            try:
+                requested = parse_call(segment)
+            except BoxError as error:  # a picture stands inside the call
+                yield problem_of(sample, BOX_REASONS[error.reason], f"call {number}: {error}")
+                continue
+            name = f"call {number} {format_call(requested)} read as {frame}"
+            for reason, what in _call_faults(requested, frame, picture, view):
+                yield problem_of(sample, reason, f"{name}: {what}")
+
+
+def gold_problems(sample: Sample, picture: PictureHeader) -> Iterator[Problem]:
+    """What is wrong with the gold box of a sample, if it has one, on its first picture."""
+    if sample.gold_box is None:
+        return
+    question, dot, _ = sample.field.rpartition(".")
+    # beside the answer of a documented question, else in the row itself
+    field = f"{question}{dot}box" if question.startswith("QnA") else "box"
+    for reason, what in _gold_faults(sample.gold_box, picture):
+        yield Problem(reason=reason, where=sample.where, field=field, what=f"{_written(sample.gold_box)}: {what}")
+
+
+def _call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: View) -> Iterator[tuple[str, str]]:
     """Code and words of what is wrong with the box of a call."""
     size = header.size
     box = to_original(requested, frame=frame, original=size, resized=view.overview_size(size))
@@ -102,7 +170,7 @@ def call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: Vi
             yield "box_partly_outside", f"it reaches {over:.0f} pixels over {name}"
         if (right - left) * (bottom - top) >= WHOLE_SHARE * size.width * size.height:
             yield "box_whole_picture", f"it shows all of {name}"
-    yield from rotation_faults(box, header)
+    yield from _rotation_faults(box, header)
     if frame != "unit" and min(requested) >= 0 and max(requested) <= 1:
         yield "box_looks_unit", "no number is above 1"
     limit = {"unit": 1.0, "norm1000": 1000.0}.get(frame)
@@ -111,7 +179,7 @@ def call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: Vi
         yield "box_looks_px", f"a number is above {limit:.0f}, and as pixels the box lies inside {name}"
 
 
-def gold_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
+def _gold_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
     """Code and words of what is wrong with a gold box, which is in original pixels."""
     size = header.size
     name = f"the picture of {size.width}x{size.height}"
@@ -119,18 +187,26 @@ def gold_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
         yield "gold_box_outside", f"it lies outside {name}"
     elif (over := _overhang(box, size)) > SLACK_PX:
         yield "box_partly_outside", f"it reaches {over:.0f} pixels over {name}"
-    yield from rotation_faults(box, header)
+    yield from _rotation_faults(box, header)
     if min(box) >= 0 and max(box) <= 1:
         yield "box_looks_unit", "no number is above 1"
 
 
-def rotation_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
+def _rotation_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
     stored, size = header.stored, header.size
     if stored != size and _overhang(box, size) > SLACK_PX >= _overhang(box, stored):
         yield (
             "box_rotated",
             f"it fits {stored.width}x{stored.height}, the picture upright is {size.width}x{size.height}",
         )
+
+
+def inspect_all(sources: Iterable[Source], *, decode: bool) -> list[Picture]:
+    """What is known of each picture, from its header or decoded to its end."""
+    if not decode:
+        return [inspected(source) for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
+        return list(pool.map(decoded, sources))
 
 
 def inspected(source: Source) -> Picture:
@@ -153,14 +229,7 @@ def decoded(source: Source) -> Picture:
 
 
 def _refused(source: Source, error: ImageError) -> Picture:
-    is_file = not str(source).startswith(DATA_ADDRESS)
-    if isinstance(error.__cause__, FileNotFoundError):
-        return Picture(None, "picture_missing", "no such picture")
-    if is_file and os.path.isfile(source) and os.path.getsize(source) == 0:
-        return Picture(None, "picture_empty", "the file has 0 bytes")
-    if error.__cause__ is None or type(error.__cause__).__name__ == "DecompressionBombError":
-        return Picture(None, "picture_huge", "too many pixels")
-    return Picture(None, "picture_damaged", str(error).removeprefix(f"{shown_name(source)}: "))
+    return Picture(None, f"picture_{error.reason}", str(error).removeprefix(f"{name_of(source)}: "))
 
 
 def calls_of(sample: Sample) -> list[str]:
@@ -179,14 +248,10 @@ def problem_of(sample: Sample, reason: str, what: str) -> Problem:
     return Problem(reason=reason, where=sample.where, field=sample.field, what=what)
 
 
-def shown_name(source: Source) -> str:
-    return f"{str(source)[:40]}..." if str(source).startswith(DATA_ADDRESS) else str(source)
-
-
 def _overhang(box: Box, size: Size) -> float:
     """How many pixels a box reaches over a picture, at most 0 for one that does not."""
     return max(-box.x1, -box.y1, box.x2 - size.width, box.y2 - size.height)
 
 
-def written(box: Box) -> str:
+def _written(box: Box) -> str:
     return f"[{', '.join(f'{side:g}' for side in box)}]"

@@ -22,7 +22,6 @@ from looktwice.geometry import (
     Size,
     crop_size,
     num_visual_tokens,
-    smart_resize,
 )
 from looktwice.messages import Conversation, ImagePart, ImageSource, TextPart
 from looktwice.processing.images import image_size
@@ -55,8 +54,7 @@ class Layout:
 
     def num_image_tokens(self, policy: PixelPolicy, factor: int) -> int:
         """Tokens of all pictures and crops under a policy, their marks included."""
-        low, high = policy.image_min_pixels, policy.image_max_pixels
-        sizes = [smart_resize(size, factor=factor, min_pixels=low, max_pixels=high) for size in self.pictures]
+        sizes = [policy.overview_size(size, factor=factor) for size in self.pictures]
         sizes += [crop_size(cut, original=size, factor=factor, policy=policy) for cut, size in self.crops]
         return sum(num_visual_tokens(size, factor=factor) + MARKS for size in sizes)
 

@@ -63,7 +63,7 @@ REASONS: dict[str, Reason] = {
     "box_wrong_length": _fatal("a box without exactly four numbers", "write [x1, y1, x2, y2]"),
     "box_not_a_number": _fatal("a box with something that is no finite number", "write four numbers"),
     "box_reversed": _fatal("a box that runs backwards or is empty", "write top-left, then bottom-right corner"),
-    "box_outside": _fatal("the box of a call lies outside its picture", "mend it, or give --box_frame"),
+    "box_outside": _fatal("the box of a call lies outside its picture", "mend the box, or give --box_frame"),
     "box_thin": _fatal("the box of a call is too thin to be cut", "make it wider"),
     "gold_box_outside": _fatal("a gold box lies outside its picture", "write it in original pixels"),
     "box_partly_outside": _note("a box reaches over its picture and is cut at the edge", "check boxes and their frame"),

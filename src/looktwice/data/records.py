@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from looktwice.calls import format_call, parse_call, split_calls
 from looktwice.data.fields import GOLD_FIELDS, Fields, Reading
 from looktwice.data.files import RowFile
 from looktwice.data.formats import FORMATS, ROWS_LOOKED_AT, Format, detect
 from looktwice.data.problems import ROW_REASONS, Problem
-from looktwice.data.sample import Sample, text_of
-from looktwice.errors import BoxError, DataError, ImageError, nearest
-from looktwice.geometry import Box, BoxFrame, Size, crop_rectangle, iou, to_original
-from looktwice.processing.images import open_image
+from looktwice.data.sample import Sample
+from looktwice.errors import DataError, nearest
+from looktwice.geometry import BoxFrame
 
 MAX_PROBLEMS_SHOWN = 20
 
@@ -142,7 +138,7 @@ def read_samples(
 ) -> list[Sample]:
     """All samples of a data file, in order; pictures are taken from `image_base_path` unless their path is absolute.
 
-    Pictures are not opened; see `check_pictures`. The rest is as in SampleFile.
+    Pictures are not opened; see `faults.refuse`. The rest is as in SampleFile.
     Raises one DataError that counts all problems and lists the first 20.
     """
     return SampleFile(path, image_base_path, data_format=data_format, answer_key=answer_key, box_frame=box_frame).read()
@@ -161,101 +157,6 @@ def _named(name: str) -> Format:
     if name not in FORMATS:
         raise DataError(f'"{name}" is no format; known are {", ".join(FORMATS)}.{nearest(name, FORMATS)}')
     return FORMATS[name]
-
-
-def check_responses(samples: Sequence[Sample]) -> None:
-    """Make sure that every sample has an answer to train on. Raises DataError as `check_pictures` does."""
-    problems = [
-        f"{sample.where}: {sample.field}: no assistant turn to train on; add the answer, or use the row for R-GRPO"
-        for sample in samples
-        if not any(message.role == "assistant" and message.is_trained for message in sample.conversation.messages)
-    ]
-    raise_if_any(problems, "answers")
-
-
-def check_solutions(samples: Sequence[Sample]) -> None:
-    """Make sure that every sample has a gold answer to judge by. Raises DataError as `check_pictures` does."""
-    problems = [
-        f'{sample.where}: {sample.field}: no <answer>…</answer> to judge by; add it, or the field "answer"'
-        for sample in samples
-        if not sample.solution
-    ]
-    raise_if_any(problems, "answers")
-
-
-def check_pictures(
-    samples: Sequence[Sample],
-    *,
-    min_side: int,
-    box_frame: BoxFrame = "original_px",
-    overview_size: Callable[[Size], Size] | None = None,
-) -> None:
-    """Make sure, before anything long starts, that every picture can be opened and every box can be cut from it.
-
-    Decodes each picture once, so that a file cut short is found too. Boxes of calls are in the frame of their sample,
-    else in `box_frame`, and belong to the first picture, as gold boxes do, which are in original pixels; a box that
-    lies partly outside is good. `min_side` is the smallest crop in pixels;
-    `overview_size` (the size at which the model sees a picture) is needed for "resized_px".
-    Raises one DataError that counts all problems and lists the first 20.
-    """
-    if overview_size is None and "resized_px" in (box_frame, *(sample.box_frame for sample in samples)):
-        raise ValueError("box_frame resized_px needs overview_size")
-    shown_in: dict[str | Path, list[Sample]] = {}
-    for sample in samples:
-        for picture in dict.fromkeys(sample.image_paths):
-            shown_in.setdefault(picture, []).append(sample)
-    problems: list[str] = []
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        sizes = list(pool.map(_decoded_size, shown_in))
-    for (picture, asked), original in zip(shown_in.items(), sizes):
-        if isinstance(original, ImageError):
-            others = f" ({len(asked) - 1} more use it)" if len(asked) > 1 else ""
-            hint = "" if not isinstance(picture, Path) or os.path.exists(picture) else " and --image_base_path"
-            problems.append(f"{asked[0].where}: picture: {original}{hint}{others}")
-            continue
-        resized = overview_size(original) if overview_size else original
-        for sample in asked:
-            if sample.image_paths[0] == picture:
-                problems += _box_problems(sample, original, resized, sample.box_frame or box_frame, min_side)
-    raise_if_any(problems, f"{len(shown_in)} picture{'s' if len(shown_in) != 1 else ''}")
-
-
-def _decoded_size(picture: str | Path) -> Size | ImageError:
-    """The upright size of a picture that decodes to its end, else what is wrong with it."""
-    try:
-        return Size(*open_image(picture).size)
-    except ImageError as error:
-        return error
-
-
-def _box_problems(sample: Sample, original: Size, resized: Size, box_frame: BoxFrame, min_side: int) -> Iterator[str]:
-    answers = [text_of(message) for message in sample.conversation.messages if message.role == "assistant"]
-    calls = [segment for answer in answers for segment in split_calls(answer)[:-1]]
-    for number, segment in enumerate(calls, 1):
-        requested = parse_call(segment)
-        box = to_original(requested, frame=box_frame, original=original, resized=resized)
-        try:
-            crop_rectangle(box, original=original, min_side=min_side)
-        except BoxError as error:
-            yield (
-                f"{sample.where}: {sample.field}: call {number} {format_call(requested)} read as {box_frame}: {error} "
-                f"({_name(sample.image_paths[0])}); mend the box, or set box_frame to the frame the boxes are in"
-            )
-    if sample.gold_box and iou(sample.gold_box, Box(0, 0, *original)) == 0:
-        yield (
-            f"{sample.where}: {_place_of_gold(sample)}box: {list(sample.gold_box)} lies outside the picture "
-            f"of {original.width}x{original.height} ({_name(sample.image_paths[0])}); write it in original pixels"
-        )
-
-
-def _place_of_gold(sample: Sample) -> str:
-    """Where the gold fields stand in the row: beside the answer of a documented question, else in the row itself."""
-    question, dot, _ = sample.field.rpartition(".")
-    return question + dot if question.startswith("QnA") else ""
-
-
-def _name(picture: str | Path) -> str:
-    return str(picture) if isinstance(picture, Path) else "the picture in the row"
 
 
 def raise_if_any(problems: Sequence[str | Problem], subject: str) -> None:

@@ -21,7 +21,7 @@ from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
 from looktwice.errors import CheckpointError, ImageError
-from looktwice.geometry import BOX_FRAMES, BoxFrame, PixelPolicy, Size, smart_resize
+from looktwice.geometry import BOX_FRAMES, BoxFrame, PixelPolicy, Size
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.vision import normalise
 from looktwice.processing.images import PatchedImage, open_image, patchify, resize
@@ -69,12 +69,7 @@ class Ovis2_5ImageProcessor(BaseImageProcessor):
 
     def overview_size(self, original: Size) -> Size:
         """The size at which the model sees a whole picture of this upright size."""
-        return smart_resize(
-            original,
-            factor=self.factor,
-            min_pixels=self.policy.image_min_pixels,
-            max_pixels=self.policy.image_max_pixels,
-        )
+        return self.policy.overview_size(original, factor=self.factor)
 
     def patch_image(self, image: Image.Image) -> PatchedImage:
         """A whole picture (upright RGB) at the policy's size."""

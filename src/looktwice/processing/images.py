@@ -6,6 +6,7 @@ Pictures are upright RGB after `open_image`; its size is the only "original" siz
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def read_header(source: ImageSource) -> PictureHeader:
             # an MPO file is a photo with a preview behind it
             has_frames = kind != "MPO" and bool(getattr(image, "is_animated", False))
         except UNREADABLE as error:
-            raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
+            raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
     if not isinstance(source, Image.Image) and not _seems_whole(source, kind):
         open_image(source)
     size = Size(stored.height, stored.width) if is_turned else stored
@@ -116,14 +117,16 @@ def open_image(source: ImageSource) -> Image.Image:
             image.load()
             upright = ImageOps.exif_transpose(image)
         except UNREADABLE as error:
-            raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
+            raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
         return to_rgb(upright)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB without the losses of a plain convert: hidden colours under alpha and clipped 16-bit values."""
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.uint32)
+        grey = np.where(values == image.info.get("transparency", -1), 255, values >> 8)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -181,23 +184,47 @@ def patchify(*frames: Image.Image, patch_size: int, stride: int, is_video: bool 
     )
 
 
+def name_of(source: ImageSource) -> str:
+    """What messages call a picture: its path, or of what has none something short."""
+    if isinstance(source, Image.Image):
+        return "picture"
+    return f"{str(source)[:40]}..." if str(source).startswith(DATA_ADDRESS) else str(source)
+
+
 @contextmanager
 def _open(source: ImageSource) -> Iterator[Image.Image]:
     """The picture of a path, closed afterwards, or the caller's own, left open."""
     if isinstance(source, Image.Image):
         yield source
         return
+    name = name_of(source)
+    if not str(source).startswith(DATA_ADDRESS):
+        _check_file(source, name)
     try:
         image = Image.open(_file_of(source))
-    except FileNotFoundError as error:
-        raise ImageError(f"{source}: no such picture; check the path") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}; shrink it", "huge") from error
     except UNREADABLE as error:
-        raise ImageError(f"{_name(source)}: not a readable picture ({error}); replace or remove it") from error
+        raise ImageError(f"{name}: not a readable picture ({error}); replace or remove it") from error
     with image:
         if image.width * image.height > MAX_SOURCE_PIXELS:
             size = f"{image.width}x{image.height}"
-            raise ImageError(f"{_name(source)}: {size} pixels, more than {MAX_SOURCE_PIXELS}; shrink it")
+            raise ImageError(f"{name}: {size} pixels, more than {MAX_SOURCE_PIXELS}; shrink it", "huge")
         yield image
+
+
+def _check_file(path: str | Path, name: str) -> None:
+    """Raise ImageError for a path at which there is no file to open; opening some of these would wait for ever."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: no such picture; check the path", "missing") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name}: not a readable picture ({error}); replace or remove it") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{name}: not a readable picture (not a file); replace or remove it")
+    if status.st_size == 0:
+        raise ImageError(f"{name}: not a readable picture (0 bytes); replace or remove it", "empty")
 
 
 def _orientation(source: ImageSource, image: Image.Image) -> int | None:
@@ -206,7 +233,7 @@ def _orientation(source: ImageSource, image: Image.Image) -> int | None:
         is_header_enough = isinstance(image, PngImageFile) and image.fp is not None and not _has_late_exif(image.fp)
         exif = Image.Image.getexif(image) if is_header_enough else image.getexif()
     except UNREADABLE as error:
-        raise ImageError(f"{_name(source)}: the picture is damaged ({error}); replace the file") from error
+        raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
     return exif.get(EXIF_ORIENTATION)
 
 
@@ -274,9 +301,3 @@ def _seems_whole(source: str | Path, kind: str) -> bool:
         mark = END_MARKS.get(kind, b"")
         file.seek(max(0, file.seek(0, os.SEEK_END) - len(mark)))
         return bool(mark) and file.read() == mark
-
-
-def _name(source: ImageSource) -> str:
-    if isinstance(source, Image.Image):
-        return "picture"
-    return f"{str(source)[:40]}..." if str(source).startswith(DATA_ADDRESS) else str(source)

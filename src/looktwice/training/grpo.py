@@ -14,8 +14,8 @@ from torch import Tensor
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.data.dataset import processor_for
+from looktwice.data.faults import View, refuse
 from looktwice.data.lengths import fit_lengths
-from looktwice.data.records import check_solutions
 from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
 from looktwice.processing.packing import PackedBatch
@@ -108,11 +108,11 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
 def fitted(
     samples: Sequence[Sample], processor: Ovis2_5Processor, data: DataConfig, lengths: LengthReport
 ) -> list[Sample]:
-    """Samples that can be rolled out: with a gold answer, and prompts of at most `max_length` tokens.
+    """Samples that can be rolled out, with prompts of at most `max_length` tokens; those of a large set are new here.
 
-    Of a large set they are met here first. Raises DataError as `check_solutions` and `fit_lengths` do.
+    Raises DataError as `refuse` and `fit_lengths` do.
     """
-    check_solutions(samples)
+    refuse(samples, "the data", stage="grpo", view=View.of(processor))
     prompts, refits = fit_lengths(
         samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose="prompt"
     )

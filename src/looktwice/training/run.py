@@ -15,8 +15,9 @@ from rich.table import Table
 
 from looktwice.config import Config, DataConfig, StageConfig
 from looktwice.data.dataset import BatchOrder
+from looktwice.data.faults import View, refuse
 from looktwice.data.lengths import Purpose, Refit, fit_lengths
-from looktwice.data.records import SampleFile, check_pictures, check_responses, check_solutions
+from looktwice.data.records import SampleFile
 from looktwice.data.sample import Sample
 from looktwice.errors import ConfigError, DataError
 from looktwice.metrics import Recorder
@@ -86,17 +87,11 @@ def load_samples(
     file = SampleFile(path, data.image_base_path, data_format=data.source_format, answer_key=data.answer_key)
     is_large = file.num_samples > CHECKED_AT_START
     samples = file.read(limit=CHECKED_AT_START)
-    if purpose == "train":
-        check_responses(samples)
-    else:
-        check_solutions(samples)
-    check_pictures(
-        samples, min_side=processor.factor, box_frame=processor.box_frame, overview_size=processor.overview_size
-    )
+    refuse(samples, path, stage="sft" if purpose == "train" else "grpo", view=View.of(processor), decode=True)
     kept, refits = fit_lengths(
         samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose=purpose
     )
-    if not kept:
+    if samples and not kept:
         which = f"each of the first {CHECKED_AT_START:,} samples" if is_large else "every sample"
         raise DataError(f"{path}: {which} is longer than max_length {data.max_length}; raise it")
     if is_large:
