@@ -16,10 +16,10 @@ from PIL import Image
 from looktwice import cli
 from looktwice.config import CheckConfig, DataConfig, Stage
 from looktwice.data import faults, problems
-from looktwice.data.check import CHUNK, judge
+from looktwice.data.check import CHUNK, Judge, judge
 from looktwice.data.dataset import Encoder
 from looktwice.data.files import RowFile
-from looktwice.data.fix import fix
+from looktwice.data.fix import Fixed, fix
 from looktwice.data.problems import REASONS
 from looktwice.data.verdict import Verdict
 from looktwice.errors import DataError, LooktwiceError
@@ -203,7 +203,11 @@ def test_fatal_reasons_come_first_then_the_frequent_ones(judged) -> None:
 
 
 def test_what_is_not_checked_without_a_model_is_said(judged) -> None:
-    assert judged(row(), with_processor=False).unchecked == ("token lengths", "calls under tokenising")
+    assert judged(row(), with_processor=False).unchecked == (
+        "token lengths",
+        "calls under tokenising",
+        "the sizes that this model sees",
+    )
     assert judged(row()).unchecked == ()
 
 
@@ -286,9 +290,15 @@ def test_every_reason_is_documented_as_it_is() -> None:
 
 def fixed_rows(rows: list[object], tmp_path: Path, pictures: Path, processor: Ovis2_5Processor) -> list[dict[str, Any]]:
     config = CheckConfig(image_base_path=pictures)
-    fix(write(tmp_path / "d.jsonl", rows), tmp_path / "out.jsonl", config, processor)
+    fixed(write(tmp_path / "d.jsonl", rows), tmp_path / "out.jsonl", config, processor)
     assert judge([tmp_path / "out.jsonl"], config, processor).would_train
     return [one.values for one in RowFile(tmp_path / "out.jsonl")]
+
+
+def fixed(path: Path, target: Path, config: CheckConfig, processor: Ovis2_5Processor | None = None) -> Fixed:
+    going = Judge(config, processor, keeps_fatal=True)
+    going.judge([path])
+    return fix(going, target)
 
 
 def report_of(tmp_path: Path) -> dict[str, Any]:
@@ -387,15 +397,16 @@ def test_a_question_that_is_left_out_counts_as_that_alone(tmp_path, pictures, pr
 def test_a_copy_that_lost_the_sign_of_its_format_says_how_to_read_it(tmp_path, pictures) -> None:
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "<answer>a cup</answer>"}]
     rows = [{"image": "good.png", "conversations": turns}, {"images": ["absent.png"], "conversations": turns}]
-    fixed = fix(write(tmp_path / "d.jsonl", rows), tmp_path / "out.jsonl", CheckConfig(image_base_path=pictures))
-    assert str(fixed).endswith("; read it with --from sharegpt")
+    path = write(tmp_path / "d.jsonl", rows)
+    done = fixed(path, tmp_path / "out.jsonl", CheckConfig(image_base_path=pictures))
+    assert str(done).endswith("; read it with --from sharegpt")
     config = CheckConfig(image_base_path=pictures, source_format="sharegpt")
     assert judge([tmp_path / "out.jsonl"], config).would_train
 
 
 def test_a_byte_order_mark_and_blank_lines_are_not_copied(tmp_path, pictures, processor) -> None:
     config = CheckConfig(image_base_path=pictures)
-    fix(BAD / "files" / "byte_order_mark_and_blank_lines.jsonl", tmp_path / "out.jsonl", config, processor)
+    fixed(BAD / "files" / "byte_order_mark_and_blank_lines.jsonl", tmp_path / "out.jsonl", config, processor)
     text = (tmp_path / "out.jsonl").read_bytes()
     assert text.startswith(b"{") and b"\n\n" not in text and text.count(b"\n") == 2
 
@@ -409,9 +420,9 @@ def test_nothing_is_written_when_no_row_is_left(tmp_path, pictures, processor) -
 def test_the_file_itself_is_not_overwritten(tmp_path, pictures) -> None:
     path = write(tmp_path / "d.jsonl", [row()])
     with pytest.raises(DataError, match="name another one"):
-        fix(path, path, CheckConfig(image_base_path=pictures))
+        fixed(path, path, CheckConfig(image_base_path=pictures))
 
 
 def test_a_file_that_cannot_be_read_is_not_fixed(tmp_path) -> None:
     with pytest.raises(DataError, match="no such data file"):
-        fix(tmp_path / "absent.jsonl", tmp_path / "out.jsonl", CheckConfig())
+        fixed(tmp_path / "absent.jsonl", tmp_path / "out.jsonl", CheckConfig())

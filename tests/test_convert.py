@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from looktwice.cli import main
 from looktwice.config import ConvertConfig
-from looktwice.data.convert import convert
+from looktwice.data.convert import convert_file
 from looktwice.data.fields import Fields, Reading
 from looktwice.data.formats import FORMATS
 from looktwice.data.records import read_samples
@@ -222,9 +222,9 @@ def file(tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize("name", [*FULL, "documented"])
 def test_a_file_comes_back_through_another_format_and_container(name: str, suffix: str, file, tmp_path: Path) -> None:
     source, there, back = file(ROW, ROW), tmp_path / f"there{suffix}", tmp_path / "back.jsonl"
-    done = convert(source, there, ConvertConfig(target_format=name))
+    done = convert_file(source, there, ConvertConfig(target_format=name))
     assert (done.source_format, done.num_rows, done.num_samples, done.num_written) == ("documented", 2, 2, 2)
-    convert(there, back, ConvertConfig(target_format="documented"))
+    convert_file(there, back, ConvertConfig(target_format="documented"))
     read_again = [replace(sample, where="") for sample in read_samples(back, "")]
     assert read_again == [replace(sample, where="") for sample in read_samples(source, "")]
 
@@ -244,7 +244,7 @@ def test_nothing_is_written_when_something_would_be_lost(file, tmp_path: Path, c
 
 def test_the_command_says_what_it_read_and_wrote(file, tmp_path: Path, capsys) -> None:
     assert main(["data", "convert", str(file(ROW)), str(tmp_path / "out.json"), "--to", "ovis"]) == 0
-    assert capsys.readouterr().out == "read 1 rows of the format documented: 1 samples\n1 rows of the format ovis\n"
+    assert capsys.readouterr().out == "read 1 row of the format documented: 1 sample\n1 row of the format ovis\n"
     [row] = json.loads((tmp_path / "out.json").read_text())
     assert row["conversations"][0] == {"from": "human", "value": "<image>\nQ"}
 
@@ -254,18 +254,18 @@ def test_a_bad_row_and_a_file_onto_itself_are_refused(file, tmp_path: Path) -> N
     with pytest.raises(
         DataError, match=r"1 problem in .*in\.jsonl:\n  .*in\.jsonl:2: QnA\[0\]\.A3: the field is missing"
     ):
-        convert(source, tmp_path / "out.jsonl", ConvertConfig())
+        convert_file(source, tmp_path / "out.jsonl", ConvertConfig())
     with pytest.raises(DataError, match="the file to read from"):
-        convert(source, source, ConvertConfig())
+        convert_file(source, source, ConvertConfig())
     with pytest.raises(DataError, match="holds no records"):
-        convert(file(), tmp_path / "out.jsonl", ConvertConfig())
+        convert_file(file(), tmp_path / "out.jsonl", ConvertConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_names_that_mean_nothing_below_the_row_count_as_lost(file, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "x", "name": "Ann"}]}
     with pytest.raises(DataError, match='1 x "name" of a message'):
-        convert(file(row), tmp_path / "out.jsonl", ConvertConfig())
+        convert_file(file(row), tmp_path / "out.jsonl", ConvertConfig())
 
 
 def test_an_unknown_sub_command_names_the_nearest(capsys) -> None:

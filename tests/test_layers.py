@@ -19,7 +19,7 @@ LAYERS = (
     ("processing",),
     ("data", "rollout", "answers", "grounding", "rewards"),
     ("training", "inference", "export", "evaluation", "report", "demo"),
-    ("cli", "server", "__init__"),
+    ("flags", "data_cli", "cli", "server", "__init__"),
 )
 DRAWERS = ("utils", "common", "helpers", "misc")
 

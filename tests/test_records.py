@@ -194,7 +194,7 @@ def test_one_leading_picture_mark_is_taken_off_the_question(
         ({"image_path": "x", "QnA": [{**GOOD, "A3": "a\ud800"}]}, "QnA[0].A3: half of a surrogate pair"),
         ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer>a"}]}, "A3: the <answer> block is empty"),
         ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer> </answer>"}]}, "A3: the <answer> block is empty"),
-        ({"image_path": "x", "QnA": [{**GOOD, "answer": 3}]}, "QnA[0].answer: a number where a text belongs"),
+        ({"image_path": "x", "QnA": [{**GOOD, "answer": True}]}, "QnA[0].answer: true or false where a text belongs"),
         ({"image_path": "x", "QnA": [{**GOOD, "answer": ""}]}, "QnA[0].answer: the text is empty"),
         ({"image_path": "x", "QnA": [{**GOOD, "box": [1, 2, 3]}]}, "QnA[0].box: a box has 4 numbers"),
         ({"image_path": "x", "QnA": [{**GOOD, "box": [5, 2, 3, 4]}]}, "QnA[0].box: a box runs from top-left"),

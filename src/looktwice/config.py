@@ -28,6 +28,7 @@ Stage = Literal["sft", "grpo", "both"]
 SourceFormat = Literal["auto", DataFormat]
 LengthPolicy = Literal["error", "drop", "shrink_images"]
 DEFAULT_MODEL = "AIDC-AI/Ovis2.5-9B"
+LENGTH_POLICY_HELP = "what to do with a longer sample: stop, leave it out, or shrink its pictures"
 DEVICE_HELP = "torch device; auto: spread over all; default: cuda if there is one, else cpu"
 
 
@@ -101,12 +102,10 @@ class ModelConfig(Config):
     device: str | None = knob(None, DEVICE_HELP)
 
 
-class DataConfig(Config):
-    """Which data, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
+class SampleConfig(Config):
+    """How samples are read, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
 
-    train_data_path: Path | None = knob(None, "training JSONL", flag="train_data")
-    val_data_path: Path | None = knob(None, "validation JSONL: loss (stage 1), accuracy (stage 2)", flag="val_data")
-    source_format: SourceFormat = knob("auto", "format of the files; auto: by their first rows", flag="from")
+    source_format: SourceFormat = knob("auto", "format of the data files; auto: by their first rows", flag="from")
     image_base_path: Path = knob(Path("."), "folder that the paths of pictures are relative to")
     answer_key: str | None = knob(None, "field of a question that holds its answer (documented format); default: A3, A")
     min_pixels: Positive | None = knob(None, "fewest pixels of a resized picture")
@@ -115,7 +114,6 @@ class DataConfig(Config):
     crop_max_pixels: Positive | None = knob(None, "most pixels of a resized crop")
     box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls; default: the checkpoint's (original_px)")
     max_length: Positive = knob(16384, "tokens of one sample, or of a prompt in stage 2")
-    length_policy: LengthPolicy = knob("error", "what to do with a longer sample")
 
     @property
     def pixel_bounds(self) -> dict[str, int | None]:
@@ -128,18 +126,30 @@ class DataConfig(Config):
         }
 
 
-class CheckConfig(DataConfig):
+class DataConfig(SampleConfig):
+    """Which data, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
+
+    train_data_path: Path | None = knob(None, "training data: JSONL, JSON or Parquet", flag="train_data")
+    val_data_path: Path | None = knob(None, "validation data: loss (stage 1), accuracy (stage 2)", flag="val_data")
+    length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
+
+
+class CheckConfig(SampleConfig):
     """Judging data files before training."""
 
+    val_data_path: Path | None = knob(None, "validation data, judged too and against the files", flag="val_data")
+    length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
     model_name: str | None = knob(None, "model folder or hub name, for token lengths; `tiny` is the small model")
     stage: Stage = knob("sft", "what the files are for")
     decode: bool = knob(False, "decode every picture to its end; default: headers and end marks alone")
 
 
-class ShowConfig(DataConfig):
+class ShowConfig(SampleConfig):
     """Showing samples as the model will see them."""
 
+    length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
     model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are shown, or `tiny`")
+    stage: Literal["sft", "grpo"] = knob("sft", "sft: the sequence that is trained; grpo: the prompt of rollouts")
     num_samples: Positive = knob(3, "samples shown, from the first row on; short: -n")
     row: Positive | None = knob(None, "show the samples of this row: the number behind the file in messages")
     seed: int | None = knob(None, "show rows picked at random by this seed")
@@ -151,7 +161,7 @@ class ShowConfig(DataConfig):
         return self
 
 
-class StatsConfig(DataConfig):
+class StatsConfig(SampleConfig):
     """Measuring data files."""
 
     model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are counted, or `tiny`")

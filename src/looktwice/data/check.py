@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from looktwice.calls import TOOL_CALL_OPEN, parse_call
 from looktwice.config import CheckConfig
-from looktwice.data.faults import Picture, Source, View, calls_of, inspect_all, problem_of, sample_problems
-from looktwice.data.lengths import sequence_lengths
+from looktwice.data.faults import (
+    SLACK_PX,
+    Picture,
+    Source,
+    View,
+    calls_of,
+    inspect_all,
+    overhang,
+    problem_of,
+    sample_problems,
+)
+from looktwice.data.lengths import Purpose, sequence_lengths, shrunk_policy
 from looktwice.data.problems import Problem
 from looktwice.data.records import SampleFile, unused_names
 from looktwice.data.sample import Sample, text_of
@@ -21,29 +32,29 @@ from looktwice.processing.processor import Ovis2_5Processor
 
 CHUNK = 256
 """Rows that are judged at a time: their texts are tokenised together."""
-LARGE_SIDE, MIN_LARGE_BOXES = 1500, 5
+LARGE_SIDE, MIN_TELLING_BOXES = 1500, 5
 """Boxes on pictures of at least this side tell pixels from thousandths, when there are this many."""
 
 
 def judge(paths: Sequence[Path], config: CheckConfig, processor: Ovis2_5Processor | None = None) -> Verdict:
     """Judge training files, and the validation file of the settings against them.
 
-    Holds a few bytes for each sample and each picture, never the rows. Without a processor lengths and the tokens of
-    calls are not checked.
+    Holds about 200 bytes for each sample and each picture, never the rows. Without a processor lengths and the tokens
+    of calls are not checked.
     """
-    going = Judge(config, processor)
-    for problem in going.problems(paths):
-        going.verdict.add(problem)
-    return going.verdict
+    return Judge(config, processor).judge(paths)
 
 
 class Judge:
-    """One going through data files; see `judge`. Counts rows, samples and pictures in `verdict`."""
+    """One going through data files; see `judge`. With `keeps_fatal` it keeps what is fatal, by the place of its row."""
 
-    def __init__(self, config: CheckConfig, processor: Ovis2_5Processor | None) -> None:
+    def __init__(
+        self, config: CheckConfig, processor: Ovis2_5Processor | None = None, *, keeps_fatal: bool = False
+    ) -> None:
         self.config = config
         self.processor = processor
         self.verdict = Verdict()
+        self.fatal: defaultdict[str, list[Problem]] | None = defaultdict(list) if keeps_fatal else None
         self.view = View.of(processor) if processor else View.by_default(config)
         self.questions: dict[int, tuple[int, int]] = {}
         self.files: list[SampleFile] = []
@@ -53,9 +64,16 @@ class Judge:
         self.training_pictures: frozenset[int] = frozenset()
         self.seen_in_validation: set[int] = set()
         self.told: set[int] = set()
-        self.large_boxes = LargeBoxes()
+        self.frame_evidence = FrameEvidence()
         if processor is None:
-            self.verdict.unchecked = ("token lengths", "calls under tokenising")
+            self.verdict.unchecked = ("token lengths", "calls under tokenising", "the sizes that this model sees")
+
+    def judge(self, paths: Sequence[Path]) -> Verdict:
+        for problem in self.problems(paths):
+            self.verdict.add(problem)
+            if self.fatal is not None and problem.is_fatal:
+                self.fatal[problem.where].append(problem)
+        return self.verdict
 
     def problems(self, paths: Sequence[Path]) -> Iterator[Problem]:
         """All problems, file by file."""
@@ -65,18 +83,12 @@ class Judge:
         if self.config.val_data_path:
             self.training_pictures = frozenset(self.pictures)
             yield from self.of_file(self.config.val_data_path)
-        yield from self.large_boxes.problems()
+        yield from self.frame_evidence.problems()
         self.verdict.num_pictures = len(self.pictures)
 
     def of_file(self, path: Path) -> Iterator[Problem]:
-        config = self.config
         try:
-            file = SampleFile(
-                path,
-                config.image_base_path,
-                data_format=config.source_format,
-                answer_key=config.answer_key,
-            )
+            file = SampleFile.of(path, self.config)
             if not len(file):
                 raise DataError(f"{path}: the file holds no records; write one JSON object a line")
         except DataError as error:
@@ -106,7 +118,7 @@ class Judge:
             if not any(problem.is_fatal for problem in found):
                 good.append(sample)
             yield from filter(self.is_new, found)
-            self.large_boxes.see(sample, self.view, self.picture_of)
+            self.frame_evidence.see(sample, self.view, self.picture_of)
         if self.processor:
             yield from self.token_problems(good, self.processor)
 
@@ -155,13 +167,19 @@ class Judge:
             assert header is not None
             return header.size
 
-        purposes = {"sft": ("train",), "grpo": ("prompt",), "both": ("train", "prompt")}[self.config.stage]
+        purposes: tuple[Purpose, ...] = ("train", "prompt")
+        purposes = {"sft": purposes[:1], "grpo": purposes[1:]}.get(self.config.stage, purposes)
         for purpose in purposes:
-            lengths = sequence_lengths(samples, processor, size_of, purpose)  # type: ignore[arg-type]
+            lengths = sequence_lengths(samples, processor, size_of, purpose)
             what = "tokens" if purpose == "train" else "tokens of the prompt"
             for sample, length in zip(samples, lengths):
                 if length > limit:
-                    yield problem_of(sample, "too_long", f"{length} {what}, more than max_length {limit}")
+                    can_be_kept = self.config.length_policy == "drop" or (
+                        self.config.length_policy == "shrink_images"
+                        and shrunk_policy(sample, processor, limit, size_of, purpose)
+                    )
+                    reason = "over_length" if can_be_kept else "too_long"
+                    yield problem_of(sample, reason, f"{length} {what}, more than max_length {limit}")
         calls = [(sample, segment) for sample in samples for segment in calls_of(sample)]
         texts = [segment[segment.rindex(TOOL_CALL_OPEN) :] for _, segment in calls]
         for (sample, _), call, read in zip(calls, texts, processor.template.read_back(texts)):
@@ -169,27 +187,33 @@ class Judge:
                 yield problem_of(sample, "call_text_changes", f"{call!r} reads {read!r} after tokenising")
 
 
-class LargeBoxes:
-    """Boxes declared as pixels, on large pictures: whether all of them could be thousandths."""
+class FrameEvidence:
+    """Boxes declared as pixels: whether all of them could be thousandths instead.
+
+    They could if no number is above 1000 (nor all at most 100), and enough boxes tell the two apart: on large pictures,
+    or because they reach over a small one.
+    """
 
     def __init__(self) -> None:
-        self.num_boxes = 0
+        self.highest = 0.0
+        self.num_telling = 0
         self.first: Sample | None = None
-        self.is_refuted = False
 
     def see(self, sample: Sample, view: View, picture_of: Callable[[Source], Picture]) -> None:
         header = picture_of(sample.image_paths[0]).header if sample.image_paths else None
-        if header is None or min(header.size) < LARGE_SIDE or (sample.box_frame or view.box_frame) != "original_px":
+        if header is None or (sample.box_frame or view.box_frame) != "original_px":
             return
         for call in calls_of(sample):
             with suppress(BoxError):
-                self.is_refuted = self.is_refuted or max(parse_call(call)) > 1000
-                self.num_boxes += 1
-                self.first = self.first or sample
+                box = parse_call(call)
+                self.highest = max(self.highest, *box)
+                if min(header.size) >= LARGE_SIDE or overhang(box, header.size) > SLACK_PX:
+                    self.num_telling += 1
+                    self.first = self.first or sample
 
     def problems(self) -> Iterator[Problem]:
-        if self.first and not self.is_refuted and self.num_boxes >= MIN_LARGE_BOXES:
-            what = f"{self.num_boxes} boxes on pictures of {LARGE_SIDE} pixels a side or more, no number above 1000"
+        if self.first and 100 < self.highest <= 1000 and self.num_telling >= MIN_TELLING_BOXES:
+            what = f"{self.num_telling} boxes on large pictures or beyond small ones, no number above 1000"
             yield problem_of(self.first, "box_looks_norm1000", what)
 
 

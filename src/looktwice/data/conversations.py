@@ -40,14 +40,16 @@ _PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
 class Dialect:
     """How a format writes its turns.
 
-    `turns` is the field that lists them; `role`, `text` and `mark` (false: not trained) are fields of a turn. `roles`
-    gives the meaning of each role and whether it is trained; of two with one meaning the first is written.
-    `is_place_needed`: pictures without any `<image>` are an error.
+    `turns` is the field that lists them; `role`, `text` and `mark` (false: not trained) are fields of a turn. Pictures
+    are written into the field `pictures`; read they may be in any. `roles` gives the meaning of each role and whether
+    it is trained; of two with one meaning the first is written. `is_place_needed`: pictures without any `<image>` are
+    an error.
     """
 
     turns: str
     role: str
     text: str
+    pictures: str
     roles: Mapping[str, tuple[Role, bool]]
     mark: str | None = None
     is_place_needed: bool = False
@@ -62,6 +64,7 @@ SHAREGPT = Dialect(
     turns="conversations",
     role="from",
     text="value",
+    pictures="images",
     roles={
         "system": ("system", True),
         "human": ("user", True),
@@ -71,11 +74,12 @@ SHAREGPT = Dialect(
         "ignored_gpt": ("assistant", False),
     },
 )
-OVIS = replace(SHAREGPT, is_place_needed=True)
+OVIS = replace(SHAREGPT, pictures="image", is_place_needed=True)
 SWIFT = Dialect(
     turns="messages",
     role="role",
     text="content",
+    pictures="images",
     roles={"system": ("system", True), "user": ("user", True), "assistant": ("assistant", True)},
     mark="loss",
 )
@@ -248,10 +252,8 @@ def write_swift(samples: Sequence[Sample], writing: Writing) -> list[dict[str, o
 
 def _row(sample: Sample, writing: Writing, dialect: Dialect) -> dict[str, object]:
     pictures = [writing.picture(source) for source in sample.image_paths]
-    if dialect is SWIFT:  # where it is known by this field
-        shown: dict[str, object] = {"images": pictures}
-    else:
-        shown = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+    # a list also of one, since a table needs one type for a field, and of none where the format is known by it
+    shown = {dialect.pictures: pictures} if pictures or dialect.pictures == "images" else {}
     turns = [_written_turn(message, dialect) for message in sample.conversation.messages]
     return writing.with_extra({**shown, dialect.turns: turns, **writing.gold(sample)}, sample, dialect.known)
 

@@ -10,7 +10,7 @@ from looktwice.config import ConvertConfig
 from looktwice.data.files import write_rows
 from looktwice.data.formats import FORMATS
 from looktwice.data.records import SampleFile, raise_if_any
-from looktwice.data.tally import Tally
+from looktwice.data.tally import Tally, counted
 from looktwice.data.writing import Writing
 from looktwice.errors import DataError
 
@@ -29,15 +29,16 @@ class Conversion:
 
     def __str__(self) -> str:
         lines = [
-            f"read {self.num_rows} rows of the format {self.source_format}: {self.num_samples} samples",
-            f"{self.num_written} rows of the format {self.target_format}",
+            f"read {counted(self.num_rows, 'row')} of the format {self.source_format}: "
+            f"{counted(self.num_samples, 'sample')}",
+            f"{counted(self.num_written, 'row')} of the format {self.target_format}",
         ]
         for title, tally in (("left out", self.left_out), ("lost", self.lost)):
             lines += [f"{title}:", *(f"  {line}" for line in tally.lines())] if tally else []
         return "\n".join(lines)
 
 
-def convert(source: str | Path, target: str | Path, config: ConvertConfig) -> Conversion:
+def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) -> Conversion:
     """Write the samples of a file in another format; the kinds of the files follow from their names.
 
     Raises DataError when a row cannot be read, with all problems counted, and when something would be lost and

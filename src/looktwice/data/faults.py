@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 from looktwice.answers import find_answer_block
 from looktwice.calls import format_call, parse_call, split_calls
-from looktwice.config import DataConfig, Stage
+from looktwice.config import SampleConfig, Stage
+from looktwice.data.fields import short
 from looktwice.data.problems import BOX_REASONS, Problem
 from looktwice.data.records import raise_if_any
 from looktwice.data.sample import Sample, text_of
@@ -29,6 +31,9 @@ MIN_SIDE_PX = 2
 WHOLE_SHARE = 0.98
 """Share of the picture from which on a crop counts as the whole of it."""
 SPECIAL_TEXTS = (TURN_OPEN, TURN_CLOSE, TEXT_END, *(token for token in VISUAL_TOKENS if "_" in token))
+PLACEHOLDERS = tuple(token for token in VISUAL_TOKENS if "_" not in token)
+_COMMAND_LIKE = re.compile(r"\{[^{}]*(?:crop|bbox)[^{}]*?(?:[0-9.]+\s*,\s*){3}[0-9.]+[^{}]*\}", re.IGNORECASE)
+"""Braces that may have been meant as a call: what is one in the format is a call by now."""
 RELEASED_FACTOR = 32
 
 Source = str | Path
@@ -55,7 +60,7 @@ class View:
         return cls(policy=processor.policy, factor=processor.factor, box_frame=processor.box_frame)
 
     @classmethod
-    def by_default(cls, config: DataConfig) -> View:
+    def by_default(cls, config: SampleConfig) -> View:
         """What the settings make of the defaults."""
         return cls(policy=PixelPolicy().override(**config.pixel_bounds), box_frame=config.box_frame or "original_px")
 
@@ -112,7 +117,11 @@ def text_problems(sample: Sample, message: Message) -> Iterator[Problem]:
     text = text_of(message)
     if spelled := [token for token in SPECIAL_TEXTS if token in text]:
         yield problem_of(sample, "spells_token", f"the {message.role} writes {', '.join(spelled)}")
+    if spelled := [token for token in PLACEHOLDERS if token in text]:
+        yield problem_of(sample, "spells_placeholder", f"the {message.role} writes {', '.join(spelled)}")
     if message.role == "assistant":
+        for braces in _COMMAND_LIKE.finditer(text):
+            yield problem_of(sample, "no_call", f'"{short(braces[0])}"')
         opened, closed = text.count(THINK_OPEN), text.count(THINK_CLOSE)
         if opened != closed or opened > 1 or (opened and text.index(THINK_OPEN) > text.index(THINK_CLOSE)):
             yield problem_of(sample, "think_not_closed", f"{opened} {THINK_OPEN} and {closed} {THINK_CLOSE}")
@@ -166,7 +175,7 @@ def _call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: V
     except BoxError as error:
         yield BOX_REASONS[error.reason], str(error)
     else:
-        if (over := _overhang(box, size)) > SLACK_PX:
+        if (over := overhang(box, size)) > SLACK_PX:
             yield "box_partly_outside", f"it reaches {over:.0f} pixels over {name}"
         if (right - left) * (bottom - top) >= WHOLE_SHARE * size.width * size.height:
             yield "box_whole_picture", f"it shows all of {name}"
@@ -175,7 +184,7 @@ def _call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: V
         yield "box_looks_unit", "no number is above 1"
     limit = {"unit": 1.0, "norm1000": 1000.0}.get(frame)
     are_sides_px = min(requested.x2 - requested.x1, requested.y2 - requested.y1) >= MIN_SIDE_PX
-    if limit and max(requested) > limit * 1.05 and are_sides_px and _overhang(requested, size) <= SLACK_PX:
+    if limit and max(requested) > limit * 1.05 and are_sides_px and overhang(requested, size) <= SLACK_PX:
         yield "box_looks_px", f"a number is above {limit:.0f}, and as pixels the box lies inside {name}"
 
 
@@ -185,7 +194,7 @@ def _gold_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
     name = f"the picture of {size.width}x{size.height}"
     if iou(box, Box(0, 0, *size)) == 0:
         yield "gold_box_outside", f"it lies outside {name}"
-    elif (over := _overhang(box, size)) > SLACK_PX:
+    elif (over := overhang(box, size)) > SLACK_PX:
         yield "box_partly_outside", f"it reaches {over:.0f} pixels over {name}"
     yield from _rotation_faults(box, header)
     if min(box) >= 0 and max(box) <= 1:
@@ -194,7 +203,7 @@ def _gold_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
 
 def _rotation_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
     stored, size = header.stored, header.size
-    if stored != size and _overhang(box, size) > SLACK_PX >= _overhang(box, stored):
+    if stored != size and overhang(box, size) > SLACK_PX >= overhang(box, stored):
         yield (
             "box_rotated",
             f"it fits {stored.width}x{stored.height}, the picture upright is {size.width}x{size.height}",
@@ -248,7 +257,7 @@ def problem_of(sample: Sample, reason: str, what: str) -> Problem:
     return Problem(reason=reason, where=sample.where, field=sample.field, what=what)
 
 
-def _overhang(box: Box, size: Size) -> float:
+def overhang(box: Box, size: Size) -> float:
     """How many pixels a box reaches over a picture, at most 0 for one that does not."""
     return max(-box.x1, -box.y1, box.x2 - size.width, box.y2 - size.height)
 

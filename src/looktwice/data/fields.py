@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -236,7 +237,9 @@ def _conversation(row: Fields, messages: Iterable[Message], answer_field: str) -
 def _solution(row: Fields, conversation: Conversation, answer_field: str) -> str:
     """The gold answer: its own field, else the last answer block."""
     if row.is_given("answer"):
-        return (row.text("answer") or "").strip()
+        value = row.values["answer"]
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return json.dumps(value) if is_number else (row.text("answer") or "").strip()
     response = response_of(conversation)
     solution = find_answer_block(response)
     if solution == "" or (solution is None and ANSWER_OPEN in response):

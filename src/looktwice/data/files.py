@@ -109,6 +109,13 @@ class RowFile(Sequence[Row]):
             raise DataError(f"{path}: {_CHANGED}")
 
 
+def check_name(path: Path) -> None:
+    """Raise DataError when `write_rows` could not write there: for the name, or because there is no folder."""
+    _kind_of_name(path)
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"{path}: there is no folder {path.parent}; make it, or name another place")
+
+
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write a data file and give back its number of rows; the kind is that of the name.
 

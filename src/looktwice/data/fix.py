@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 from looktwice.config import CheckConfig
 from looktwice.data.check import Judge
 from looktwice.data.fields import Fields
-from looktwice.data.files import write_rows
+from looktwice.data.files import check_name, write_rows
 from looktwice.data.problems import Problem
 from looktwice.data.records import SampleFile
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import Size
-from looktwice.processing.processor import Ovis2_5Processor
 
 Step = str | int
 Note = Callable[[list[float], list[float]], None]
@@ -59,38 +58,48 @@ class Fixed:
         )
 
 
-def fix(path: Path, target: Path, config: CheckConfig, processor: Ovis2_5Processor | None = None) -> Fixed:
-    """Write a copy of a data file in which `judge` finds nothing fatal, and beside it `target`.report.json.
+def check_target(path: Path, target: Path) -> None:
+    """Raise DataError when the cleaned copy of a file cannot be written there, before the file is judged."""
+    check_name(target)
+    for written in (target, report_of(target)):
+        if written.exists() and path.exists() and written.samefile(path):
+            raise DataError(f"{written}: the file to fix; name another one to write to")
 
-    Raises DataError when the file cannot be read at all, when no row is left, and when source and target are one file.
+
+def report_of(target: Path) -> Path:
+    """Where it is written what was done."""
+    return Path(f"{target}.report.json")
+
+
+def fix(judge: Judge, target: Path) -> Fixed:
+    """Write a copy of a judged file in which nothing fatal is left, and beside it `target`.report.json.
+
+    `judge` has judged this file alone, and kept what is fatal. Raises DataError when the file could not be read at all,
+    when no row is left, and what `check_target` raises.
     """
-    if target.exists() and target.samefile(path):
-        raise DataError(f"{target}: the file to fix; name another one to write to")
-    judge = Judge(config.model_copy(update={"val_data_path": None}), processor)
-    fatal: defaultdict[str, list[Problem]] = defaultdict(list)
-    for problem in judge.problems([path]):
-        if problem.is_fatal:
-            fatal[problem.where].append(problem)
-    if not judge.files:
-        raise DataError("\n".join(map(str, fatal[str(path)])))
+    assert judge.fatal is not None
+    if not judge.num_training_files:
+        raise DataError("\n".join(str(problem) for problems in judge.fatal.values() for problem in problems))
     file = judge.files[0]
-    done = Fixed(target=target, report=Path(f"{target}.report.json"), num_rows=len(file))
-    rows = Cleaning(judge, fatal, done).rows()
+    check_target(file.path, target)
+    done = Fixed(target=target, report=report_of(target), num_rows=len(file))
+    rows = Cleaning(judge, judge.fatal, done).rows()
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{path}: no row would be left; mend the file first")
+        raise DataError(f"{file.path}: no row would be left; mend the file first")
     done.num_written = write_rows(target, chain([first], rows))
-    if _format_of(target, config) != file.format.name:
+    if _format_of(target, judge.config) != file.format.name:
         done.lost_sign = file.format.name
-    report = {"source": str(path), "format": file.format.name, "rows": done.num_rows, "rows_written": done.num_written}
-    text = json.dumps({**report, "mended": done.mended, "left_out": done.left_out}, indent=2, ensure_ascii=False)
-    done.report.write_text(text + "\n", encoding="utf-8")
+    facts = {"source": str(file.path), "format": file.format.name}
+    numbers = {"rows": done.num_rows, "rows_written": done.num_written}
+    report = {**facts, **numbers, "mended": done.mended, "left_out": done.left_out}
+    done.report.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return done
 
 
 def _format_of(path: Path, config: CheckConfig) -> str | None:
     try:
-        return SampleFile(path, config.image_base_path, data_format=config.source_format).format.name
+        return SampleFile.of(path, config).format.name
     except DataError:
         return None
 

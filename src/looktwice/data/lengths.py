@@ -240,6 +240,6 @@ def fit_lengths(
 def _too_long(sample: Sample, length: int, max_length: int, length_policy: LengthPolicy) -> Problem:
     mend = "raise it, lower --max_pixels, or give --length_policy drop or shrink_images"
     if length_policy == "shrink_images":
-        mend = "its text alone takes too many; raise it, or give --length_policy drop"
+        mend = "too many however small its pictures; raise it, or give --length_policy drop"
     what = f"{length} tokens, more than max_length {max_length}; {mend}"
     return Problem(reason="too_long", where=sample.where, field=sample.field, what=what)

@@ -48,6 +48,9 @@ REASONS: dict[str, Reason] = {
     "pictures_twice": _fatal("pictures named in two fields", "name each picture once"),
     "video": _fatal("a video in training data", "remove the row, or write its frames as pictures"),
     "spells_token": _note("text that spells a special token, which is read as text", "remove it if it was not meant"),
+    "spells_placeholder": _note(
+        "text that spells <image> or <video>, which is read as text", "name the picture where the format has its place"
+    ),
     # answers
     "no_target": _fatal("no assistant turn to train on", "add the answer, or use the row for R-GRPO"),
     "no_gold_answer": _fatal("no gold answer to judge rollouts by", 'add <answer>…</answer> or the field "answer"'),
@@ -59,6 +62,7 @@ REASONS: dict[str, Reason] = {
     "call_not_closed": _fatal("a <tool_call> that is not closed", "add </tool_call>"),
     "call_without_box": _fatal("a call that does not hold one box in brackets", "write [x1, y1, x2, y2]"),
     "call_without_picture": _fatal("a call in a conversation without a picture", "add the picture or remove the call"),
+    "no_call": _note("braces with four numbers that are no call in this format", "write the call as the format has it"),
     "call_text_changes": _note("a call that reads otherwise after tokenising", "write it in plain characters"),
     "box_wrong_length": _fatal("a box without exactly four numbers", "write [x1, y1, x2, y2]"),
     "box_not_a_number": _fatal("a box with something that is no finite number", "write four numbers"),
@@ -75,7 +79,7 @@ REASONS: dict[str, Reason] = {
         "pixels or thousandths are declared, all four numbers are 1 or less", "give --box_frame unit"
     ),
     "box_looks_norm1000": _note(
-        "pixels are declared, no number on large pictures is above 1000", "give --box_frame norm1000 if they are"
+        "pixels are declared, the numbers fit thousandths better", "give --box_frame norm1000 if they are"
     ),
     "box_looks_px": _note(
         "fractions or thousandths are declared, the numbers fit as pixels", "give --box_frame original_px"
@@ -94,6 +98,7 @@ REASONS: dict[str, Reason] = {
     "data_address": _fatal("a data: address without a base64 picture", "write data:image/png;base64,..."),
     # the set
     "too_long": _fatal("more tokens than max_length", "raise --max_length, lower pixels, or give --length_policy"),
+    "over_length": _note("more tokens than max_length, which --length_policy takes care of", "look how many they are"),
     "duplicate": _note("same pictures and same question as an earlier row", "keep one if it was not meant"),
     "leaked_question": _note("a question about a picture of the training set in the validation set", "remove it there"),
     "leaked_picture": _note("a picture of the training set in the validation set", "split by picture"),

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from looktwice.config import SampleConfig
 from looktwice.data.fields import GOLD_FIELDS, Fields, Reading
 from looktwice.data.files import RowFile
 from looktwice.data.formats import FORMATS, ROWS_LOOKED_AT, Format, detect
 from looktwice.data.problems import ROW_REASONS, Problem
 from looktwice.data.sample import Sample
-from looktwice.errors import DataError, nearest
+from looktwice.errors import ConfigError, DataError, nearest
 from looktwice.geometry import BoxFrame
 
 MAX_PROBLEMS_SHOWN = 20
@@ -47,6 +48,15 @@ class SampleFile:
         self.rows = RowFile(path)
         self.reading = Reading(image_base_path=Path(image_base_path), answer_key=answer_key, box_frame=box_frame)
         self.format = self._detected() if data_format == "auto" else _named(data_format)
+
+    @classmethod
+    def of(cls, path: str | Path, config: SampleConfig) -> SampleFile:
+        """The file as the settings say it is to be read. Raises ConfigError when there is no folder of pictures."""
+        if not config.image_base_path.is_dir():
+            raise ConfigError(
+                f"--image_base_path {config.image_base_path}: no such folder; name the one of the pictures"
+            )
+        return cls(path, config.image_base_path, data_format=config.source_format, answer_key=config.answer_key)
 
     @property
     def path(self) -> Path:

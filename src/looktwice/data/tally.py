@@ -7,6 +7,11 @@ from collections import defaultdict
 PLACES_SHOWN = 3
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Tally:
     """How often each thing happened, and where first."""
 

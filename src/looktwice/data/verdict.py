@@ -1,16 +1,14 @@
-"""What judging data files found: counts by reason, first places, a table, and whether training would run."""
+"""What judging data files found: counts by reason, first places, and whether training would run."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from rich.markup import escape
-from rich.table import Table
-
 from looktwice.data.problems import REASONS, Problem
+from looktwice.data.tally import counted
 
-PLACES_SHOWN, PLACES_KEPT = 3, 100
+PLACES_KEPT = 100
 
 
 @dataclass(kw_only=True)
@@ -44,27 +42,12 @@ class Verdict:
 
     def __str__(self) -> str:
         """Whether training would run, in words."""
-        seen = f"{_count(self.num_samples, 'sample')} in {_count(self.num_rows, 'row')}"
+        seen = f"{counted(self.num_samples, 'sample')} in {counted(self.num_rows, 'row')}"
         if self.bad_rows:
-            return f"training would stop: {_count(len(self.bad_rows), 'place')} of {seen} must be mended or left out"
+            return f"training would stop: {counted(len(self.bad_rows), 'place')} of {seen} must be mended or left out"
         num_notes = sum(self.counts.values())
-        notes = f", with {_count(num_notes, 'note')} to look at" if num_notes else ", and nothing was found"
+        notes = f", with {counted(num_notes, 'note')} to look at" if num_notes else ", and nothing was found"
         return f"training would run: {seen}{notes}"
-
-    def table(self) -> Table:
-        """Reasons with their counts, first places and mends."""
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("reason", no_wrap=True)
-        table.add_column("count", justify="right", no_wrap=True)
-        table.add_column("what it is, its mend, and the first places", overflow="fold")
-        for reason in self.reasons:
-            meaning, mend = REASONS[reason].meaning, REASONS[reason].mend
-            places = [str(problem) for problem in self.first[reason][:PLACES_SHOWN]]
-            more = ["..."] if self.counts[reason] > PLACES_SHOWN else []
-            style = "red" if REASONS[reason].is_fatal else "yellow"
-            text = "\n".join([f"[bold]{escape(meaning)}; {escape(mend)}[/]", *map(escape, places), *more])
-            table.add_row(f"[{style}]{reason}[/]", f"{self.counts[reason]:,}", text)
-        return table
 
     def as_json(self) -> dict[str, object]:
         """All that is known, for machines: each reason with its first 100 places."""
@@ -86,7 +69,3 @@ class Verdict:
                 for reason in self.reasons
             },
         }
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

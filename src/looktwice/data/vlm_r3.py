@@ -77,6 +77,8 @@ def _answer(row: Fields, reading: Reading) -> Iterator[Part]:
         row.note(
             CROP_FILES, "placeholder_count", f"{len(crops)} pictures for {len(segments)} segments; leave out the others"
         )
+    if segments and not any(segment.strip() for segment in segments):
+        row.note("response_list", "empty_text", "the text is empty; fill it in or remove the record")
     for index, segment in enumerate(segments):
         text, problems = boxes_to_calls(segment)
         for reason, problem in problems + call_problems(text):

@@ -43,7 +43,6 @@ UNREADABLE = (
     TypeError,
     LookupError,
     ArithmeticError,
-    AttributeError,
     RuntimeError,
     struct.error,
     Image.DecompressionBombError,
@@ -112,7 +111,8 @@ def open_image(source: ImageSource) -> Image.Image:
     """
     with _open(source) as image:
         try:
-            if isinstance(image, PngImageFile) and image.fp is not None:
+            # a picture in memory may be of this class and have no file
+            if image is not source and isinstance(image, PngImageFile) and image.fp is not None:
                 _check_checksums(image.fp)
             image.load()
             upright = ImageOps.exif_transpose(image)
@@ -230,8 +230,7 @@ def _check_file(path: str | Path, name: str) -> None:
 def _orientation(source: ImageSource, image: Image.Image) -> int | None:
     try:
         # Pillow decodes a whole PNG that has no EXIF in front, to look for some behind the pixels
-        is_header_enough = isinstance(image, PngImageFile) and image.fp is not None and not _has_late_exif(image.fp)
-        exif = Image.Image.getexif(image) if is_header_enough else image.getexif()
+        exif = Image.Image.getexif(image) if image is not source and _is_header_enough(image) else image.getexif()
     except UNREADABLE as error:
         raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
     return exif.get(EXIF_ORIENTATION)
@@ -255,6 +254,10 @@ def _check_checksums(file: IO[bytes]) -> None:
                 raise ValueError("a wrong checksum of pixels")
     finally:
         file.seek(place)
+
+
+def _is_header_enough(image: Image.Image) -> bool:
+    return isinstance(image, PngImageFile) and image.fp is not None and not _has_late_exif(image.fp)
 
 
 def _has_late_exif(file: IO[bytes]) -> bool:

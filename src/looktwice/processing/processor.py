@@ -20,10 +20,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from looktwice.config import SampleConfig
 from looktwice.errors import CheckpointError, DataError
 from looktwice.geometry import BoxFrame, PixelPolicy, Size, smart_resize
 from looktwice.messages import Conversation
 from looktwice.model.configuration import Ovis2_5Config
+from looktwice.model.weights import locate
 from looktwice.processing.chat_template import ChatTemplate, Span
 from looktwice.processing.image_processor import (
     HUB_ARGUMENTS,
@@ -319,6 +321,14 @@ def _check_texts(texts: list[str], images: Images) -> None:
             raise DataError(f'{where}: {found} "{PLACEHOLDER}" for {given} pictures; write one for each and no other')
         if ATOM in text:
             raise DataError(f'a text spells the visual token "{ATOM}"; write "{PLACEHOLDER}" for a picture')
+
+
+def load_processor(name: str, config: SampleConfig) -> Ovis2_5Processor:
+    """The checkpoint's processor, under the pixel bounds and box frame that the settings name."""
+    processor = Ovis2_5Processor.from_pretrained(locate(name))
+    processor.policy = processor.policy.override(**config.pixel_bounds)
+    processor.box_frame = config.box_frame or processor.box_frame
+    return processor
 
 
 AutoProcessor.register(Ovis2_5Config, Ovis2_5Processor)

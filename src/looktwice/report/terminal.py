@@ -8,6 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table as Columns
 from rich.text import Text
 
+from looktwice.data.problems import REASONS
+from looktwice.data.verdict import Verdict
 from looktwice.report.page import Table
 from looktwice.report.sample_view import PictureView, SampleView
 from looktwice.report.tables import token_table
@@ -15,6 +17,7 @@ from looktwice.report.tables import token_table
 TRAINED_STYLES = ("#0b2a66 on #c7dbff", "#0b2a66 on #98bdfb")
 UNTRAINED_STYLES = ("grey50", "grey62")
 """Each a pair of shades, in turn from token to token."""
+PLACES_SHOWN = 3
 PICTURE_STYLE, CROP_STYLE = "bold magenta", "bold red"
 
 
@@ -41,6 +44,23 @@ def sequence_text(view: SampleView) -> Text:
             styles = TRAINED_STYLES if part.is_trained else UNTRAINED_STYLES
             text.append(part.shown, styles[number % 2])
     return text
+
+
+def verdict_table(verdict: Verdict) -> Columns:
+    """Reasons with their counts, mends and first places."""
+    columns = Columns(box=None, header_style="bold", pad_edge=False)
+    columns.add_column("reason", no_wrap=True)
+    columns.add_column("training", no_wrap=True)
+    columns.add_column("count", justify="right", no_wrap=True)
+    columns.add_column("what it is, its mend, and the first places", overflow="fold")
+    for name in verdict.reasons:
+        reason, count = REASONS[name], verdict.counts[name]
+        style, training = ("red", "stops") if reason.is_fatal else ("yellow", "runs")
+        text = Text(f"{reason.meaning}; {reason.mend}", style="bold")
+        text.append("".join(f"\n{problem}" for problem in verdict.first[name][:PLACES_SHOWN]), style="not bold")
+        text.append("\n..." * (count > PLACES_SHOWN), style="not bold")
+        columns.add_row(Text(name, style=style), Text(training, style=style), f"{count:,}", text)
+    return columns
 
 
 def columns_of(table: Table) -> Columns:

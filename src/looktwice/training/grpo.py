@@ -19,7 +19,7 @@ from looktwice.data.lengths import fit_lengths
 from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
 from looktwice.processing.packing import PackedBatch
-from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.processing.processor import Ovis2_5Processor, load_processor
 from looktwice.rewards import Reward, RewardFunction, load_reward, score
 from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.conversation import in_model_frame
@@ -41,7 +41,6 @@ from looktwice.training.run import (
     batch_order,
     close_step,
     is_due,
-    load_processor,
     load_sets,
     prepare_output,
     save_final,

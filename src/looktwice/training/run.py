@@ -22,7 +22,6 @@ from looktwice.data.sample import Sample
 from looktwice.errors import ConfigError, DataError
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import part_sizes
-from looktwice.model.weights import locate
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training.learner import FINAL_MODEL, Learner, state_file
 
@@ -33,14 +32,6 @@ CHECKED_AT_START = 2000
 """Samples that are read, decoded and measured before the model is loaded; a larger set would keep it waiting."""
 
 T = TypeVar("T")
-
-
-def load_processor(name: str, data: DataConfig) -> Ovis2_5Processor:
-    """The checkpoint's processor, under the pixel bounds and box frame that the settings name."""
-    processor = Ovis2_5Processor.from_pretrained(locate(name))
-    processor.policy = processor.policy.override(**data.pixel_bounds)
-    processor.box_frame = data.box_frame or processor.box_frame
-    return processor
 
 
 class LargeSet(Sequence[Sample]):
@@ -84,7 +75,7 @@ def load_samples(
     path: Path, data: DataConfig, processor: Ovis2_5Processor, purpose: Purpose
 ) -> tuple[Sequence[Sample], list[Refit]]:
     """The samples of a file and what became of those that were too long; of a large file that is seen later."""
-    file = SampleFile(path, data.image_base_path, data_format=data.source_format, answer_key=data.answer_key)
+    file = SampleFile.of(path, data)
     is_large = file.num_samples > CHECKED_AT_START
     samples = file.read(limit=CHECKED_AT_START)
     refuse(samples, path, stage="sft" if purpose == "train" else "grpo", view=View.of(processor), decode=True)

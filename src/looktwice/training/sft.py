@@ -16,14 +16,13 @@ from looktwice.data.loader import Loader, warm_up
 from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
 from looktwice.model.weights import pick_device
-from looktwice.processing.processor import Example
+from looktwice.processing.processor import Example, load_processor
 from looktwice.training.learner import Learner
 from looktwice.training.run import (
     LengthReport,
     batch_order,
     close_step,
     is_due,
-    load_processor,
     load_sets,
     prepare_output,
     save_final,

@@ -1,0 +1,111 @@
+"""Flags of the command line, derived from the config classes, and what all commands do alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args
+
+from looktwice.config import Config, flag_of
+from looktwice.errors import ConfigError, nearest
+
+Command = Callable[[Sequence[str]], None]
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+"""Names and options of an argument that no config field stands for, as `add_argument` takes them."""
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of leaving; an unknown flag names the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse_strictly(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The flags that were given; `--verify-with` is read as `--verify_with`."""
+        written = [_with_underscores(argument) for argument in arguments]
+        known, unknown = self.parse_known_args(written)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            raise ConfigError(f"unknown argument {unknown[0]}.{nearest(unknown[0].split('=')[0], flags)}")
+        return vars(known)
+
+
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    start = "--no-" if flag.startswith("--no-") else "--"
+    return f"{start}{flag.removeprefix(start).replace('-', '_')}{equals}{value}"
+
+
+def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> None:
+    """Run the command that the first argument names, or say which there are."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {program} {{{','.join(commands)}}} ...\n")
+        width = max(map(len, commands))
+        for name, command in commands.items():
+            print(f"  {name:{width}} {(command.__doc__ or '').splitlines()[0]}")
+        return
+    if arguments[0] not in commands:
+        raise ConfigError(f'unknown command "{arguments[0]}".{nearest(arguments[0], commands)}')
+    commands[arguments[0]](arguments[1:])
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    return names, options
+
+
+def read_command(
+    command: Command, usage: str, words: Sequence[str], config_class: type[AnyConfig], *own: Argument
+) -> tuple[dict[str, Any], AnyConfig]:
+    """The arguments of a command that are its own, and the settings its flags make.
+
+    `usage` is the command with its positional arguments, without `looktwice`.
+    """
+    program = " ".join(["looktwice", *(word for word in usage.split() if word.islower())])
+    description, usage = command.__doc__, f"looktwice {usage} [options]"
+    parser = Parser(program, usage=usage, description=description, allow_abbrev=False)
+    for names, options in own:
+        parser.add_argument(*names, **options)
+    add_flags(parser, config_class, list(config_class.model_fields))
+    given = parser.parse_strictly(words)
+    fields = {flag_of(config_class, name): name for name in config_class.model_fields}
+    settings = {fields[flag]: given.pop(flag) for flag in fields if flag in given}
+    return given, config_class(**settings)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, config_class: type[Config], names: Sequence[str], prefix: str = ""
+) -> None:
+    """One flag a field; only flags that are given appear in the parsed values."""
+    title = (config_class.__doc__ or "").splitlines()[0]
+    group = parser.add_argument_group("For stage 2 alone" if prefix else title.removesuffix("."))
+    for name in names:
+        field = config_class.model_fields[name]
+        default = "" if field.default in (None, (), {}) else f" ({field.default})"
+        help_text = f"{field.description}{default}".replace("%", "%%")
+        flag = f"--{prefix}{flag_of(config_class, name)}"
+        if field.annotation in (bool, bool | None):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
+        else:
+            choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+            metavar = "{" + ",".join(choices) + "}" if choices else name.upper().split("_")[-1]
+            group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=help_text)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def prepare_file(path: Path | None, flag: str) -> None:
+    """Make sure that a result can be written there. Raises ConfigError when it cannot."""
+    if path is None:
+        return
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"{flag} {path}: cannot be written; give another path")
