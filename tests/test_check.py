@@ -202,13 +202,18 @@ def test_fatal_reasons_come_first_then_the_frequent_ones(judged) -> None:
     assert "2 places of 2 samples in 4 rows must be mended" in str(verdict)
 
 
-def test_what_is_not_checked_without_a_model_is_said(judged) -> None:
-    assert judged(row(), with_processor=False).unchecked == (
-        "token lengths",
-        "calls under tokenising",
-        "the sizes that this model sees",
-    )
-    assert judged(row()).unchecked == ()
+def test_what_is_not_checked_without_a_flag_is_said(judged) -> None:
+    assert set(judged(row(), with_processor=False).unchecked) == {"--model_name", "--decode"}
+    assert judged(row(), decode=True).unchecked == {}
+
+
+def test_a_picture_is_known_again_under_another_path_and_its_copy_when_decoded(judged, pictures) -> None:
+    (pictures / "link.png").symlink_to(pictures / "good.png")
+    shutil.copy(pictures / "good.png", pictures / "copy.png")
+    names = ("good.png", str(pictures / "good.png"), "link.png", "copy.png")
+    rows = [{**row(), "image_path": name} for name in names]
+    assert judged(*rows).counts == {"duplicate": 2}
+    assert judged(*rows, decode=True).counts == {"duplicate": 3}
 
 
 def test_a_file_longer_than_a_chunk_is_judged_to_its_end(judged) -> None:

@@ -234,7 +234,7 @@ def test_nothing_is_written_when_something_would_be_lost(file, tmp_path: Path, c
     words = ["data", "convert", str(source), str(target), "--to", "documented"]
     assert main(words) == 1
     message = capsys.readouterr().err
-    assert message.startswith(f"looktwice: {target} was not written: the format cannot hold everything; --allow_loss")
+    assert message.startswith(f"looktwice: {target}: not written, as the format cannot hold everything; with")
     assert "left out:\n  2 x several turns" in message and f"({source}:1, {source}:2)" in message
     assert not target.exists()
     assert main([*words, "--allow_loss"]) == 0
@@ -244,7 +244,9 @@ def test_nothing_is_written_when_something_would_be_lost(file, tmp_path: Path, c
 
 def test_the_command_says_what_it_read_and_wrote(file, tmp_path: Path, capsys) -> None:
     assert main(["data", "convert", str(file(ROW)), str(tmp_path / "out.json"), "--to", "ovis"]) == 0
-    assert capsys.readouterr().out == "read 1 row of the format documented: 1 sample\n1 row of the format ovis\n"
+    assert capsys.readouterr().out == "read 1 row of the format documented: 1 sample\n1 row of the format ovis\n" + (
+        f"read otherwise:\n  1 x crop commands are calls now, without their words ({tmp_path / 'in.jsonl'}:1)\n"
+    )
     [row] = json.loads((tmp_path / "out.json").read_text())
     assert row["conversations"][0] == {"from": "human", "value": "<image>\nQ"}
 

@@ -86,7 +86,7 @@ def test_pictures_that_cannot_be_used_are_named_with_the_cause(tmp_path: Path) -
     Image.new("RGB", (8, 8)).save(tmp_path / "metadata.webp", exif=b"junk")
     causes = {
         "none.jpg": "no such picture; check the path",
-        "text.jpg": "not a readable picture (cannot identify",
+        "text.jpg": "not a readable picture (of no known format)",
         "empty.png": "not a readable picture (0 bytes)",
         "bomb.png": "Image size (1600000000 pixels) exceeds limit",
         "metadata.webp": "the picture is damaged (",

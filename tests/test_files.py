@@ -175,6 +175,20 @@ def test_rows_of_a_list_are_numbered_whatever_the_lines(put: Put) -> None:
     assert (places(path), values(path)) == (["row 1", "row 2", "row 3"], [{"a": "é"}, {"a": "ü𝕏"}, {"b": [{}]}])
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("d.json", b'\n{"a": 1}\n\n'),
+        ("d.json", b'{"a":\n 1\n}\n'),
+        ("d.jsonl", b'[\n{"a":\n 1}]'),
+        ("d.jsonl", b'\xef\xbb\xbf[{"a": 1}]\n'),
+        ("d.json.jsonl", b'{"a": 1}'),
+    ],
+)
+def test_an_object_or_a_list_is_known_by_its_bytes_whatever_the_name(name: str, content: bytes, put: Put) -> None:
+    assert values(put(content, name)) == [{"a": 1}]
+
+
 def test_lines_under_the_name_of_a_list_are_read_as_lines(put: Put) -> None:
     path = put(b'{"a": 1}\n{"a": 2}\n', "d.json")
     assert (places(path), values(path)) == (["1", "2"], [{"a": 1}, {"a": 2}])
@@ -190,9 +204,8 @@ def test_lines_under_the_name_of_a_list_are_read_as_lines(put: Put) -> None:
         (b"[", "d.json:1: broken JSON at column 2 (Expecting value), in row 1"),
         (b"[{}] x", "d.json:1: broken JSON at column 6 (Extra data), in row 2"),
         (b"[" * 100_000, "d.json:row 1: JSON nested too deeply"),
-        (b'{"data": [{}], "n": 1}', 'an object where a list of rows belongs; write the list under "data" alone'),
-        (b'{"a": 1}\n', "d.json: an object where a list of rows belongs; write [{…}, {…}], or one object a line"),
-        (b'"a"', "d.json: a text where a list of rows belongs"),
+        (b'{"a":\n 1} {"a": 2}', "d.json: an object and more where a list of rows belongs; write [{…}, {…}], or one"),
+        (b'"a\n"', "d.json:1: broken JSON at column 3 (Invalid control character at"),
     ],
 )
 def test_a_broken_list_is_named(content: bytes, expected: str, put: Put) -> None:

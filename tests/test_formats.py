@@ -244,7 +244,7 @@ def said(content: object, **fields: object) -> dict[str, object]:
         ),
         (
             user_row([{"type": "image", "image": "data:image/png,x"}]),
-            "content[0].image: a data: address without a base64",
+            "content[0].image: a data: URL without a base64",
         ),
         (said([{"type": "crop", "box": [3, 2, 1, 4]}]), "messages[1].content[0].box: a box runs from top-left"),
         (said([{"type": "crop", "box": "here"}]), "messages[1].content[0].box: a box has 4 numbers"),

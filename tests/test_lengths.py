@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from looktwice.data.dataset import encode_sample, processor_for
-from looktwice.data.lengths import sequence_length, sequence_lengths, shrunk_policy
+from looktwice.data.lengths import sequence_lengths, shrunk_policy
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import BOX_FRAMES, PixelPolicy
@@ -58,6 +58,11 @@ def samples(draw: st.DrawFn, folder: Path) -> Sample:
         messages.append(Message(role="assistant", parts=(answer,), is_trained=turn == 0 or draw(st.booleans())))
     box_frame = draw(st.sampled_from([None, frame])) if frame == "original_px" else frame
     return Sample(conversation=Conversation(messages=tuple(messages)), box_frame=box_frame, where="a:1", field="A3")  # type: ignore[arg-type]
+
+
+def sequence_length(sample: Sample, processor: Ovis2_5Processor) -> int:
+    [length] = sequence_lengths([sample], processor)
+    return length
 
 
 @settings(max_examples=60, deadline=None)

@@ -52,8 +52,8 @@ def check(words: Sequence[str]) -> None:
         console.print(f"{path}: format {name}", markup=False, highlight=False, soft_wrap=True)
     if verdict.counts:
         console.print(verdict_table(verdict))
-    if verdict.unchecked:
-        console.print(f"not checked without --model_name: {', '.join(verdict.unchecked)}")
+    for flag, unchecked in verdict.unchecked.items():
+        console.print(f"not checked without {flag}: {unchecked}", highlight=False)
     if given["json"]:
         write_json(given["json"], verdict.as_json())
     if target:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -93,7 +94,8 @@ def add_flags(
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
         else:
             choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
-            metavar = "{" + ",".join(choices) + "}" if choices else name.upper().split("_")[-1]
+            is_number = re.search(r"\b(int|float)\b", str(field.annotation))
+            metavar = "{" + ",".join(choices) + "}" if choices else "N" if is_number else name.upper().split("_")[-1]
             group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=help_text)
 
 

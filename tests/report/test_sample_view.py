@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,17 @@ from looktwice.geometry import Box, PixelPolicy, Size
 from looktwice.messages import Conversation, Message, TextPart, assistant, system, user
 from looktwice.processing.images import patchify, resize
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.report.sample_view import PictureView, Piece, SampleView, image_of, pieces_of, view_file, view_sample
+from looktwice.report.sample_view import (
+    PictureView,
+    Piece,
+    SampleView,
+    image_of,
+    parts_of,
+    pieces_of,
+    view_file,
+    view_sample,
+)
+from looktwice.rollout.episode import EpisodeRules, start_episodes
 
 CALL = "<tool_call>[0, 0, 48, 60]</tool_call>"
 MakeSample = Callable[..., Sample]
@@ -129,6 +140,22 @@ def test_an_assistant_turn_that_is_not_trained_has_no_marks(
     assert [picture.name for picture in pictures(view)] == ["picture 1", "crop 1"]
 
 
+def test_in_stage_2_the_prompt_is_shown_that_rollouts_start_from(
+    make_sample: MakeSample, processor: Ovis2_5Processor
+) -> None:
+    sample = make_sample(assistant(f"{CALL} <answer>a</answer>"), user("Sure?"), assistant("<answer>b</answer>"))
+    sample = replace(sample, solution="b")
+    view = view_sample(sample, processor, ShowConfig(stage="grpo"))
+    [episode] = start_episodes(sample.prompt, processor, EpisodeRules(), count=1)
+    assert [token for piece in pieces(view) for token in piece.ids] == [
+        token for part in parts_of(episode.example, processor) if isinstance(part, Piece) for token in part.ids
+    ]
+    assert [turn.role for turn in view.turns] == ["user", "assistant", "user", "assistant"]
+    assert (view.num_trained, len(view.crops), view.solution) == (0, 1, "b")
+    unjudged = view_sample(replace(sample, solution=""), processor, ShowConfig(stage="grpo"))
+    assert "no <answer> block and no field" in unjudged.problem
+
+
 # -- pictures
 
 
@@ -138,7 +165,7 @@ def test_a_crop_says_what_was_cut_and_shows_what_the_model_sees(
     sample = make_sample(assistant(f"a {CALL} b"), gold_box=Box(1, 2, 3, 4))
     view = view_sample(sample, processor, ShowConfig())
     whole, crop = pictures(view)
-    assert whole.caption == "picture 1 160x120, seen as 96x80: 30 tokens"
+    assert whole.caption == f"picture 1 {sample.image_paths[0]} 160x120, seen as 96x80: 30 tokens"
     assert crop.rectangle == (0, 0, 48, 60)
     assert crop.caption == "crop 1 0,0-48,60 → 48x60, seen as 48x48: 9 tokens"
     expected = resize(picture, Size(48, 48), (0, 0, 48, 60))

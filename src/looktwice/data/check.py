@@ -15,6 +15,7 @@ from looktwice.data.faults import (
     Source,
     View,
     calls_of,
+    identity_of,
     inspect_all,
     overhang,
     problem_of,
@@ -60,13 +61,17 @@ class Judge:
         self.files: list[SampleFile] = []
         self.num_training_files = 0
         self.pictures: dict[int, Picture] = {}
+        self.identities: dict[int, int] = {}
         self.known: dict[Picture, Picture] = {}
         self.training_pictures: frozenset[int] = frozenset()
         self.seen_in_validation: set[int] = set()
         self.told: set[int] = set()
         self.frame_evidence = FrameEvidence()
         if processor is None:
-            self.verdict.unchecked = ("token lengths", "calls under tokenising", "the sizes that this model sees")
+            unchecked = "token lengths, calls under tokenising, the sizes that this model sees"
+            self.verdict.unchecked["--model_name"] = unchecked
+        if not config.decode:
+            self.verdict.unchecked["--decode"] = "damage inside pictures, pictures that are equal under other names"
 
     def judge(self, paths: Sequence[Path]) -> Verdict:
         for problem in self.problems(paths):
@@ -81,7 +86,7 @@ class Judge:
             yield from self.of_file(path)
         self.num_training_files = len(self.files)
         if self.config.val_data_path:
-            self.training_pictures = frozenset(self.pictures)
+            self.training_pictures = frozenset(self.identities.values())
             yield from self.of_file(self.config.val_data_path)
         yield from self.frame_evidence.problems()
         self.verdict.num_pictures = len(self.pictures)
@@ -89,8 +94,6 @@ class Judge:
     def of_file(self, path: Path) -> Iterator[Problem]:
         try:
             file = SampleFile.of(path, self.config)
-            if not len(file):
-                raise DataError(f"{path}: the file holds no records; write one JSON object a line")
         except DataError as error:
             yield Problem(reason="unusable_file", where=str(path), field="", what=str(error).removeprefix(f"{path}: "))
             return
@@ -125,8 +128,9 @@ class Judge:
     def look_at(self, sources: Iterable[Source]) -> None:
         """Read the headers of pictures not seen before."""
         new = {key: source for source in sources if (key := picture_key(source)) not in self.pictures}
-        for key, picture in zip(new, inspect_all(new.values(), decode=self.config.decode)):
+        for (key, source), picture in zip(new.items(), inspect_all(new.values(), decode=self.config.decode)):
             self.pictures[key] = self.known.setdefault(picture, picture)
+            self.identities[key] = identity_of(source, by_content=self.config.decode)
 
     def picture_of(self, source: Source) -> Picture:
         """What is known of a picture that was looked at."""
@@ -143,7 +147,7 @@ class Judge:
 
     def repeats(self, sample: Sample, row: int) -> Iterator[Problem]:
         """The same question about the same pictures, in the training files or across to the validation file."""
-        shown = [picture_key(source) for source in sample.image_paths]
+        shown = [self.identities[picture_key(source)] for source in sample.image_paths]
         asked = [text_of(message) for message in sample.conversation.messages if message.role == "user"]
         key = hash((*shown, *asked))
         number = len(self.files) - 1
@@ -218,5 +222,5 @@ class FrameEvidence:
 
 
 def picture_key(source: Source) -> int:
-    """A few bytes that stand for a picture's path or data: address."""
+    """A few bytes that stand for a picture's path or data: URL."""
     return hash(str(source))

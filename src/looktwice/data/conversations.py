@@ -166,6 +166,9 @@ def _pictures(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
 
 def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, str] | None:
     """A turn without its parts, and its text as written."""
+    is_openai_style = dialect.role not in fields.values and "role" in fields.values
+    if is_openai_style:
+        dialect = replace(dialect, role=SWIFT.role, text=SWIFT.text)
     fields.known = (dialect.role, dialect.text, *([dialect.mark] if dialect.mark else []))
     role = fields.text(dialect.role)
     if role is not None and role not in dialect.roles:

@@ -9,7 +9,7 @@ from pathlib import Path
 from looktwice.config import ConvertConfig
 from looktwice.data.files import write_rows
 from looktwice.data.formats import FORMATS
-from looktwice.data.records import SampleFile, raise_if_any
+from looktwice.data.records import NO_ROWS, SampleFile, raise_if_any
 from looktwice.data.tally import Tally, counted
 from looktwice.data.writing import Writing
 from looktwice.errors import DataError
@@ -17,7 +17,10 @@ from looktwice.errors import DataError
 
 @dataclass(kw_only=True)
 class Conversion:
-    """What a conversion did. `left_out` are samples that the format cannot hold, `lost` is what others lost."""
+    """What a conversion did. `left_out` are samples that the format cannot hold, `lost` is what others lost.
+
+    `changed` is what reading does on purpose, such as dropping the words of crop commands.
+    """
 
     source_format: str
     target_format: str
@@ -26,6 +29,7 @@ class Conversion:
     num_written: int = 0
     lost: Tally = field(default_factory=Tally)
     left_out: Tally = field(default_factory=Tally)
+    changed: Tally = field(default_factory=Tally)
 
     def __str__(self) -> str:
         lines = [
@@ -33,7 +37,7 @@ class Conversion:
             f"{counted(self.num_samples, 'sample')}",
             f"{counted(self.num_written, 'row')} of the format {self.target_format}",
         ]
-        for title, tally in (("left out", self.left_out), ("lost", self.lost)):
+        for title, tally in (("left out", self.left_out), ("lost", self.lost), ("read otherwise", self.changed)):
             lines += [f"{title}:", *(f"  {line}" for line in tally.lines())] if tally else []
         return "\n".join(lines)
 
@@ -54,12 +58,16 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
         box_frame=config.box_frame,
     )
     if not len(file):
-        raise DataError(f"{source}: the file holds no records; write one JSON object a line")
+        raise DataError(f"{source}: {NO_ROWS}")
     lost = Tally()
     reading = replace(file.new_reading(), ignored=lost)
     writing = Writing(image_base_path=config.image_base_path, lost=lost)
     done = Conversion(
-        source_format=file.format.name, target_format=config.target_format, lost=lost, left_out=writing.left_out
+        source_format=file.format.name,
+        target_format=config.target_format,
+        lost=lost,
+        left_out=writing.left_out,
+        changed=reading.changed,
     )
     write = FORMATS[config.target_format].write
 
@@ -75,7 +83,7 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
         raise_if_any(reading.problems, str(source))
         if (done.lost or done.left_out) and not config.allow_loss:
             raise DataError(
-                f"{target} was not written: the format cannot hold everything; --allow_loss writes the rest\n{done}"
+                f"{target}: not written, as the format cannot hold everything; with --allow_loss there would be\n{done}"
             )
 
     write_rows(target, rows())

@@ -75,6 +75,8 @@ def _read_question(
     response, problems = ("", []) if answer is None else crops_to_calls(answer)
     for reason, problem in problems:
         fields.note(answer_field, reason, problem)
+    if answer is not None and response != answer:
+        reading.changed.add("crop commands are calls now, without their words", fields.where)
     for name in row_extra.keys() & fields.extra().keys():
         reading.ignored.add(f'"{name}" of the row, because its question has its own', fields.where)
     return finish(

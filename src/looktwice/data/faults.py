@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from looktwice.errors import BoxError, ImageError
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
 from looktwice.messages import THINK_CLOSE, THINK_OPEN, Message, TextPart
 from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
-from looktwice.processing.images import PictureHeader, name_of, open_image, read_header
+from looktwice.processing.images import DATA_URL, PictureHeader, name_of, open_image, read_header
 from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
 
 SLACK_PX = 1.0
@@ -54,10 +56,17 @@ class View:
     policy: PixelPolicy
     factor: int = RELEASED_FACTOR
     box_frame: BoxFrame = "original_px"
+    special_texts: tuple[str, ...] = SPECIAL_TEXTS
 
     @classmethod
     def of(cls, processor: Ovis2_5Processor) -> View:
-        return cls(policy=processor.policy, factor=processor.factor, box_frame=processor.box_frame)
+        special = {*SPECIAL_TEXTS, *processor.tokenizer.all_special_tokens} - {*PLACEHOLDERS}
+        return cls(
+            policy=processor.policy,
+            factor=processor.factor,
+            box_frame=processor.box_frame,
+            special_texts=tuple(sorted(special)),
+        )
 
     @classmethod
     def by_default(cls, config: SampleConfig) -> View:
@@ -68,27 +77,29 @@ class View:
         return self.policy.overview_size(original, factor=self.factor)
 
 
-def refuse(samples: Sequence[Sample], subject: object, *, stage: Stage, view: View, decode: bool = False) -> None:
+def refuse(
+    samples: Sequence[Sample], subject: object, *, stage: Stage, view: View, decode: bool = False
+) -> Counter[str]:
     """Raise one DataError about `subject` that counts all that is fatal in samples and lists the first 20.
 
-    With `decode` each picture is decoded to its end, once.
+    Gives back how often there is what is not fatal, by reason. With `decode` each picture is decoded to its end, once.
     """
     sources = list(dict.fromkeys(source for sample in samples for source in sample.image_paths))
     pictures = dict(zip(sources, inspect_all(sources, decode=decode)))
     problems = [
-        f"{problem}; {problem.mend}"
+        problem
         for sample in samples
         for problem in sample_problems(sample, stage=stage, view=view, picture_of=pictures.__getitem__)
-        if problem.is_fatal
     ]
-    raise_if_any(problems, str(subject))
+    raise_if_any([f"{problem}; {problem.mend}" for problem in problems if problem.is_fatal], str(subject))
+    return Counter(problem.reason for problem in problems)
 
 
 def sample_problems(
     sample: Sample, *, stage: Stage, view: View, picture_of: Callable[[Source], Picture]
 ) -> Iterator[Problem]:
     """All that can be said of one sample, by what its rows are for and what is known of its pictures."""
-    yield from turn_problems(sample, stage)
+    yield from turn_problems(sample, stage, view)
     yield from picture_problems(sample, picture_of)
     first = picture_of(sample.image_paths[0]).header if sample.image_paths else None
     yield from call_problems(sample, view, first)
@@ -96,13 +107,15 @@ def sample_problems(
         yield from gold_problems(sample, first)
 
 
-def turn_problems(sample: Sample, stage: str) -> Iterator[Problem]:
+def turn_problems(sample: Sample, stage: Stage, view: View) -> Iterator[Problem]:
     """What is wrong with the turns of a sample and their texts."""
     messages = sample.conversation.messages
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(turns)):
         yield problem_of(sample, "role_order", f"the turns are {', '.join(roles)}")
+    elif stage == "sft" and "assistant" in roles and roles[-1] != "assistant":
+        yield problem_of(sample, "role_order", "the last question has no answer")
     if stage != "grpo" and not any(message.role == "assistant" and message.is_trained for message in messages):
         yield problem_of(sample, "no_target", "no assistant turn is trained")
     if stage != "sft" and not sample.solution:
@@ -110,12 +123,12 @@ def turn_problems(sample: Sample, stage: str) -> Iterator[Problem]:
     elif roles[-1] == "assistant" and find_answer_block(sample.response) is None:
         yield problem_of(sample, "no_answer_block", "no <answer>…</answer> in the answer")
     for message in messages:
-        yield from text_problems(sample, message)
+        yield from text_problems(sample, message, view)
 
 
-def text_problems(sample: Sample, message: Message) -> Iterator[Problem]:
+def text_problems(sample: Sample, message: Message, view: View) -> Iterator[Problem]:
     text = text_of(message)
-    if spelled := [token for token in SPECIAL_TEXTS if token in text]:
+    if spelled := [token for token in view.special_texts if token in text]:
         yield problem_of(sample, "spells_token", f"the {message.role} writes {', '.join(spelled)}")
     if spelled := [token for token in PLACEHOLDERS if token in text]:
         yield problem_of(sample, "spells_placeholder", f"the {message.role} writes {', '.join(spelled)}")
@@ -216,6 +229,17 @@ def inspect_all(sources: Iterable[Source], *, decode: bool) -> list[Picture]:
         return [inspected(source) for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
         return list(pool.map(decoded, sources))
+
+
+def identity_of(source: Source, *, by_content: bool) -> int:
+    """A number that is the same for the same picture: the same file, or with `by_content` the same bytes."""
+    if not str(source).startswith(DATA_URL):
+        with suppress(OSError, ValueError):
+            if by_content:
+                return hash(Path(source).read_bytes()) if Path(source).is_file() else hash(str(source))
+            status = os.stat(source)
+            return hash((status.st_dev, status.st_ino))
+    return hash(str(source))
 
 
 def inspected(source: Source) -> Picture:

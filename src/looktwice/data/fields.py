@@ -19,7 +19,7 @@ from looktwice.data.tally import Tally
 from looktwice.errors import BoxError, nearest
 from looktwice.geometry import BOX_FRAMES, Box, BoxFrame, check_box
 from looktwice.messages import ANSWER_OPEN, Conversation, Message
-from looktwice.processing.images import DATA_ADDRESS, data_address
+from looktwice.processing.images import DATA_URL, data_url
 
 GOLD_FIELDS = ("answer", "box", "box_frame")
 """Optional in every format: the short gold answer, the gold box in original pixels, the frame of the boxes in calls."""
@@ -34,7 +34,8 @@ class Reading:
     """What the caller says about a file, and what was found on the way.
 
     `answer_key` is the field of a documented question that holds its answer; `box_frame` the frame of boxes whose row
-    does not say. `names` counts every field name of a row; `ignored` are names below the row that have no meaning.
+    does not say. `names` counts every field name of a row; `ignored` are names below the row that have no meaning,
+    `changed` is what is read otherwise than it is written.
     """
 
     image_base_path: Path
@@ -43,6 +44,7 @@ class Reading:
     problems: list[Problem] = field(default_factory=list)
     names: Counter[str] = field(default_factory=Counter)
     ignored: Tally = field(default_factory=Tally)
+    changed: Tally = field(default_factory=Tally)
 
 
 class Fields:
@@ -140,21 +142,21 @@ class Fields:
     def picture(self, name: str, image_base_path: Path) -> str | Path | None:
         """The picture a field names; None where there was a problem.
 
-        A path, a file:// address, a data: address, which stays as it is, or what Hugging Face's `datasets` stores in
+        A path, a file:// address, a data: URL, which stays as it is, or what Hugging Face's `datasets` stores in
         Parquet for a picture: an object of `bytes`, `path` or both.
         """
         value = self.values.get(name)
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
             if isinstance(raw := value.get("bytes"), bytes):
-                return data_address(raw)
+                return data_url(raw)
             return self.inside(value, known=("path",), path=f"{name}.").picture("path", image_base_path)
         written = self.text(name)
         if written is None:
             return None
-        if written.startswith(DATA_ADDRESS):
+        if written.startswith(DATA_URL):
             if _BASE64_PICTURE.fullmatch(written):
                 return written
-            self.note(name, "data_address", "a data: address without a base64 picture; write data:image/png;base64,...")
+            self.note(name, "data_url", "a data: URL without a base64 picture; write data:image/png;base64,...")
         elif _WEB_ADDRESS.match(written):
             self.note(
                 name, "web_address", f"{short(written)} is a web address; download the picture and write its path"

@@ -40,6 +40,7 @@ _EXTRAS = {"zstandard": "zstd", "pyarrow": "parquet", "pyarrow.parquet": "parque
 _IS_BLANK = np.zeros(256, dtype=bool)
 _IS_BLANK[list(b" \t\n\r\v\f")] = True
 _CHANGED = "the data file changed while it was in use; leave it alone and start again"
+_AS_ROWS = "write [{…}, {…}], or one object a line in a .jsonl file"
 _GAP = re.compile(r"[ \t\n\r]*")
 
 
@@ -53,9 +54,8 @@ class Row(NamedTuple):
 class RowFile(Sequence[Row]):
     """The rows of a data file, parsed as they are asked for.
 
-    Bytes say what is compressed (gzip, zstd: unpacked once into a temporary file that has no name) and what is
-    Parquet; of the rest, a name in .json (or .json.gz, ...) is a list of objects or, where each line is one, JSONL;
-    any other name is JSONL. Blank lines are no rows.
+    Bytes say what is compressed (gzip, zstd: unpacked once into a temporary file that has no name), what is Parquet,
+    and what of the rest is a JSON list or JSONL. A single JSON object is one row. Blank lines are no rows.
 
     `file[i]` raises DataError for a row that is broken, and for that row alone, and where the file was changed since it
     was opened. A RowFile may be sent to another process, which opens the file again.
@@ -161,9 +161,7 @@ def _open_rows(file: IO[bytes], path: Path) -> _Rows:
         return _ParquetRows(file, path)
     if b"\0" in os.pread(file.fileno(), LOOKED_AT, 0):
         raise DataError(f"{path}: zero bytes, so no text in UTF-8; name a JSONL, JSON or Parquet file, saved as UTF-8")
-    if ".json" in [suffix.lower() for suffix in path.suffixes[-2:]] and not _is_object_a_line(file):
-        return _list_rows(file, path)
-    return _line_rows(file)
+    return _line_rows(file) if _is_row_a_line(file, path) else _list_rows(file, path)
 
 
 class _TextRows:
@@ -255,14 +253,19 @@ def _line_starts(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(starts), np.flatnonzero(doubtful)
 
 
-def _is_object_a_line(file: IO[bytes]) -> bool:
-    """Whether a file by the name .json is JSONL: its first line is a whole object, and there is more."""
+def _is_row_a_line(file: IO[bytes], path: Path) -> bool:
+    """Whether a text is JSONL rather than one JSON value, as its first line that is not blank tells, else its name."""
     file.seek(0)
+    first = next((text for line in file if (text := line.removeprefix(codecs.BOM_UTF8).strip())), b"")
+    is_named_json = ".json" in [suffix.lower() for suffix in path.suffixes[-2:]]
     try:
-        first = json.loads(file.readline().removeprefix(codecs.BOM_UTF8))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(first, dict) and any(line.strip() for line in file)
+        value = json.loads(first)
+    except RecursionError:
+        return not is_named_json
+    except ValueError:  # the beginning of a value of several lines, or a broken row
+        return not is_named_json and not first.startswith(b"[")
+    is_list = isinstance(value, list) and (is_named_json or isinstance(next(iter(value), None), dict))
+    return not is_list or any(line.strip() for line in file)
 
 
 def _list_rows(file: IO[bytes], path: Path) -> _TextRows:
@@ -291,7 +294,11 @@ def _element_spans(text: str, path: Path) -> list[tuple[int, int]]:
         if place == len(text):
             return []
         if text[place] != "[":
-            raise DataError(f"{path}: {_no_list(decode(text, place)[0])}")
+            value, end = decode(text, place)
+            if not isinstance(value, dict) or gap(end) < len(text):
+                seen = f"{kind_of(value)} and more" if gap(end) < len(text) else kind_of(value)
+                raise DataError(f"{path}: {seen} where a list of rows belongs; {_AS_ROWS}")
+            return [(place, end)]
         place = gap(place + 1)
         is_open = not text.startswith("]", place)
         while is_open:
@@ -312,14 +319,6 @@ def _element_spans(text: str, path: Path) -> list[tuple[int, int]]:
         reason = "JSON nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DataError(f"{path}:row {len(spans) + 1}: {reason}; mend the row") from error
     return spans
-
-
-def _no_list(value: object) -> str:
-    seen = f"{kind_of(value)} where a list of rows belongs"
-    lists = [name for name, inner in value.items() if isinstance(inner, list)] if isinstance(value, dict) else []
-    if len(lists) == 1:
-        return f'{seen}; write the list under "{lists[0]}" alone into a file'
-    return f"{seen}; write [{{…}}, {{…}}], or one object a line in a .jsonl file"
 
 
 class _ParquetRows:

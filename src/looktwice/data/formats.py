@@ -103,9 +103,11 @@ def detect(rows: Iterable[Mapping[str, object]], path: object) -> Format:
     """
     seen: Counter[str] = Counter()
     names: Counter[str] = Counter()
+    inner = ""
     for values in rows:
         seen.update([next((name for name, format in FORMATS.items() if format.fits(values)), "")])
         names.update(values.keys())
+        inner = next((name for name, value in values.items() if isinstance(value, list) and not inner), inner)
     found = [name for name in FORMATS if seen[name]]
     if tuple(found) in MAY_LACK_THE_SIGN:
         found = found[:1]
@@ -118,4 +120,5 @@ def detect(rows: Iterable[Mapping[str, object]], path: object) -> Format:
         raise DataError(f"{path}: rows of several formats ({counts}); split the file, or name one with --from")
     given = ", ".join(f'"{name}"' for name, _ in names.most_common(8)) or "nothing"
     known = "; ".join(f"{format.name}: {format.description}" for format in FORMATS.values())
-    raise DataError(f"{path}: no format fits, the rows have {given}; known are {known}")
+    hint = f' If the rows are the list under "{inner}", write it alone into a file.' if inner else ""
+    raise DataError(f"{path}: no format fits, the rows have {given}; known are {known}.{hint}")

@@ -7,7 +7,6 @@ one token for each factor x factor pixels of the size it is resized to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,8 +33,8 @@ Purpose = Literal["train", "prompt"]
 
 CHUNK = 1024
 """Samples whose texts are tokenised at once."""
-MARKS = 2
-"""Start and end of a picture."""
+NUM_MARKS = 2
+"""Tokens around a picture: its start and its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +55,7 @@ class Layout:
         """Tokens of all pictures and crops under a policy, their marks included."""
         sizes = [policy.overview_size(size, factor=factor) for size in self.pictures]
         sizes += [crop_size(cut, original=size, factor=factor, policy=policy) for cut, size in self.crops]
-        return sum(num_visual_tokens(size, factor=factor) + MARKS for size in sizes)
-
-
-def sequence_length(sample: Sample, processor: Ovis2_5Processor, size_of: SizeOf = image_size) -> int:
-    """Tokens of `encode_sample`, exactly. Raises DataError for a call that cannot be run."""
-    [length] = sequence_lengths([sample], processor, size_of)
-    return length
+        return sum(num_visual_tokens(size, factor=factor) + NUM_MARKS for size in sizes)
 
 
 def sequence_lengths(
@@ -71,7 +64,7 @@ def sequence_lengths(
     size_of: SizeOf = image_size,
     purpose: Purpose = "train",
 ) -> list[int]:
-    """Tokens of each sample as SFT trains it, or of the prompt its rollouts start from; texts are tokenised at once.
+    """Tokens of each sample as `encode_sample` trains it, exactly, or of the prompt its rollouts start from.
 
     `size_of` gives the upright size of a picture. Raises DataError for a call that cannot be run.
     """
@@ -123,15 +116,13 @@ def layout(
         else message
         for message in conversation.messages
     ]
-    template = copy(processor.template)
-    template.encode = lambda text: [text]  # type: ignore[assignment, list-item, method-assign, return-value]
-    spans = template.spans(Conversation(messages=tuple(messages)), purpose=purpose)
-    pieces: list[int | str] = [piece for span in spans for piece in span.ids]
+    drafts = processor.template.drafts(Conversation(messages=tuple(messages)), purpose=purpose)
+    pieces = [piece for draft in drafts for piece in draft.pieces]
     texts = tuple(piece for piece in pieces if isinstance(piece, str))
     return Layout(
         num_ids=len(pieces) - len(texts),
         texts=texts,
-        trained=tuple(piece for span in spans if span.is_trained for piece in span.ids),
+        trained=tuple(piece for draft in drafts if draft.is_trained for piece in draft.pieces),
         pictures=pictures,
         crops=tuple((cut, pictures[0]) for cut in cuts),
     )

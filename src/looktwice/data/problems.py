@@ -95,7 +95,7 @@ REASONS: dict[str, Reason] = {
         "several frames or pages, of which the first is used", "write the frame you mean as a file"
     ),
     "web_address": _fatal("a web address where a path belongs", "download the picture and write its path"),
-    "data_address": _fatal("a data: address without a base64 picture", "write data:image/png;base64,..."),
+    "data_url": _fatal("a data: URL without a base64 picture", "write data:image/png;base64,..."),
     # the set
     "too_long": _fatal("more tokens than max_length", "raise --max_length, lower pixels, or give --length_policy"),
     "over_length": _note("more tokens than max_length, which --length_policy takes care of", "look how many they are"),

@@ -20,6 +20,7 @@ from looktwice.errors import ConfigError, DataError, nearest
 from looktwice.geometry import BoxFrame
 
 MAX_PROBLEMS_SHOWN = 20
+NO_ROWS = "the file holds no records; write one JSON object a line"
 
 _logger = logging.getLogger(__name__)
 
@@ -51,12 +52,18 @@ class SampleFile:
 
     @classmethod
     def of(cls, path: str | Path, config: SampleConfig) -> SampleFile:
-        """The file as the settings say it is to be read. Raises ConfigError when there is no folder of pictures."""
+        """The file as the settings say it is to be read.
+
+        Raises ConfigError when there is no folder of pictures, DataError when there is no row.
+        """
         if not config.image_base_path.is_dir():
             raise ConfigError(
                 f"--image_base_path {config.image_base_path}: no such folder; name the one of the pictures"
             )
-        return cls(path, config.image_base_path, data_format=config.source_format, answer_key=config.answer_key)
+        file = cls(path, config.image_base_path, data_format=config.source_format, answer_key=config.answer_key)
+        if not len(file):
+            raise DataError(f"{path}: {NO_ROWS}")
+        return file
 
     @property
     def path(self) -> Path:
@@ -96,7 +103,7 @@ class SampleFile:
         Raises one DataError that counts all problems of these rows and lists the first 20.
         """
         if not len(self):
-            raise DataError(f"{self.path}: the file holds no records; write one JSON object a line")
+            raise DataError(f"{self.path}: {NO_ROWS}")
         reading = self.new_reading()
         samples: list[Sample] = []
         for row in range(len(self)):

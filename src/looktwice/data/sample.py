@@ -20,7 +20,7 @@ class Sample:
 
     Assistant texts hold their crop calls as `<tool_call>[x1, y1, x2, y2]</tool_call>`, the numbers as they were
     written, in `box_frame`; None means that nothing was said: the frame of the model. Boxes refer to the first picture
-    of the conversation. A picture is a path, or a `data:` address that holds the picture itself. `solution` is the
+    of the conversation. A picture is a path, or a `data:` URL that holds the picture itself. `solution` is the
     short gold answer, "" without one; `gold_box` is in original pixels. `where` is "file:line" and `field` the place
     of the last answer in that row, such as "QnA[1].A3". `policy` are pixel bounds of its own, where those of all would
     make it too long. `extra` are the fields of the row that mean nothing here; they
@@ -55,7 +55,7 @@ class Sample:
 
     @property
     def image_paths(self) -> list[str | Path]:
-        """The pictures in order of appearance, crops not counted; a `data:` address where a picture has no file."""
+        """The pictures in order of appearance, crops not counted; a `data:` URL where a picture has no file."""
         return [source for source in self.conversation.images if isinstance(source, (str, Path))]
 
 

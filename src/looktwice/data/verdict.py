@@ -13,13 +13,13 @@ PLACES_KEPT = 100
 
 @dataclass(kw_only=True)
 class Verdict:
-    """What was found, counted by reason, with the first places of each."""
+    """What was found, counted by reason, with the first places of each; `unchecked` is what needs which flag."""
 
     num_rows: int = 0
     num_samples: int = 0
     num_pictures: int = 0
     formats: dict[str, str] = field(default_factory=dict)
-    unchecked: tuple[str, ...] = ()
+    unchecked: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     first: defaultdict[str, list[Problem]] = field(default_factory=lambda: defaultdict(list))
     bad_rows: set[int] = field(default_factory=set)
@@ -57,7 +57,7 @@ class Verdict:
             "samples": self.num_samples,
             "pictures": self.num_pictures,
             "formats": self.formats,
-            "unchecked": list(self.unchecked),
+            "unchecked": self.unchecked,
             "reasons": {
                 reason: {
                     "count": self.counts[reason],

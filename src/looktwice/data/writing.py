@@ -10,7 +10,7 @@ from looktwice.answers import find_answer_block
 from looktwice.data.sample import Sample
 from looktwice.data.tally import Tally
 from looktwice.messages import ANSWER_OPEN, ImagePart, Message, TextPart
-from looktwice.processing.images import DATA_ADDRESS
+from looktwice.processing.images import DATA_URL
 
 FORMAT_FIELDS = ("QnA", "messages", "conversations", "response_list")
 """The fields by which a row's format is known."""
@@ -31,12 +31,12 @@ class Writing:
         self.left_out.add(why, sample.where)
 
     def picture(self, source: object) -> str:
-        """The text of a path: from `image_base_path` where it lies below it. A data: address stands as it is."""
+        """The text of a path: from `image_base_path` where it lies below it. A data: URL stands as it is."""
         if not isinstance(source, Path):
             return str(source)
         path = source.relative_to(self.image_base_path) if source.is_relative_to(self.image_base_path) else source
         written = path.as_posix()
-        return f"./{written}" if written.startswith(DATA_ADDRESS) else written
+        return f"./{written}" if written.startswith(DATA_URL) else written
 
     def gold(self, sample: Sample) -> dict[str, object]:
         """The optional fields of a sample, without an answer that a reader finds in the response by itself."""

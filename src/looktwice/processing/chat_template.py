@@ -20,11 +20,20 @@ EARLY_STOP = (
 """Closes a thinking block that reached its budget; the text the released model was trained with."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Span:
     """Consecutive ids by one writer, or, with `image_number`, the place of one picture (or the video)."""
 
     ids: list[int] = field(default_factory=list)
+    is_trained: bool = False
+    image_number: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A Span before its texts are tokenised: ids of the template and texts, in order."""
+
+    pieces: tuple[int | str, ...] = ()
     is_trained: bool = False
     image_number: int | None = None
 
@@ -65,41 +74,57 @@ class ChatTemplate:
     def spans(
         self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True
     ) -> list[Span]:
-        """The conversation as spans.
+        """The conversation as spans; see `drafts`."""
+        return [
+            Span(
+                ids=[token_id for piece in draft.pieces for token_id in self._ids(piece)],
+                is_trained=draft.is_trained,
+                image_number=draft.image_number,
+            )
+            for draft in self.drafts(conversation, purpose=purpose, thinking=thinking)
+        ]
+
+    def _ids(self, piece: int | str) -> list[int]:
+        return [piece] if isinstance(piece, int) else self.encode(piece)
+
+    def drafts(
+        self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True
+    ) -> list[Draft]:
+        """What the conversation is written as: its spans, and what of each is text to tokenise as a whole.
 
         `train`: assistant texts and their closing `<|im_end|>` are trained unless their message says otherwise, nothing
         else is; a trained answer without a think block gets the empty one in front, untrained. `prompt`: ends where the
         assistant begins to write; with `thinking` off the empty think block is already written.
         """
-        spans: list[Span] = []
+        drafts: list[Draft] = []
         pictures = 0
         for message in conversation.messages:
             is_trained = purpose == "train" and message.role == "assistant" and message.is_trained
             written = self._message(message, pictures, is_trained=is_trained)
-            pictures += sum(span.image_number is not None for span in written)
-            spans += written
+            pictures += sum(draft.image_number is not None for draft in written)
+            drafts += written
         if purpose == "prompt":
-            opener = [self.turn_open_id, *self.encode("assistant\n")]
-            spans.append(Span(ids=opener + ([] if thinking else self.encode(EMPTY_THINK))))
+            closed = () if thinking else (EMPTY_THINK,)
+            drafts.append(Draft(pieces=(self.turn_open_id, "assistant\n", *closed)))
         elif conversation.messages and conversation.messages[-1].role == "assistant":
-            spans.pop()  # nothing follows the last answer, so its newline is not part of the input
-        return spans
+            drafts.pop()  # nothing follows the last answer, so its newline is not part of the input
+        return drafts
 
-    def _message(self, message: Message, first_picture: int, *, is_trained: bool) -> list[Span]:
+    def _message(self, message: Message, first_picture: int, *, is_trained: bool) -> list[Draft]:
         first, *rest = texts = _texts_between_pictures(message)
-        spans = [Span(ids=[self.turn_open_id])]
+        drafts = [Draft(pieces=(self.turn_open_id,))]
         if message.role == "assistant":
-            spans.append(Span(ids=self.encode("assistant\n")))
+            drafts.append(Draft(pieces=("assistant\n",)))
             if is_trained and not all(any(tag in text for text in texts) for tag in (THINK_OPEN, THINK_CLOSE)):
-                spans.append(Span(ids=self.encode(EMPTY_THINK)))
+                drafts.append(Draft(pieces=(EMPTY_THINK,)))
             # a leading newline would merge with the newline before it into another token
             first = first.lstrip("\n")
         else:
             first = f"{message.role}\n{first}"
-        spans.append(Span(ids=self.encode(first), is_trained=is_trained))
+        drafts.append(Draft(pieces=(first,), is_trained=is_trained))
         for picture, text in enumerate(rest, start=first_picture):
-            spans += [Span(image_number=picture), Span(ids=self.encode(text), is_trained=is_trained)]
-        return [*spans, Span(ids=[self.turn_close_id], is_trained=is_trained), Span(ids=self.encode("\n"))]
+            drafts += [Draft(image_number=picture), Draft(pieces=(text,), is_trained=is_trained)]
+        return [*drafts, Draft(pieces=(self.turn_close_id,), is_trained=is_trained), Draft(pieces=("\n",))]
 
 
 def _texts_between_pictures(message: Message) -> list[str]:

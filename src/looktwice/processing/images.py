@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
@@ -28,10 +29,12 @@ from looktwice.geometry import Size
 from looktwice.messages import ImageSource
 
 MAX_SOURCE_PIXELS = 178_956_970
+# Pillow warns from half of that on, which is allowed here
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 EXIF_ORIENTATION = 0x0112
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 EXIF_ROTATED = (5, 6, 7, 8)
-DATA_ADDRESS = "data:"
+DATA_URL = "data:"
 """What the address of a picture begins with that holds the picture itself; see RFC 2397."""
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xaeB`\x82", "GIF": b"\x3b"}
 """How whole files end."""
@@ -188,7 +191,7 @@ def name_of(source: ImageSource) -> str:
     """What messages call a picture: its path, or of what has none something short."""
     if isinstance(source, Image.Image):
         return "picture"
-    return f"{str(source)[:40]}..." if str(source).startswith(DATA_ADDRESS) else str(source)
+    return f"{str(source)[:40]}..." if str(source).startswith(DATA_URL) else str(source)
 
 
 @contextmanager
@@ -198,10 +201,12 @@ def _open(source: ImageSource) -> Iterator[Image.Image]:
         yield source
         return
     name = name_of(source)
-    if not str(source).startswith(DATA_ADDRESS):
+    if not str(source).startswith(DATA_URL):
         _check_file(source, name)
     try:
         image = Image.open(_file_of(source))
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not a readable picture (of no known format); replace or remove it") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}; shrink it", "huge") from error
     except UNREADABLE as error:
@@ -275,19 +280,19 @@ def _has_late_exif(file: IO[bytes]) -> bool:
     return False
 
 
-def data_address(raw: bytes) -> str:
+def data_url(raw: bytes) -> str:
     """The address that holds a picture's file, its kind read from its first bytes; of no known picture: unknown."""
     try:
         with Image.open(BytesIO(raw)) as image:
             kind = (image.get_format_mimetype() or "image/unknown").removeprefix("image/")
     except UNREADABLE:
         kind = "unknown"
-    return f"{DATA_ADDRESS}image/{kind};base64,{b64encode(raw).decode()}"
+    return f"{DATA_URL}image/{kind};base64,{b64encode(raw).decode()}"
 
 
 def _file_of(source: str | Path) -> str | Path | IO[bytes]:
-    """What Pillow opens: the path, or the bytes of a data: address."""
-    return _data_of(source) if str(source).startswith(DATA_ADDRESS) else source
+    """What Pillow opens: the path, or the bytes of a data: URL."""
+    return _data_of(source) if str(source).startswith(DATA_URL) else source
 
 
 def _data_of(address: str | Path) -> IO[bytes]:
@@ -297,7 +302,7 @@ def _data_of(address: str | Path) -> IO[bytes]:
 
 def _seems_whole(source: str | Path, kind: str) -> bool:
     """Whether the file of a picture ends as one of its kind ends; False where that cannot be told."""
-    with _data_of(source) if str(source).startswith(DATA_ADDRESS) else open(source, "rb") as file:
+    with _data_of(source) if str(source).startswith(DATA_URL) else open(source, "rb") as file:
         if kind == "WEBP":  # a RIFF file, which says its size
             said = int.from_bytes(file.read(8)[4:], "little") + 8
             return file.seek(0, os.SEEK_END) >= said

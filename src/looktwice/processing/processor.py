@@ -135,7 +135,10 @@ class Ovis2_5Processor(ProcessorMixin):
             tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, **hub)
             policy, box_frame = read_settings(path, **hub)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: no usable config and tokenizer files ({_first_line(error)})") from error
+            raise CheckpointError(
+                f"{path}: no usable config and tokenizer files ({_first_line(error)}); give a model folder, a hub name "
+                "that can be reached, or tiny"
+            ) from error
         add_visual_tokens(tokenizer, config)
         policy = policy.override(image_min_pixels=min_pixels, image_max_pixels=max_pixels)
         return cls(tokenizer, config, policy, box_frame)

@@ -13,23 +13,24 @@ from dataclasses import dataclass
 from itertools import islice
 
 from PIL import Image
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from looktwice.calls import TOOL_CALL_CLOSE
 from looktwice.config import ShowConfig
 from looktwice.data.dataset import encode_sample, processor_for
-from looktwice.data.lengths import cut_of, fit_lengths
+from looktwice.data.faults import View, refuse
+from looktwice.data.lengths import NUM_MARKS, cut_of, fit_lengths
 from looktwice.data.records import SampleFile
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, LooktwiceError
 from looktwice.geometry import Box, Size
 from looktwice.messages import Role
-from looktwice.processing.images import PatchedImage, image_size
+from looktwice.processing.images import PatchedImage, image_size, name_of
 from looktwice.processing.processor import Example, Ovis2_5Processor
+from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_pictures
 
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
-"""The byte behind each character of a byte-level vocabulary. Source: openai/gpt-2, src/encoder.py: bytes_to_unicode."""
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The byte behind each character of a byte-level vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,12 @@ _VISIBLE |= {0x7F: 0x2421, 0x0A: "↵\n", **dict.fromkeys(range(0x80, 0xA0), 0xF
 class PictureView:
     """A picture or a crop in its place. `original` is its size in the file, or that of the cut `rectangle`.
 
-    `number` counts pictures, and apart from them crops, from 1. `num_tokens` counts its two marks too. `image` is made
-    of the patches that the model reads.
+    `source` is the picture's path, "" for a crop. `number` counts pictures, and apart from them crops, from 1.
+    `num_tokens` counts its two marks too. `image` is made of the patches that the model reads.
     """
 
     number: int
+    source: str = ""
     original: Size
     rectangle: tuple[int, int, int, int] | None
     num_tokens: int
@@ -80,7 +82,7 @@ class PictureView:
     def caption(self) -> str:
         """Such as `crop 1 234,0-545,287 → 311x287, seen as 320x288: 90 tokens`, marks not counted."""
         (width, height), (seen_width, seen_height) = self.original, self.seen
-        place = ""
+        place = f"{self.source} " if self.source else ""
         if self.rectangle:
             x1, y1, x2, y2 = self.rectangle
             place = f"{x1},{y1}-{x2},{y2} → "
@@ -88,10 +90,6 @@ class PictureView:
             f"{self.name} {place}{width}x{height}, seen as {seen_width}x{seen_height}: "
             f"{self.num_tokens - NUM_MARKS} tokens"
         )
-
-
-NUM_MARKS = 2
-"""Start and end of a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +194,9 @@ def view_sample(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig)
     """The sample as training sees it under the settings; what makes it unusable becomes its `problem`."""
     given, note = sample, ""
     try:
-        if config.length_policy != "error":
-            sample, note = _fitted(sample, processor, config)
-        example = encode_sample(sample, processor, max_length=config.max_length)
+        refuse([sample], sample.where, stage=config.stage, view=View.of(processor))
+        sample, note = _fitted(sample, processor, config)
+        example = _encoded(sample, processor, config)
         turns = turns_of(example, sample, processor_for(sample, processor))
     except LooktwiceError as error:
         return SampleView(where=given.where, place=given.field, problem=str(error))
@@ -212,9 +210,23 @@ def view_sample(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig)
     )
 
 
+def _encoded(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig) -> Example:
+    """What training sees: the whole sequence, or in stage 2 the prompt that rollouts start from."""
+    if config.stage == "sft":
+        return encode_sample(sample, processor, max_length=config.max_length)
+    prompt = in_model_frame(open_pictures(sample.prompt), sample.box_frame, processor)
+    return encode_conversation(prompt, processor_for(sample, processor), purpose="prompt")
+
+
 def _fitted(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig) -> tuple[Sample, str]:
     """The sample as `length_policy` leaves it, and what was done. Raises DataError when it is left out."""
-    kept, refits = fit_lengths([sample], processor, max_length=config.max_length, length_policy=config.length_policy)
+    kept, refits = fit_lengths(
+        [sample],
+        processor,
+        max_length=config.max_length,
+        length_policy=config.length_policy,
+        purpose="train" if config.stage == "sft" else "prompt",
+    )
     notes = [
         f"{refit.num_tokens} tokens, more than max_length {config.max_length}: {refit.outcome}" for refit in refits
     ]
@@ -251,13 +263,15 @@ def turns_of(example: Example, sample: Sample, processor: Ovis2_5Processor) -> t
         turns[-1].append(
             PictureView(
                 number=num_crops if rectangle else num_pictures,
+                source="" if rectangle else name_of(sample.image_paths[num_pictures - 1]),
                 original=original,
                 rectangle=rectangle,
                 num_tokens=part.num_tokens + NUM_MARKS,
                 image=image_of(part, processor.patch_size, processor.stride),
             )
         )
-    roles = [message.role for message in sample.conversation.messages]
+    # a prompt ends where the next answer begins
+    roles: list[Role] = [*(message.role for message in sample.conversation.messages), "assistant"]
     return tuple(TurnView(role=role, parts=tuple(parts)) for role, parts in zip(roles, turns))
 
 

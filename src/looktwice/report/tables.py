@@ -78,7 +78,10 @@ def _whole_table(statistics: Statistics, config: StatsConfig) -> Table:
          f"{packing.num_packed_rows:,} rows, {share_text(filled)} full"),
         ("padding saved by packing", share_text(packing.padding_share)),
     )  # fmt: skip
-    note = "Padding as in one epoch of training in its own order, without samples longer than max_length."
+    note = (
+        "As in one epoch of training in its own order, without samples longer than max_length. A step packs its own "
+        "samples, so rows are fuller with larger batches."
+    )
     return Table(title="The whole set", header=("", ""), rows=rows, note=note)
 
 

@@ -78,7 +78,10 @@ def load_samples(
     file = SampleFile.of(path, data)
     is_large = file.num_samples > CHECKED_AT_START
     samples = file.read(limit=CHECKED_AT_START)
-    refuse(samples, path, stage="sft" if purpose == "train" else "grpo", view=View.of(processor), decode=True)
+    notes = refuse(samples, path, stage="sft" if purpose == "train" else "grpo", view=View.of(processor), decode=True)
+    if notes:
+        listed = ", ".join(f"{count} x {reason}" for reason, count in notes.most_common())
+        print(f"{path}: to look at: {listed}; `looktwice data check` says where and what")
     kept, refits = fit_lengths(
         samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose=purpose
     )
