@@ -19,7 +19,8 @@ from looktwice.data.records import SampleFile
 from looktwice.demo.task import DatasetFiles
 from looktwice.geometry import Size
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.report.data_page import MAX_PICTURE_BYTES, picture_uri, shown_width, write_samples_page
+from looktwice.report.data_page import shown_width, write_samples_page
+from looktwice.report.html import MAX_PICTURE_BYTES, picture_uri
 from looktwice.report.sample_view import PictureView, SampleView, view_file
 
 CALL = "<tool_call>[0, 0, 48, 60]</tool_call>"

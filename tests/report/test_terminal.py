@@ -8,8 +8,8 @@ from PIL import Image
 from rich.console import Console
 
 from looktwice.geometry import Size
-from looktwice.report.page import Table
 from looktwice.report.sample_view import PictureView, Piece, SampleView, TurnView
+from looktwice.report.tables import Table
 from looktwice.report.terminal import TRAINED_STYLES, sample_lines, sequence_text, titled
 
 PICTURE = PictureView(number=1, original=Size(64, 48), rectangle=None, num_tokens=14, image=Image.new("RGB", (64, 48)))

@@ -127,6 +127,13 @@ def test_the_validation_loss_is_logged_when_asked_and_at_the_end(eval_steps, eva
     assert [line["step"] for line in lines if "eval/loss" in line] == evaluated
 
 
+def test_workers_give_the_validation_loss_that_one_process_gives(run, dataset) -> None:
+    settings = {"max_steps": 1, "num_train_epochs": 0, "train_batch_size": 2}
+    data = {"val_data_path": dataset.eval}
+    [[alone], [together]] = [run(str(n), data=data, num_workers=n, **settings)[1] for n in (0, 2)]
+    assert together["eval/loss"] == alone["eval/loss"]
+
+
 def test_the_validation_loss_is_the_mean_over_all_trained_tokens(run, dataset, model, processor) -> None:
     _, [line] = run(
         data={"val_data_path": dataset.eval}, max_steps=1, num_train_epochs=0, learning_rate=0, train_batch_size=3
@@ -148,7 +155,7 @@ def test_dropout_is_off_in_the_validation_loss(model_folder, dataset, processor)
     learner.model.train()
     samples = read_samples(dataset.eval, dataset.eval.parent)[:1]
     encoder = Encoder(processor=processor, max_length=1000, length_policy="error")
-    first, second = (evaluation_loss(learner, samples, encoder, LengthReport(config)) for _ in range(2))
+    first, second = (evaluation_loss(learner, samples, encoder, LengthReport(config), num_workers=0) for _ in range(2))
     assert first == second
 
 

@@ -39,7 +39,6 @@ ROWS_PER_GROUP = 1000
 _EXTRAS = {"zstandard": "zstd", "pyarrow": "parquet", "pyarrow.parquet": "parquet"}
 _IS_BLANK = np.zeros(256, dtype=bool)
 _IS_BLANK[list(b" \t\n\r\v\f")] = True
-_CHANGED = "the data file changed while it was in use; leave it alone and start again"
 _AS_ROWS = "write [{…}, {…}], or one object a line in a .jsonl file"
 _GAP = re.compile(r"[ \t\n\r]*")
 
@@ -58,7 +57,7 @@ class RowFile(Sequence[Row]):
     and what of the rest is a JSON list or JSONL. A single JSON object is one row. Blank lines are no rows.
 
     `file[i]` raises DataError for a row that is broken, and for that row alone, and where the file was changed since it
-    was opened. A RowFile may be sent to another process, which opens the file again.
+    was opened.
     Raises DataError when the file cannot be read, ConfigError when a package for its kind is not installed.
     """
 
@@ -84,7 +83,7 @@ class RowFile(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         where = self.where(index)
         if self._watched and _stamp_of(self._watched) != self._stamp:
-            raise DataError(f"{self.path}: {_CHANGED}")
+            raise DataError(f"{self.path}: the data file changed while it was in use; leave it alone and start again")
         return Row(where, self._rows.values(range(len(self))[index], where))
 
     def where(self, index: int) -> str:
@@ -98,15 +97,6 @@ class RowFile(Sequence[Row]):
         """
         counts = (1 if values is None else num_samples(values) for values in self._rows.quick_values())
         return np.fromiter(counts, dtype=np.int64, count=len(self))
-
-    def __getstate__(self) -> tuple[Path, tuple[int, int]]:
-        return self.path, self._stamp
-
-    def __setstate__(self, state: tuple[Path, tuple[int, int]]) -> None:
-        path, stamp = state
-        self.__init__(path)  # type: ignore[misc]
-        if self._stamp != stamp:
-            raise DataError(f"{path}: {_CHANGED}")
 
 
 def check_name(path: Path) -> None:

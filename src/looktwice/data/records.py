@@ -29,8 +29,8 @@ class SampleFile:
     """The samples of a data file, read as they are asked for.
 
     `len` counts rows, which costs nothing. Samples are counted by parsing the file once, when they are first asked
-    for, and only in a format whose rows may hold several. May be sent to another process, as RowFile may.
-    Raises DataError when the file cannot be read or no format fits it.
+    for, and only in a format whose rows may hold several. Raises DataError when the file cannot be read or no format
+    fits it.
     """
 
     def __init__(

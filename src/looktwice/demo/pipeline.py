@@ -21,7 +21,8 @@ from looktwice.evaluation.accuracy import Evaluation, evaluate
 from looktwice.evaluation.controls import CONTROLS
 from looktwice.inference import OvisInference
 from looktwice.model.weights import TINY
-from looktwice.report.page import Table, make_card, read_curve, write_page
+from looktwice.report.run_page import make_card, read_curve, write_page
+from looktwice.report.tables import Table
 from looktwice.training.grpo import train_grpo
 from looktwice.training.sft import train_sft
 

@@ -1,26 +1,18 @@
-"""The HTML pages of `data show` and `data stats`: one file each, pictures inside, no scripts, no network."""
+"""The HTML pages of `data show` and `data stats`."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from PIL import Image
 
 from looktwice.data.statistics import Statistics
 from looktwice.geometry import Size
 from looktwice.report.charts import Chart, count_bars, histogram, size_dots
-from looktwice.report.page import Table
+from looktwice.report.html import picture_uri, write_html
 from looktwice.report.sample_view import PictureView, SampleView
-from looktwice.report.tables import token_table
+from looktwice.report.tables import Table, token_table
 
-MAX_PICTURE_BYTES = 200_000
-JPEG_QUALITIES = (90, 75, 50)
+STYLES = ("page.css", "data_page.css")
 LARGEST_PICTURE, LARGEST_CROP = Size(480, 440), Size(288, 256)
 SMALLEST_PICTURE, SMALLEST_CROP = 240, 96
 """Widths on the page in pixels; smaller pictures are enlarged to these, pixel by pixel."""
@@ -29,14 +21,14 @@ SMALLEST_PICTURE, SMALLEST_CROP = 240, 96
 def write_samples_page(path: Path, *, title: str, lead: str, views: Sequence[SampleView]) -> None:
     """Samples as the model sees them."""
     functions = {"token_table": token_table, "source": picture_uri, "shown_width": shown_width}
-    _write(path, "samples.html.jinja", title=title, lead=lead, views=views, **functions)
+    write_html(path, "samples.html.jinja", styles=STYLES, title=title, lead=lead, views=views, **functions)
 
 
 def write_statistics_page(
     path: Path, *, title: str, lead: str, tables: Sequence[Table], charts: Sequence[Chart]
 ) -> None:
     """Tables of a data set and its charts."""
-    _write(path, "statistics.html.jinja", title=title, lead=lead, tables=tables, charts=charts)
+    write_html(path, "statistics.html.jinja", styles=STYLES, title=title, lead=lead, tables=tables, charts=charts)
 
 
 def statistics_charts(statistics: Statistics) -> list[Chart]:
@@ -55,25 +47,3 @@ def shown_width(picture: PictureView) -> int:
     width, height = picture.seen
     wanted = max(width, smallest)
     return max(1, round(wanted * min(1.0, room.width / wanted, room.height * width / (height * wanted))))
-
-
-def picture_uri(image: Image.Image) -> str:
-    """The picture in an address of at most 200,000 bytes: PNG, else the best JPEG that fits, else a smaller one."""
-    ways: list[tuple[str, dict[str, Any]]] = [("png", {}), *(("jpeg", {"quality": q}) for q in JPEG_QUALITIES)]
-    for kind, options in ways:
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        if len(buffer.getvalue()) <= MAX_PICTURE_BYTES:
-            return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return picture_uri(image.resize(Size(image.width // 2, image.height // 2)))
-
-
-def _write(path: Path, template: str, **values: Any) -> None:
-    loader = PackageLoader("looktwice", "report")
-    environment = Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    style = Markup("".join(loader.get_source(environment, name)[0] for name in ("page.css", "data_page.css")))
-    html = environment.get_template(template).render(style=style, **values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")

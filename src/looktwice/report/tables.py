@@ -1,15 +1,25 @@
-"""Tables of data files, cells already written as text: the same ones in the terminal and on pages."""
+"""Tables, their cells already written as text: the same ones in the terminal and on pages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from looktwice.config import StatsConfig
 from looktwice.data.statistics import Packing, Statistics, percentile, simulate_packing
-from looktwice.report.page import Table
 from looktwice.report.sample_view import SampleView
 
 SHARES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A titled table; `rows` are cells already written as text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
 
 
 def token_table(view: SampleView) -> Table:

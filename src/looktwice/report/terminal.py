@@ -10,9 +10,8 @@ from rich.text import Text
 
 from looktwice.data.problems import REASONS
 from looktwice.data.verdict import Verdict
-from looktwice.report.page import Table
 from looktwice.report.sample_view import PictureView, SampleView
-from looktwice.report.tables import token_table
+from looktwice.report.tables import Table, token_table
 
 TRAINED_STYLES = ("#0b2a66 on #c7dbff", "#0b2a66 on #98bdfb")
 UNTRAINED_STYLES = ("grey50", "grey62")

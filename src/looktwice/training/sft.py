@@ -76,7 +76,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
             learner.step += 1
             metrics["epoch"] = order.epoch(learner.step)
             if held_out and is_due(learner, eval_every):
-                metrics["eval/loss"] = evaluation_loss(learner, held_out, encoder, lengths)
+                metrics["eval/loss"] = evaluation_loss(learner, held_out, encoder, lengths, num_workers=workers)
             metrics |= lengths.metrics
             close_step(learner, recorder, metrics, resolved)
     lengths.show()
@@ -100,15 +100,19 @@ def train_step(learner: Learner, examples: Sequence[Example]) -> dict[str, float
 
 
 @torch.no_grad()
-def evaluation_loss(learner: Learner, samples: Sequence[Sample], encoder: Encoder, lengths: LengthReport) -> float:
+def evaluation_loss(
+    learner: Learner, samples: Sequence[Sample], encoder: Encoder, lengths: LengthReport, *, num_workers: int
+) -> float:
     """Mean negative logprob per trained token over all samples, in eval mode; those too long are noted."""
     learner.model.eval()
     total, num_tokens = 0.0, 0
     size = learner.config.train_batch_size
-    for first in range(0, len(samples), size):
-        encoded = [encoder(sample) for sample in samples[first : first + size]]
-        lengths.note(each.refit for each in encoded if each.refit)
-        for row in learner.rows([each.example for each in encoded if each.example]):
-            total -= float(learner.score(row).logprobs.sum())
-            num_tokens += row.num_loss_tokens
+    with Loader(
+        encoder, samples, num_workers=num_workers, ahead=STEPS_AHEAD * size, where=attrgetter("where")
+    ) as prepared:
+        while encoded := list(islice(prepared, size)):
+            lengths.note(each.refit for each in encoded if each.refit)
+            for row in learner.rows([each.example for each in encoded if each.example]):
+                total -= float(learner.score(row).logprobs.sum())
+                num_tokens += row.num_loss_tokens
     return total / num_tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from looktwice.geometry import Box
 from looktwice.messages import ImagePart, Message, TextPart, assistant, system, user
 from looktwice.processing.images import image_size, open_image
 
-FOLDER = Path(__file__).parent / "data" / "formats"
+FOLDER = Path(__file__).parent / "formats"
 A, B = Path("p/a.png"), Path("p/b.png")
 CALL = "<tool_call>[1, 2, 30, 40]</tool_call>"
 PIXEL = (
@@ -73,12 +72,6 @@ def test_samples_of_a_documented_row_are_counted_and_found(tmp_path: Path) -> No
     assert (len(file), file.num_samples) == (3, 6)
     assert [file.sample(number).question for number in range(6)] == ["1.0", "3.0", "3.1", "3.2", "2.0", "2.1"]
     assert [sample.field for sample in file.samples_of(1)] == ["QnA[0].A3", "QnA[1].A3", "QnA[2].A3"]
-
-
-def test_a_sample_file_works_the_same_in_another_process() -> None:
-    file = SampleFile(FOLDER / "documented.jsonl", "p")
-    again = pickle.loads(pickle.dumps(file))
-    assert again.format is not None and [again.sample(n) for n in (1, 0)] == [file.sample(n) for n in (1, 0)]
 
 
 def test_a_broken_row_is_an_error_for_that_row_alone(tmp_path: Path) -> None:

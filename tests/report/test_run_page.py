@@ -9,7 +9,8 @@ from PIL import Image
 from looktwice.data.sample import Sample
 from looktwice.geometry import Box, Size
 from looktwice.messages import question_about
-from looktwice.report.page import BOX_COLOUR, Curve, Table, draw_boxes, make_card, read_curve, write_page
+from looktwice.report.run_page import BOX_COLOUR, Curve, draw_boxes, make_card, read_curve, write_page
+from looktwice.report.tables import Table
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 
 

@@ -17,7 +17,7 @@ from looktwice.errors import DataError
 from looktwice.geometry import Box
 from looktwice.messages import Conversation, assistant, user
 
-REAL_SAMPLE = Path(__file__).parents[2] / "shared" / "sample_data" / "refcoco_sample.jsonl"
+REAL_SAMPLE = Path(__file__).parents[3] / "shared" / "sample_data" / "refcoco_sample.jsonl"
 
 GOOD = {"Q": "What is it?", "A3": "<think>Hm.</think>\n\n<answer>a cup</answer>"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,21 +67,6 @@ def test_rows_written_are_rows_read(name: str, tmp_path: Path) -> None:
 def test_a_file_of_no_rows_is_read_as_such(name: str, tmp_path: Path) -> None:
     assert write_rows(tmp_path / name, []) == 0
     assert len(RowFile(tmp_path / name)) == 0
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_file_sent_to_another_process_gives_the_same_rows(name: str, tmp_path: Path) -> None:
-    write_rows(tmp_path / name, ROWS)
-    file = RowFile(tmp_path / name)
-    assert list(pickle.loads(pickle.dumps(file))) == list(file)
-
-
-def test_a_file_that_changed_on_the_way_is_refused(put: Put) -> None:
-    path = put(b"{}\n")
-    sent = pickle.dumps(RowFile(path))
-    put(b"{}\n{}\n")
-    with pytest.raises(DataError, match=r"d\.jsonl: the data file changed while it was in use"):
-        pickle.loads(sent)
 
 
 def test_a_file_that_is_changed_while_it_is_read_is_refused_and_one_that_is_replaced_is_not(put: Put) -> None:

@@ -27,8 +27,8 @@ from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training import run
 from looktwice.training.grpo import fitted
 
-BAD = Path(__file__).parent / "data" / "bad"
-REAL_SAMPLE = Path(__file__).parents[2] / "shared" / "sample_data" / "refcoco_sample.jsonl"
+BAD = Path(__file__).parent / "bad"
+REAL_SAMPLE = Path(__file__).parents[3] / "shared" / "sample_data" / "refcoco_sample.jsonl"
 CASES: dict[str, dict[str, Any]] = {
     case["name"]: case for case in map(json.loads, (BAD / "cases.jsonl").read_text().splitlines())
 }
@@ -268,7 +268,7 @@ def test_several_files_cannot_be_fixed_into_one(tmp_path, capsys) -> None:
     assert "--fix writes a copy of one file, 2 are given" in capsys.readouterr().err
 
 
-DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^looktwice (data check .*)$", DOCS, re.MULTILINE)
 
 

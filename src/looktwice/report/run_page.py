@@ -1,37 +1,25 @@
-"""The HTML page of a run: figures, curves and answered questions with their pictures, all in one file."""
+"""The HTML page of a run: figures, curves and answered questions with their pictures."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from looktwice.answers import extract_answer, split_thinking
 from looktwice.data.sample import Sample
 from looktwice.geometry import Box, Size
 from looktwice.processing.images import open_image, resize
+from looktwice.report.html import picture_uri, write_html
+from looktwice.report.tables import Table
 from looktwice.rollout.trajectory import Trajectory
 
 SHOWN_WIDTH = 360
 BOX_COLOUR = (230, 30, 30)
 GOLD_COLOUR = (20, 160, 60)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A titled table; `rows` are cells already written as text."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +65,9 @@ class Card:
 def write_page(
     path: Path, *, title: str, lead: str, tables: Sequence[Table], curves: Sequence[Curve], cards: Sequence[Card]
 ) -> None:
-    """Write the page; it needs no other file and no network."""
-    environment = Environment(loader=PackageLoader("looktwice", "report"), autoescape=True)
-    style = Markup(environment.loader.get_source(environment, "page.css")[0]) if environment.loader else ""
-    template = environment.get_template("page.html.jinja")
-    html = template.render(title=title, lead=lead, tables=tables, curves=curves, cards=cards, style=style)
-    path.write_text(html, encoding="utf-8")
+    """Write the page."""
+    values = {"title": title, "lead": lead, "tables": tables, "curves": curves, "cards": cards}
+    write_html(path, "run.html.jinja", styles=["page.css"], **values)
 
 
 def read_curve(log: Path, metric: str, title: str) -> Curve:
@@ -104,8 +89,8 @@ def make_card(trajectory: Trajectory, sample: Sample, *, is_right: bool) -> Card
         answer=extract_answer(trajectory.text) or "none",
         thinking=thinking,
         is_right=is_right,
-        picture=data_uri(draw_boxes(image, [box for box, _ in cut], sample.gold_box)),
-        crops=tuple(data_uri(resize(image, size, box)) for box, (_, size) in zip(boxes, cut)),
+        picture=picture_uri(draw_boxes(image, [box for box, _ in cut], sample.gold_box)),
+        crops=tuple(picture_uri(resize(image, size, box)) for box, (_, size) in zip(boxes, cut)),
         boxes=tuple(str(list(box)) for box in boxes),
     )
 
@@ -122,9 +107,3 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box], gold_box: Box | None) -
     for box in boxes:
         draw.rectangle([side * scale for side in box], outline=BOX_COLOUR, width=2)
     return shown
-
-
-def data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
