@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from zlib import crc32
 
@@ -9,11 +11,13 @@ import pytest
 from PIL import Image
 
 from looktwice.config import Stage
-from looktwice.data.faults import View, refuse
+from looktwice.data import faults
+from looktwice.data.faults import NUM_PROBED, SLOW_S, View, inspect_all, refuse
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import Box, BoxFrame, PixelPolicy
 from looktwice.messages import Conversation, assistant, user
+from looktwice.processing.images import PictureHeader, read_header
 
 ORIENTATION, ROTATED = 0x0112, 6
 
@@ -98,6 +102,23 @@ def test_pictures_that_cannot_be_used_are_named_with_the_cause(tmp_path: Path) -
     assert head == "6 problems in d.jsonl:"
     for (name, cause), line in zip(causes.items(), lines, strict=True):
         assert line.startswith(f"  d.jsonl:1: picture: {tmp_path / name}: {cause}")
+
+
+def test_headers_that_are_slow_to_come_are_waited_for_together(tmp_path: Path, monkeypatch) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(40)]
+    for width, path in enumerate(paths, 1):
+        Image.new("L", (width, 1)).save(path)
+    together = threading.Barrier(4, timeout=30)  # never passed by one thread
+
+    def slow(path: Path) -> PictureHeader:
+        if int(path.stem) >= NUM_PROBED:
+            together.wait()
+        time.sleep(2 * SLOW_S)
+        return read_header(path)
+
+    monkeypatch.setattr(faults, "read_header", slow)
+    pictures = inspect_all(paths, decode=False)
+    assert [picture.header.size.width for picture in pictures if picture.header] == list(range(1, 41))
 
 
 def test_a_sample_without_a_gold_answer_can_be_trained_on_but_not_judged(upright: Path) -> None:

@@ -128,7 +128,7 @@ class Judge:
     def look_at(self, sources: Iterable[Source]) -> None:
         """Read the headers of pictures not seen before."""
         new = {key: source for source in sources if (key := picture_key(source)) not in self.pictures}
-        for (key, source), picture in zip(new.items(), inspect_all(new.values(), decode=self.config.decode)):
+        for (key, source), picture in zip(new.items(), inspect_all([*new.values()], decode=self.config.decode)):
             self.pictures[key] = self.known.setdefault(picture, picture)
             self.identities[key] = identity_of(source, by_content=self.config.decode)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
 from looktwice.processing.images import DATA_URL, PictureHeader, name_of, open_image, read_header
 from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
 
+NUM_PROBED, SLOW_S, NUM_THREADS = 16, 0.001, 16
+"""Headers that are read one by one; where they take longer than this each, the others are read by so many threads."""
 SLACK_PX = 1.0
 """How far a box may reach over its picture before it is noted."""
 MIN_SIDE_PX = 2
@@ -223,12 +226,19 @@ def _rotation_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str
         )
 
 
-def inspect_all(sources: Iterable[Source], *, decode: bool) -> list[Picture]:
+def inspect_all(sources: Sequence[Source], *, decode: bool) -> list[Picture]:
     """What is known of each picture, from its header or decoded to its end."""
-    if not decode:
-        return [inspected(source) for source in sources]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
-        return list(pool.map(decoded, sources))
+    if decode:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
+            return list(pool.map(decoded, sources))
+    first, others = sources[:NUM_PROBED], sources[NUM_PROBED:]
+    started = time.perf_counter()
+    pictures = [inspected(source) for source in first]
+    if time.perf_counter() - started < SLOW_S * len(first):
+        return pictures + [inspected(source) for source in others]
+    # on a network every header is waited for; with files at hand threads would only be in each other's way
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return pictures + list(pool.map(inspected, others))
 
 
 def identity_of(source: Source, *, by_content: bool) -> int:
