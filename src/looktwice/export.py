@@ -27,8 +27,9 @@ from looktwice.geometry import PixelPolicy
 from looktwice.messages import Conversation, user
 from looktwice.model.adapters import adapted_layers, base_of, merge
 from looktwice.model.configuration import Ovis2_5Config
+from looktwice.model.location import locate
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import load_model, locate, pick_device, released_state, write_model
+from looktwice.model.weights import load_model, pick_device, released_state, write_model
 from looktwice.processing.images import resize
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example, Ovis2_5Processor

@@ -15,7 +15,8 @@ from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
 from looktwice.messages import Conversation, ImageSource, VideoPart, VideoSource, question_about
 from looktwice.model.adapters import for_inference, merge
-from looktwice.model.weights import load_model, locate, pick_device
+from looktwice.model.location import locate
+from looktwice.model.weights import load_model, pick_device
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.builtin_engine import BuiltinEngine

@@ -21,8 +21,9 @@ from transformers import AutoModelForImageTextToText
 
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.adapters import LLM_LINEARS, PEFT_PREFIX, add_lora, trained_parameters
+from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import load_model, load_trained, locate, released_name, save_model
+from looktwice.model.weights import load_model, load_trained, released_name, save_model
 from looktwice.processing.processor import Ovis2_5Processor
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

@@ -20,7 +20,7 @@ from looktwice.demo.task import DatasetFiles, make_dataset
 from looktwice.evaluation.accuracy import Evaluation, evaluate
 from looktwice.evaluation.controls import CONTROLS
 from looktwice.inference import OvisInference
-from looktwice.model.weights import TINY
+from looktwice.model.location import TINY
 from looktwice.report.run_page import make_card, read_curve, write_page
 from looktwice.report.tables import Table
 from looktwice.training.grpo import train_grpo

@@ -31,12 +31,11 @@ from looktwice.model.adapters import (
     with_adapter,
 )
 from looktwice.model.configuration import Ovis2_5Config
+from looktwice.model.location import ADAPTER_CONFIG, TINY, WEIGHT_FILES, locate
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_config, quantization_of
 
-TINY = "tiny"
-TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHANGES_BASE_FOR_GOOD = ("pissa_niter", "corda", "loftq")
 """Starts of LoRA after which an adapter fits no base on disk. PEFT repeats plain PiSSA and OLoRA when it loads."""
 OWN_FIELDS = "looktwice"
@@ -46,27 +45,7 @@ MAX_SHARD_SIZE = "5GB"
 """That of the released folders."""
 UNFINISHED = ".unfinished"
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 logger = logging.getLogger(__name__)
-
-
-def locate(name: str) -> str:
-    """The folder or hub name behind a model name: `tiny` is the model that comes with the package.
-
-    Raises CheckpointError for a local folder that cannot hold a model.
-    """
-    if name == TINY:
-        name = str(TINY_FOLDER)
-    folder = Path(name)
-    if folder.is_dir():
-        files = {path.name for path in folder.iterdir()}
-        if not files & {ADAPTER_CONFIG, *WEIGHT_FILES}:
-            raise CheckpointError(f"{name}: no weights ({WEIGHT_FILES[0]} or {ADAPTER_CONFIG}) in this folder")
-        if "config.json" not in files:
-            raise CheckpointError(f"{name}: no config.json in this folder")
-    elif folder.exists() or folder.parent.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such model folder; give a folder, a hub name (AIDC-AI/Ovis2.5-2B) or tiny")
-    return name
 
 
 def adapter_folder(name: str) -> Path | None:

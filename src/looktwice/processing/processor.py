@@ -25,7 +25,7 @@ from looktwice.errors import CheckpointError, DataError
 from looktwice.geometry import BoxFrame, PixelPolicy, Size, smart_resize
 from looktwice.messages import Conversation
 from looktwice.model.configuration import Ovis2_5Config
-from looktwice.model.weights import locate
+from looktwice.model.location import locate
 from looktwice.processing.chat_template import ChatTemplate, Span
 from looktwice.processing.image_processor import (
     HUB_ARGUMENTS,

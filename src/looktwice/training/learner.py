@@ -26,6 +26,7 @@ from looktwice.model.adapters import (
     part_of,
     trained_parameters,
 )
+from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_of
 from looktwice.model.weights import (
@@ -33,7 +34,6 @@ from looktwice.model.weights import (
     base_quantization,
     load_model,
     load_trained,
-    locate,
     pick_device,
     write_model,
     written_whole,
