@@ -81,3 +81,13 @@ def test_the_commands_that_look_at_data_run(command: str, folder: Path) -> None:
     assert main([*words, "--model_name", "tiny"]) == 0
     pages = [word for word in words if word.endswith(".html")]
     assert all((folder / page).stat().st_size > 1000 for page in pages)
+
+
+def test_the_python_example_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "images" / "coco").mkdir(parents=True)
+    Image.new("RGB", (120, 90), "red").save(folder / "images" / "coco" / "cups.jpg")
+    [example] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(example, {})
+    where, *question, length, trained = capsys.readouterr().out.split()
+    assert (where, " ".join(question)) == ("cups.jsonl:1", "How many cups are there?")
+    assert int(length) > int(trained) > 0

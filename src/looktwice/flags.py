@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(written)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            raise ConfigError(f"unknown argument {unknown[0]}.{nearest(unknown[0].split('=')[0], flags)}")
+            hint = nearest(unknown[0].split("=")[0], flags) or f" See {self.prog} --help."
+            raise ConfigError(f"unknown argument {unknown[0]}.{hint}")
         return vars(known)
 
 

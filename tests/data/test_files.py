@@ -327,6 +327,11 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         write_rows(tmp_path / "none" / "d.jsonl", ROWS)
 
 
+def test_a_number_that_json_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"d\.jsonl:2: a number that is infinite or none"):
+        write_rows(tmp_path / "d.jsonl", [{"a": 1}, {"a": float("inf")}])
+
+
 def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
     write_rows(tmp_path / "d.jsonl", [{"a": "\ud800 é"}])
     assert values(tmp_path / "d.jsonl") == [{"a": "\ud800 é"}]

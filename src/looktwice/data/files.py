@@ -477,9 +477,11 @@ def _write_list(stream: BinaryIO, rows: Iterable[Mapping[str, Any]], path: Path)
 
 def _row_text(row: Mapping[str, Any], where: str) -> bytes:
     try:
-        text = json.dumps(row, ensure_ascii=False)
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
         raise DataError(f"{where}: {error}; only Parquet holds such a value") from error
+    except ValueError as error:
+        raise DataError(f"{where}: a number that is infinite or none, which JSON cannot hold; mend the row") from error
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8, but JSON can spell it
