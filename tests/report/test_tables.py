@@ -36,7 +36,7 @@ def test_the_whole_set_says_what_is_too_long_and_what_packing_saves() -> None:
     assert rows["rows"] == "4" and rows["samples"] == "3"
     assert rows["longer than max_length 1,000"] == "1 (33.3 %)"
     assert rows["padded batches of 2"] == "600 tokens"
-    assert rows["packed rows of at most 800"] == "400 tokens in 1 rows, 50.0 % full"
+    assert rows["packed rows of at most 800"] == "400 tokens in 1 row, 50.0 % full"
     assert rows["padding saved by packing"] == "33.3 %"
     assert rows["trained share of the tokens"] == "25.0 %"
 

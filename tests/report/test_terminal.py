@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from PIL import Image
 from rich.console import Console
@@ -39,6 +40,10 @@ VIEW = SampleView(
         ),
     ),
 )
+
+
+def test_the_gold_answer_stands_below() -> None:
+    assert printed(*sample_lines(replace(VIEW, solution="red"))).endswith("two marks.\nGold answer: red")
 
 
 def printed(*parts: object) -> str:

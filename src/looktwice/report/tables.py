@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from looktwice.config import StatsConfig
 from looktwice.data.statistics import Packing, Statistics, percentile, simulate_packing
+from looktwice.data.tally import counted
 from looktwice.report.sample_view import SampleView
 
 SHARES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
@@ -85,7 +86,7 @@ def _whole_table(statistics: Statistics, config: StatsConfig) -> Table:
         (f"longer than max_length {config.max_length:,}", _count_of(len(lengths) - len(fitting), len(lengths))),
         (f"padded batches of {config.train_batch_size}", f"{packing.num_padded:,} tokens"),
         (f"packed rows of at most {config.max_tokens_per_row:,}", f"{packing.num_tokens:,} tokens in "
-         f"{packing.num_packed_rows:,} rows, {share_text(filled)} full"),
+         f"{counted(packing.num_packed_rows, 'row')}, {share_text(filled)} full"),
         ("padding saved by packing", share_text(packing.padding_share)),
     )  # fmt: skip
     note = (

@@ -30,6 +30,8 @@ def sample_lines(view: SampleView) -> Iterator[RenderableType]:
         yield Text(view.note, style="yellow")
     yield sequence_text(view)
     yield from _noted(token_table(view))
+    if view.solution:
+        yield Text(f"Gold answer: {view.solution}", style="dim")
 
 
 def sequence_text(view: SampleView) -> Text:
