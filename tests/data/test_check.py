@@ -381,6 +381,13 @@ def test_corners_are_put_in_order_in_calls_alone_wherever_they_stand(
     assert fixed_rows([bad], tmp_path, pictures, processor) == [mended]
 
 
+def test_a_row_whose_box_can_be_mended_and_whose_picture_is_missing_is_left_out(tmp_path, pictures, processor) -> None:
+    bad = said(f"{REVERSED} <answer>a</answer>")
+    bad["messages"][0]["content"].append({"type": "image", "image": "absent.png"})
+    good = said("<answer>a</answer>")
+    assert fixed_rows([bad, good], tmp_path, pictures, processor) == [good]
+
+
 def test_a_box_is_read_in_the_frame_of_its_own_question(tmp_path, pictures, processor) -> None:
     in_thousandths = {**GOOD, "Q": "Where?", "A3": f"{REVERSED} <answer>a</answer>", "box_frame": "norm1000"}
     rows = [{"image_path": "good.png", "QnA": [GOOD, in_thousandths]}]

@@ -107,7 +107,7 @@ class Judge:
             samples = [(sample, row) for row in rows for sample in file.read_row(row, reading)]
             self.verdict.num_samples += len(samples)
             yield from reading.problems
-            yield from self.of_samples(samples)
+            yield from filter(self.is_new, self.of_samples(samples))
         for warning in unused_names(reading):
             yield Problem(reason="ignored_field", where=str(path), field="", what=warning)
 
@@ -120,7 +120,7 @@ class Judge:
             found += sample_problems(sample, stage=self.config.stage, view=self.view, picture_of=self.picture_of)
             if not any(problem.is_fatal for problem in found):
                 good.append(sample)
-            yield from filter(self.is_new, found)
+            yield from found
             self.frame_evidence.see(sample, self.view, self.picture_of)
         if self.processor:
             yield from self.token_problems(good, self.processor)
