@@ -167,6 +167,7 @@ def test_rows_of_a_list_are_numbered_whatever_the_lines(put: Put) -> None:
         ("d.jsonl", b'[\n{"a":\n 1}]'),
         ("d.jsonl", b'\xef\xbb\xbf[{"a": 1}]\n'),
         ("d.json.jsonl", b'{"a": 1}'),
+        ("d.txt", b'{\n "a": 1\n}'),
     ],
 )
 def test_an_object_or_a_list_is_known_by_its_bytes_whatever_the_name(name: str, content: bytes, put: Put) -> None:

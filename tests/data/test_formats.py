@@ -324,7 +324,7 @@ def test_sharegpt_puts_pictures_without_a_place_before_the_first_question(read) 
         (turns(("human", "<image>"), ("gpt", "A")), "conversations: 1 <image> for 0 pictures"),
         (
             turns(("human", "Q"), ("gpt", "A"), video="v.mp4"),
-            "video: a video cannot be trained on here; remove the row",
+            "video: videos and sounds cannot be trained on here; remove the row",
         ),
         (turns(("human", "<video> Q"), ("gpt", "A")), "conversations[0].value: <video> for a video; write &lt;video>"),
         (
@@ -364,7 +364,7 @@ def beside(*contents: object, **fields: object) -> dict[str, object]:
 
 def test_pictures_beside_the_messages_go_to_their_places(read) -> None:
     untold, told, listed = read(
-        beside("Q", "A", system="S"),
+        beside("Q", "A", system="S", objects={"ref": [], "bbox": []}),
         beside("<image>Q", "See <image>", "&lt;image>?", CALL, id=7),
         beside([{"type": "image"}, {"type": "text", "text": "<image>"}, {"type": "image", "image": None}], "A"),
     )
@@ -388,9 +388,12 @@ def test_a_message_without_loss_is_not_trained(read) -> None:
     [
         (beside("<image> Q", "A"), "messages: 1 <image> for 2 pictures; write one where each belongs"),
         (beside("Q", "A", objects={"bbox": [[1, 2, 3, 4]]}), "objects: boxes beside the messages are not read"),
-        (beside("Q", "A", videos=["v.mp4"]), "videos: a video cannot be trained on here"),
+        (beside("Q", "A", videos=["v.mp4"]), "videos: videos and sounds cannot be trained on here"),
         (beside([{"type": "image", "image": "a.png"}], "A"), "messages[0].content[0].type: the row names its pictures"),
         (beside([{"type": "audio"}], "A"), 'messages[0].content[0].type: "audio" cannot stand here; write one of text'),
+        ({**beside("<audio>Q", "A"), "images": None, "audios": ["a.wav"]}, "audios: videos and sounds cannot"),
+        (beside([], "A"), "messages[0].content: the message is empty"),
+        (beside([{"type": "text", "text": " "}], "A"), "messages[0].content: the message is empty"),
         (beside([{"type": "text"}], "A"), "messages[0].content[0].text: the field is missing"),
         (beside("Q", "A", images=[{"url": "a.png"}]), "images[0]: an object where a text belongs"),
         (beside("Q", "A", images=[{"bytes": None, "path": None}]), "images[0].path: null where a text belongs"),

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
+from looktwice.data.conversations import MEDIA_FIELDS
 from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish
 from looktwice.data.problems import BOX_REASONS
 from looktwice.data.sample import Part, Sample, text_of
@@ -29,9 +30,7 @@ from looktwice.geometry import BoxFrame, check_box
 from looktwice.messages import ImagePart, Message, Role, TextPart
 
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-PICTURES_BESIDE = ("image", "images")
-"""Fields of a row that name pictures in another format: see `conversations.SWIFT`."""
-KNOWN = ("messages", *PICTURES_BESIDE, *GOLD_FIELDS)
+KNOWN = ("messages", *MEDIA_FIELDS, *GOLD_FIELDS)
 PART_FIELDS = {
     "text": ("text",),
     "image": ("image",),
@@ -57,7 +56,7 @@ def is_openai(values: Mapping[str, object]) -> bool:
 
 def read(row: Fields, reading: Reading) -> list[Sample]:
     row.known = KNOWN
-    for name in PICTURES_BESIDE:
+    for name in MEDIA_FIELDS:  # of another format, see `conversations.SWIFT`
         if row.values.get(name):
             what = "beside the messages, as in the format swift; give --from swift, or name each picture in its message"
             row.note(name, "pictures_twice", what)

@@ -32,7 +32,9 @@ from looktwice.messages import ImagePart, Message, Role, TextPart, system
 
 IMAGE_PLACE, VIDEO_PLACE = "<image>", "<video>"
 _PICTURE_FIELDS = ("image", "images")
-_VIDEO_FIELDS = ("video", "videos", "video_frames")
+_OTHER_MEDIA = ("video", "videos", "video_frames", "audio", "audios")
+MEDIA_FIELDS = (*_PICTURE_FIELDS, *_OTHER_MEDIA)
+"""Fields of a row for what stands in its turns."""
 _PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
 
 
@@ -42,7 +44,8 @@ class Dialect:
 
     `turns` is the field that lists them; `role`, `text` and `mark` (false: not trained) are fields of a turn. Pictures
     are written into the field `pictures`; read they may be in any. `roles` gives the meaning of each role and whether
-    it is trained; of two with one meaning the first is written. `is_place_needed`: pictures without any `<image>` are
+    it is trained; of two with one meaning the first is written. `refused` are fields of a row with a meaning that
+    cannot be read. `is_place_needed`: pictures without any `<image>` are
     an error.
     """
 
@@ -52,12 +55,13 @@ class Dialect:
     pictures: str
     roles: Mapping[str, tuple[Role, bool]]
     mark: str | None = None
+    refused: tuple[str, ...] = ()
     is_place_needed: bool = False
 
     @property
     def known(self) -> tuple[str, ...]:
         """The fields of a row that have a meaning."""
-        return (*_PICTURE_FIELDS, *_VIDEO_FIELDS, self.turns, "system", *GOLD_FIELDS)
+        return (*MEDIA_FIELDS, self.turns, "system", *self.refused, *GOLD_FIELDS)
 
 
 SHAREGPT = Dialect(
@@ -82,6 +86,7 @@ SWIFT = Dialect(
     pictures="images",
     roles={"system": ("system", True), "user": ("user", True), "assistant": ("assistant", True)},
     mark="loss",
+    refused=("objects",),
 )
 
 
@@ -95,8 +100,8 @@ def is_sharegpt(values: Mapping[str, object]) -> bool:
 
 
 def is_swift(values: Mapping[str, object]) -> bool:
-    """Whether there are messages and beside them a list of pictures."""
-    return values.get(SWIFT.turns) is not None and any(values.get(name) is not None for name in _PICTURE_FIELDS)
+    """Whether there are messages and beside them what they show."""
+    return values.get(SWIFT.turns) is not None and any(values.get(name) is not None for name in MEDIA_FIELDS)
 
 
 def read_ovis(row: Fields, reading: Reading) -> list[Sample]:
@@ -108,7 +113,8 @@ def read_sharegpt(row: Fields, reading: Reading) -> list[Sample]:
 
 
 def read_swift(row: Fields, reading: Reading) -> list[Sample]:
-    if row.values.get("objects"):
+    objects = row.values.get("objects")
+    if any(objects.values()) if isinstance(objects, dict) else objects:
         row.note(
             "objects", "unknown_part", "boxes beside the messages are not read; write them into the texts as they are"
         )
@@ -118,9 +124,9 @@ def read_swift(row: Fields, reading: Reading) -> list[Sample]:
 def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
     row.known = dialect.known
     pictures = list(_pictures(row, reading.image_base_path))
-    for name in _VIDEO_FIELDS:
+    for name in _OTHER_MEDIA:
         if row.values.get(name):
-            row.note(name, "video", "a video cannot be trained on here; remove the row")
+            row.note(name, "video", "videos and sounds cannot be trained on here; remove the row")
     example = f'{{"{dialect.role}": …, "{dialect.text}": …}}'
     turns = [
         turn
@@ -213,6 +219,8 @@ def _text(fields: Fields, dialect: Dialect, role: Role) -> str | None:
             part.note("type", "pictures_twice", 'the row names its pictures in "images"; write {"type": "image"} alone')
         elif kind is not None and kind != "text":
             part.note("type", "unknown_part", f'"{short(kind)}" cannot stand here; write one of text, image')
+    if fields.is_good and not any(piece.strip() for piece in pieces):
+        fields.note(dialect.text, "empty_text", "the message is empty; fill it in or remove it")
     return glue_of(Message(role=role, parts=())).join(pieces) if fields.is_good else None
 
 

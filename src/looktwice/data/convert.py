@@ -48,7 +48,7 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
     Raises DataError when a row cannot be read, with all problems counted, and when something would be lost and
     `allow_loss` is off. Neither leaves a file behind.
     """
-    if Path(target).exists() and Path(target).samefile(source):
+    if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
         raise DataError(f"{target}: the file to read from; name another one to write to")
     file = SampleFile(
         source,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from looktwice.data.records import raise_if_any
 from looktwice.data.sample import Sample, text_of
 from looktwice.errors import BoxError, ImageError
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
-from looktwice.messages import THINK_CLOSE, THINK_OPEN, Message, TextPart
+from looktwice.messages import THINK_CLOSE, THINK_OPEN, ImagePart, Message, TextPart
 from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
 from looktwice.processing.images import DATA_URL, PictureHeader, name_of, open_image, read_header
 from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
@@ -156,9 +157,10 @@ def picture_problems(sample: Sample, picture_of: Callable[[Source], Picture]) ->
 def call_problems(sample: Sample, view: View, picture: PictureHeader | None) -> Iterator[Problem]:
     """What is wrong with the calls of a sample; `picture` is its first one, None where that cannot be used."""
     frame = sample.box_frame or view.box_frame
+    num_blind = num_calls_before_pictures(sample)
     for number, segment in enumerate(calls_of(sample), 1):
-        if not sample.image_paths:
-            yield problem_of(sample, "call_without_picture", f"call {number}: there is no picture to cut from")
+        if number <= num_blind:
+            yield problem_of(sample, "call_without_picture", f"call {number}: there is no picture yet to cut from")
         elif picture:
             try:
                 requested = parse_call(segment)
@@ -277,14 +279,23 @@ def _refused(source: Source, error: ImageError) -> Picture:
 
 def calls_of(sample: Sample) -> list[str]:
     """Texts that end in a call, in order."""
-    return [
-        segment
-        for message in sample.conversation.messages
-        if message.role == "assistant"
-        for part in message.parts
-        if isinstance(part, TextPart)
-        for segment in split_calls(part.text)[:-1]
-    ]
+    return [segment for part in _answered(sample) if isinstance(part, TextPart) for segment in _calls_in(part)]
+
+
+def num_calls_before_pictures(sample: Sample) -> int:
+    """Calls that stand before the first picture of the conversation; all of them where it has none."""
+    before = takewhile(lambda part: not isinstance(part, ImagePart), _answered(sample))
+    return sum(len(_calls_in(part)) for part in before if isinstance(part, TextPart))
+
+
+def _answered(sample: Sample) -> Iterator[object]:
+    """The texts of assistants and the pictures of all, in order."""
+    for message in sample.conversation.messages:
+        yield from (part for part in message.parts if message.role == "assistant" or isinstance(part, ImagePart))
+
+
+def _calls_in(part: TextPart) -> list[str]:
+    return split_calls(part.text)[:-1]
 
 
 def problem_of(sample: Sample, reason: str, what: str) -> Problem:

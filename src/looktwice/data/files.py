@@ -253,7 +253,8 @@ def _is_row_a_line(file: IO[bytes], path: Path) -> bool:
     except RecursionError:
         return not is_named_json
     except ValueError:  # the beginning of a value of several lines, or a broken row
-        return not is_named_json and not first.startswith(b"[")
+        second = next((text[:1] for line in file if (text := line.strip())), b"")
+        return not is_named_json and first[:1] != b"[" and (first[:1] != b"{" or second not in (b'"', b"}"))
     is_list = isinstance(value, list) and (is_named_json or isinstance(next(iter(value), None), dict))
     return not is_list or any(line.strip() for line in file)
 

@@ -46,7 +46,7 @@ REASONS: dict[str, Reason] = {
     "role_order": _note("turns that do not alternate, or a system turn that is not the first", "check their order"),
     "placeholder_count": _fatal("places of pictures that differ in number from the pictures", "write one for each"),
     "pictures_twice": _fatal("pictures named in two fields", "name each picture once"),
-    "video": _fatal("a video in training data", "remove the row, or write its frames as pictures"),
+    "video": _fatal("a video or a sound in training data", "remove the row, or write its frames as pictures"),
     "spells_token": _note("text that spells a special token, which is read as text", "remove it if it was not meant"),
     "spells_placeholder": _note(
         "text that spells <image> or <video>, which is read as text", "name the picture where the format has its place"
