@@ -236,7 +236,7 @@ def test_a_misspelt_optional_field_is_not_ignored_in_silence(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         read_samples(tmp_path / "d.jsonl", "")
     [record] = caplog.records
-    assert record.getMessage().endswith('field "anwser" of 1 samples is ignored. Did you mean "answer"?')
+    assert record.getMessage().endswith('field "anwser" of 1 sample is ignored. Did you mean "answer"?')
 
 
 @pytest.mark.skipif(not REAL_SAMPLE.exists(), reason="the sample of real records lies outside the project")

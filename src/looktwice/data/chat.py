@@ -21,7 +21,7 @@ from typing import Any
 
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.data.conversations import MEDIA_FIELDS
-from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish
+from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
 from looktwice.data.problems import BOX_REASONS
 from looktwice.data.sample import Part, Sample, text_of
 from looktwice.data.writing import Writing
@@ -90,7 +90,7 @@ def _message(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> Message
         return None
     message = Message(role=ROLES[str(role)], parts=tuple(parts), is_trained=is_trained)
     if role == "assistant":
-        for reason, problem in call_problems(text_of(message)):
+        for reason, problem in call_syntax_faults(text_of(message)):
             fields.note("content", reason, problem)
     return message
 

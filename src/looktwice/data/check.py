@@ -21,7 +21,7 @@ from looktwice.data.faults import (
     problem_of,
     sample_problems,
 )
-from looktwice.data.lengths import Purpose, sequence_lengths, shrunk_policy
+from looktwice.data.lengths import Purpose, over_limit, sequence_lengths, shrunk_policy
 from looktwice.data.problems import Problem
 from looktwice.data.records import SampleFile, unused_names
 from looktwice.data.sample import Sample, text_of
@@ -95,7 +95,8 @@ class Judge:
         try:
             file = SampleFile.of(path, self.config)
         except DataError as error:
-            yield Problem(reason="unusable_file", where=str(path), field="", what=str(error).removeprefix(f"{path}: "))
+            words = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}:")
+            yield Problem.told(words, reason="unusable_file", where=str(path), field="")
             return
         self.files.append(file)
         self.verdict.formats[str(path)] = file.format.name
@@ -175,7 +176,6 @@ class Judge:
         purposes = {"sft": purposes[:1], "grpo": purposes[1:]}.get(self.config.stage, purposes)
         for purpose in purposes:
             lengths = sequence_lengths(samples, processor, size_of, purpose)
-            what = "tokens" if purpose == "train" else "tokens of the prompt"
             for sample, length in zip(samples, lengths):
                 if length > limit:
                     can_be_kept = self.config.length_policy == "drop" or (
@@ -183,7 +183,7 @@ class Judge:
                         and shrunk_policy(sample, processor, limit, size_of, purpose)
                     )
                     reason = "over_length" if can_be_kept else "too_long"
-                    yield problem_of(sample, reason, f"{length} {what}, more than max_length {limit}")
+                    yield problem_of(sample, reason, over_limit(length, limit, purpose))
         calls = [(sample, segment) for sample in samples for segment in calls_of(sample)]
         texts = [segment[segment.rindex(TOOL_CALL_OPEN) :] for _, segment in calls]
         for (sample, _), call, read in zip(calls, texts, processor.template.read_back(texts)):

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from looktwice.data.escaping import Mark
-from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish, short
+from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish, short
 from looktwice.data.sample import Part, Sample, glue_of
 from looktwice.data.writing import Writing
 from looktwice.errors import nearest
@@ -196,7 +196,7 @@ def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, 
             f"{VIDEO_PLACE} for a video; write {_PLACE_MARK.escape(VIDEO_PLACE)} for the word, or remove the row",
         )
     if name == "assistant":
-        for reason, problem in call_problems(value):
+        for reason, problem in call_syntax_faults(value):
             fields.note(dialect.text, reason, problem)
     return Message(role=name, parts=(), is_trained=is_trained and is_marked), value
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from looktwice.config import ConvertConfig
 from looktwice.data.files import write_rows
 from looktwice.data.formats import FORMATS
-from looktwice.data.records import NO_ROWS, SampleFile, raise_if_any
+from looktwice.data.problems import raise_if_any
+from looktwice.data.records import SampleFile
 from looktwice.data.tally import Tally, counted
 from looktwice.data.writing import Writing
 from looktwice.errors import DataError
@@ -57,8 +58,6 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
         answer_key=config.answer_key,
         box_frame=config.box_frame,
     )
-    if not len(file):
-        raise DataError(f"{source}: {NO_ROWS}")
     lost = Tally()
     reading = replace(file.new_reading(), ignored=lost)
     writing = Writing(image_base_path=config.image_base_path, lost=lost)
@@ -80,7 +79,7 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
                 done.num_written += 1
                 yield written
         # raised before the file is complete, so that none is left
-        raise_if_any(reading.problems, str(source))
+        raise_if_any(reading.problems, source)
         if (done.lost or done.left_out) and not config.allow_loss:
             raise DataError(
                 f"{target}: not written, as the format cannot hold everything; with --allow_loss there would be\n{done}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from looktwice.config import LengthPolicy
 from looktwice.data.faults import View, refuse
 from looktwice.data.lengths import Refit, fit_lengths
+from looktwice.data.problems import REASONS
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, ImageError
 from looktwice.processing.processor import Example, Ovis2_5Processor
@@ -38,8 +39,8 @@ def encode_sample(sample: Sample, processor: Ovis2_5Processor, *, max_length: in
         raise DataError(f"{sample.where}: {sample.field}: no assistant turn to train on; add the answer")
     if len(example) > max_length:
         raise DataError(
-            f"{sample.where}: {sample.field}: {len(example)} tokens, more than max_length {max_length}; raise it, "
-            "lower --max_pixels, or give --length_policy drop or shrink_images"
+            f"{sample.where}: {sample.field}: {len(example)} tokens, more than max_length {max_length}; "
+            f"{REASONS['too_long'].mend}"
         )
     return example
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from looktwice.calls import WRITTEN_CALL, format_call, parse_call
 from looktwice.data.escaping import Mark
-from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish, short
+from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish, short
 from looktwice.data.problems import BOX_REASONS
 from looktwice.data.sample import Sample
 from looktwice.data.writing import Writing
@@ -129,7 +129,7 @@ def crops_to_calls(text: str) -> tuple[str, list[tuple[str, str]]]:
     pieces = re.split(f"({WRITTEN_CALL.pattern})", text, flags=re.DOTALL)
     pieces[::2] = [_CROP.sub(call, piece) for piece in pieces[::2]]
     response = "".join(pieces)
-    return response, problems + call_problems(response)
+    return response, problems + call_syntax_faults(response)
 
 
 def write(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:

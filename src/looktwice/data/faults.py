@@ -18,8 +18,7 @@ from looktwice.answers import find_answer_block
 from looktwice.calls import format_call, parse_call, split_calls
 from looktwice.config import SampleConfig, Stage
 from looktwice.data.fields import short
-from looktwice.data.problems import BOX_REASONS, Problem
-from looktwice.data.records import raise_if_any
+from looktwice.data.problems import BOX_REASONS, Problem, raise_if_any
 from looktwice.data.sample import Sample, text_of
 from looktwice.errors import BoxError, ImageError
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
@@ -95,7 +94,7 @@ def refuse(
         for sample in samples
         for problem in sample_problems(sample, stage=stage, view=view, picture_of=pictures.__getitem__)
     ]
-    raise_if_any([f"{problem}; {problem.mend}" for problem in problems if problem.is_fatal], str(subject))
+    raise_if_any([problem for problem in problems if problem.is_fatal], subject)
     return Counter(problem.reason for problem in problems)
 
 
@@ -106,7 +105,7 @@ def sample_problems(
     yield from turn_problems(sample, stage, view)
     yield from picture_problems(sample, picture_of)
     first = picture_of(sample.image_paths[0]).header if sample.image_paths else None
-    yield from call_problems(sample, view, first)
+    yield from call_box_problems(sample, view, first)
     if first:
         yield from gold_problems(sample, first)
 
@@ -154,7 +153,7 @@ def picture_problems(sample: Sample, picture_of: Callable[[Source], Picture]) ->
             yield Problem(reason="picture_frames", where=sample.where, field="picture", what=name_of(source))
 
 
-def call_problems(sample: Sample, view: View, picture: PictureHeader | None) -> Iterator[Problem]:
+def call_box_problems(sample: Sample, view: View, picture: PictureHeader | None) -> Iterator[Problem]:
     """What is wrong with the calls of a sample; `picture` is its first one, None where that cannot be used."""
     frame = sample.box_frame or view.box_frame
     num_blind = num_calls_before_pictures(sample)
@@ -274,7 +273,8 @@ def decoded(source: Source) -> Picture:
 
 
 def _refused(source: Source, error: ImageError) -> Picture:
-    return Picture(None, f"picture_{error.reason}", str(error).removeprefix(f"{name_of(source)}: "))
+    what, _, _ = str(error).removeprefix(f"{name_of(source)}: ").rpartition("; ")  # its mend is that of the reason
+    return Picture(None, f"picture_{error.reason}", what)
 
 
 def calls_of(sample: Sample) -> list[str]:

@@ -72,9 +72,9 @@ class Fields:
         """An object inside this one, such as `messages[2].`."""
         return Fields(values, known=known, where=self.where, path=f"{self.path}{path}", problems=self.problems)
 
-    def note(self, name: str, reason: str, problem: str) -> None:
-        """Note what is wrong with a field, under a code of REASONS."""
-        self.problems.append(Problem(reason=reason, where=self.where, field=f"{self.path}{name}", what=problem))
+    def note(self, name: str, reason: str, words: str) -> None:
+        """Note what is wrong with a field, and after a semicolon its mend, under a code of REASONS."""
+        self.problems.append(Problem.told(words, reason=reason, where=self.where, field=f"{self.path}{name}"))
 
     def has(self, name: str) -> bool:
         """Whether the field is there; if not, the names close to it are noted."""
@@ -253,7 +253,7 @@ def _solution(row: Fields, conversation: Conversation, answer_field: str) -> str
     return solution or ""
 
 
-def call_problems(text: str) -> list[tuple[str, str]]:
+def call_syntax_faults(text: str) -> list[tuple[str, str]]:
     """What is wrong with the crop calls of an assistant's text: code and words of each problem."""
     problems = []
     *segments, rest = split_calls(text)

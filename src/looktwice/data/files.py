@@ -43,6 +43,18 @@ _AS_ROWS = "write [{…}, {…}], or one object a line in a .jsonl file"
 _GAP = re.compile(r"[ \t\n\r]*")
 
 
+class RowError(DataError):
+    """A row that cannot be read, whatever it means. `reason` is a key of `problems.REASONS`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class _EqualNames(ValueError):
+    """An object with one name twice."""
+
+
 class Row(NamedTuple):
     """One raw row. `where` is "file:line" in JSONL, "file:row N" (counted from 1) elsewhere."""
 
@@ -56,8 +68,8 @@ class RowFile(Sequence[Row]):
     Bytes say what is compressed (gzip, zstd: unpacked once into a temporary file that has no name), what is Parquet,
     and what of the rest is a JSON list or JSONL. A single JSON object is one row. Blank lines are no rows.
 
-    `file[i]` raises DataError for a row that is broken, and for that row alone, and where the file was changed since it
-    was opened.
+    `file[i]` raises RowError for a row that is broken, and for that row alone, and DataError when the file was changed
+    since it was opened.
     Raises DataError when the file cannot be read, ConfigError when a package for its kind is not installed.
     """
 
@@ -178,15 +190,18 @@ class _TextRows:
             values = json.loads(self.raw(index).rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_unique)
         except UnicodeDecodeError as error:
             place = f"byte {error.start + 1} of the {self.unit}"
-            raise DataError(f"{where}: {place} is not UTF-8; save the file as UTF-8") from error
+            raise RowError("not_utf8", f"{where}: {place} is not UTF-8; save the file as UTF-8") from error
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: broken JSON at column {error.colno} ({error.msg}); mend the line") from error
+            what = f"broken JSON at column {error.colno} ({error.msg})"
+            raise RowError("broken_json", f"{where}: {what}; mend the line") from error
         except RecursionError as error:
-            raise DataError(f"{where}: JSON nested too deeply; mend the {self.unit}") from error
+            raise RowError("broken_row", f"{where}: JSON nested too deeply; mend the {self.unit}") from error
         except ValueError as error:
-            raise DataError(f"{where}: {error}; mend the {self.unit}") from error
+            reason = "equal_names" if isinstance(error, _EqualNames) else "broken_row"
+            raise RowError(reason, f"{where}: {error}; mend the {self.unit}") from error
         if not isinstance(values, dict):
-            raise DataError(f"{where}: {kind_of(values)} where an object belongs; write one JSON object a {self.unit}")
+            what = f"{kind_of(values)} where an object belongs"
+            raise RowError("not_an_object", f"{where}: {what}; write one JSON object a {self.unit}")
         return values
 
     def quick_values(self) -> Iterator[dict[str, Any] | None]:
@@ -198,16 +213,12 @@ class _TextRows:
             yield values if isinstance(values, dict) else None
 
 
-class EqualNames(ValueError):
-    """An object with one name twice."""
-
-
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     # plain JSON readers keep the last of two equal names and lose the first without a word
     values = dict(pairs)
     if len(values) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise EqualNames(f'the name "{name}" stands twice in one object')
+        raise _EqualNames(f'the name "{name}" stands twice in one object')
     return values
 
 
@@ -346,14 +357,14 @@ class _ParquetRows:
             table = self.groups[group]
             [row] = table.slice(index - int(self.ends[group]) + len(table), 1).to_pylist()
         except (self.arrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-            raise DataError(f"{where}: the row cannot be read ({error}); make the file again") from error
+            raise RowError("broken_row", f"{where}: the row cannot be read ({error}); make the file again") from error
         return _without_nulls(row)
 
     def quick_values(self) -> Iterator[dict[str, Any] | None]:
         for index in range(len(self)):
             try:
                 yield self.values(index, self.place(index))
-            except DataError:
+            except RowError:
                 yield None
 
     def _unpack(self, group: int) -> Any:

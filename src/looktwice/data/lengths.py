@@ -12,8 +12,7 @@ from typing import Literal
 
 from looktwice.calls import TOOL_CALL_CLOSE, parse_call, split_calls
 from looktwice.config import LengthPolicy
-from looktwice.data.problems import Problem
-from looktwice.data.records import raise_if_any
+from looktwice.data.problems import Problem, raise_if_any
 from looktwice.data.sample import Sample
 from looktwice.errors import BoxError, DataError
 from looktwice.geometry import (
@@ -220,7 +219,13 @@ def fit_lengths(
             if length_policy == "shrink_images":
                 policy = shrunk_policy(sample, processor, max_length, purpose=purpose)
             if length_policy == "error" or (length_policy == "shrink_images" and policy is None):
-                problems.append(_too_long(sample, length, max_length, length_policy))
+                what, mend = over_limit(length, max_length, purpose), ""
+                if length_policy == "shrink_images":
+                    what += " however small its pictures"
+                    mend = "raise --max_length, or give --length_policy drop"
+                problems.append(
+                    Problem(reason="too_long", where=sample.where, field=sample.field, what=what, own_mend=mend)
+                )
                 continue
             refits.append(Refit(sample=sample, num_tokens=length, policy=policy))
             kept += [replace(sample, policy=policy)] if policy else []
@@ -228,9 +233,6 @@ def fit_lengths(
     return kept, refits
 
 
-def _too_long(sample: Sample, length: int, max_length: int, length_policy: LengthPolicy) -> Problem:
-    mend = "raise it, lower --max_pixels, or give --length_policy drop or shrink_images"
-    if length_policy == "shrink_images":
-        mend = "too many however small its pictures; raise it, or give --length_policy drop"
-    what = f"{length} tokens, more than max_length {max_length}; {mend}"
-    return Problem(reason="too_long", where=sample.where, field=sample.field, what=what)
+def over_limit(length: int, max_length: int, purpose: Purpose) -> str:
+    """How long a sequence is that is too long, in words."""
+    return f"{length} tokens{' of the prompt' * (purpose == 'prompt')}, more than max_length {max_length}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from json import JSONDecodeError
 
-from looktwice.data.files import EqualNames
+from looktwice.data.tally import counted
+from looktwice.errors import DataError
+
+MAX_PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,9 @@ REASONS: dict[str, Reason] = {
     "web_address": _fatal("a web address where a path belongs", "download the picture and write its path"),
     "data_url": _fatal("a data: URL without a base64 picture", "write data:image/png;base64,..."),
     # the set
-    "too_long": _fatal("more tokens than max_length", "raise --max_length, lower pixels, or give --length_policy"),
+    "too_long": _fatal(
+        "more tokens than max_length", "raise --max_length, lower --max_pixels, or give --length_policy"
+    ),
     "over_length": _note("more tokens than max_length, which --length_policy takes care of", "look how many they are"),
     "duplicate": _note("same pictures and same question as an earlier row", "keep one if it was not meant"),
     "leaked_question": _note("a question about a picture of the training set in the validation set", "remove it there"),
@@ -115,27 +120,25 @@ BOX_REASONS = {
 """The code of each reason of a BoxError."""
 
 
-ROW_REASONS: dict[type, str] = {
-    UnicodeDecodeError: "not_utf8",
-    JSONDecodeError: "broken_json",
-    EqualNames: "equal_names",
-    type(None): "not_an_object",
-}
-"""The code of a row that cannot be read, by the cause of its DataError."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
     """One thing wrong at one place; as a text it is the message a user reads.
 
     `reason` is a key of REASONS, `where` the file and its row, `field` the place in the row ("" for all of it), `what`
-    what was seen there and its mend.
+    what was seen there, `own_mend` a mend that fits better than the one of the reason.
     """
 
     reason: str
     where: str
     field: str
     what: str
+    own_mend: str = ""
+
+    @classmethod
+    def told(cls, words: str, *, reason: str, where: str, field: str) -> Problem:
+        """A problem in words that end in its mend: "the message is empty; fill it in or remove it"."""
+        what, _, mend = words.rpartition("; ")
+        return cls(reason=reason, where=where, field=field, what=what or mend, own_mend=mend if what else "")
 
     @property
     def is_fatal(self) -> bool:
@@ -143,7 +146,22 @@ class Problem:
 
     @property
     def mend(self) -> str:
-        return REASONS[self.reason].mend
+        return self.own_mend or REASONS[self.reason].mend
+
+    @property
+    def place(self) -> str:
+        """Where it is and what was seen, with a mend of its own."""
+        words = "; ".join(text for text in (self.what, self.own_mend) if text)
+        return ": ".join(text for text in (self.where, self.field, words) if text)
 
     def __str__(self) -> str:
-        return ": ".join(text for text in (self.where, self.field, self.what) if text)
+        return self.place if self.own_mend else f"{self.place}; {self.mend}"
+
+
+def raise_if_any(problems: Sequence[Problem], subject: object) -> None:
+    """Raise one DataError about `subject` that counts the problems and lists the first 20."""
+    if not problems:
+        return
+    shown = f", the first {MAX_PROBLEMS_SHOWN}" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+    head = f"{counted(len(problems), 'problem')} in {subject}{shown}:"
+    raise DataError("\n  ".join([head, *map(str, problems[:MAX_PROBLEMS_SHOWN])]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -12,15 +12,13 @@ import numpy as np
 
 from looktwice.config import SampleConfig
 from looktwice.data.fields import GOLD_FIELDS, Fields, Reading
-from looktwice.data.files import RowFile
+from looktwice.data.files import RowError, RowFile
 from looktwice.data.formats import FORMATS, ROWS_LOOKED_AT, Format, detect
-from looktwice.data.problems import ROW_REASONS, Problem
+from looktwice.data.problems import Problem, raise_if_any
 from looktwice.data.sample import Sample
+from looktwice.data.tally import counted
 from looktwice.errors import ConfigError, DataError, nearest
 from looktwice.geometry import BoxFrame
-
-MAX_PROBLEMS_SHOWN = 20
-NO_ROWS = "the file holds no records; write one JSON object a line"
 
 _logger = logging.getLogger(__name__)
 
@@ -29,8 +27,8 @@ class SampleFile:
     """The samples of a data file, read as they are asked for.
 
     `len` counts rows, which costs nothing. Samples are counted by parsing the file once, when they are first asked
-    for, and only in a format whose rows may hold several. Raises DataError when the file cannot be read or no format
-    fits it.
+    for, and only in a format whose rows may hold several. Raises DataError when the file cannot be read, holds no row,
+    or fits no format.
     """
 
     def __init__(
@@ -47,23 +45,19 @@ class SampleFile:
         `box_frame` is the frame of boxes in calls where the file does not say.
         """
         self.rows = RowFile(path)
+        if not len(self.rows):
+            raise DataError(f"{path}: the file holds no records; write one JSON object a line")
         self.reading = Reading(image_base_path=Path(image_base_path), answer_key=answer_key, box_frame=box_frame)
         self.format = self._detected() if data_format == "auto" else _named(data_format)
 
     @classmethod
     def of(cls, path: str | Path, config: SampleConfig) -> SampleFile:
-        """The file as the settings say it is to be read.
-
-        Raises ConfigError when there is no folder of pictures, DataError when there is no row.
-        """
+        """The file as the settings say it is to be read. Raises ConfigError when there is no folder of pictures."""
         if not config.image_base_path.is_dir():
             raise ConfigError(
                 f"--image_base_path {config.image_base_path}: no such folder; name the one of the pictures"
             )
-        file = cls(path, config.image_base_path, data_format=config.source_format, answer_key=config.answer_key)
-        if not len(file):
-            raise DataError(f"{path}: {NO_ROWS}")
-        return file
+        return cls(path, config.image_base_path, data_format=config.source_format, answer_key=config.answer_key)
 
     @property
     def path(self) -> Path:
@@ -83,11 +77,10 @@ class SampleFile:
         """The samples of a row; problems and names are noted in `reading`."""
         try:
             where, values = self.rows[row]
-        except DataError as error:
+        except RowError as error:
             where = self.rows.where(row)
-            reason = ROW_REASONS.get(type(error.__cause__), "broken_row")
-            what = str(error).removeprefix(f"{where}: ")
-            reading.problems.append(Problem(reason=reason, where=where, field="", what=what))
+            words = str(error).removeprefix(f"{where}: ")
+            reading.problems.append(Problem.told(words, reason=error.reason, where=where, field=""))
             return []
         fields = Fields(values, known=(), where=where, path="", problems=reading.problems)
         return self.format.read(fields, reading)
@@ -102,22 +95,20 @@ class SampleFile:
 
         Raises one DataError that counts all problems of these rows and lists the first 20.
         """
-        if not len(self):
-            raise DataError(f"{self.path}: {NO_ROWS}")
         reading = self.new_reading()
         samples: list[Sample] = []
         for row in range(len(self)):
             if limit is not None and len(samples) >= limit:
                 break
             samples += self.read_row(row, reading)
-        raise_if_any(reading.problems, str(self.path))
+        raise_if_any(reading.problems, self.path)
         for warning in unused_names(reading):
             _logger.warning("%s: %s", self.path, warning)
         return samples
 
     @property
     def num_samples(self) -> int:
-        return len(self) if self._ends is None else int(self._ends[-1]) if len(self._ends) else 0
+        return len(self) if self._ends is None else int(self._ends[-1])
 
     def sample(self, number: int) -> Sample:
         """The sample of a number counted from 0 through all rows. Raises DataError when its row is broken."""
@@ -141,7 +132,7 @@ class SampleFile:
         for row in range(len(self)):
             try:
                 yield self.rows[row].values
-            except DataError:
+            except RowError:
                 continue
 
 
@@ -167,19 +158,10 @@ def unused_names(reading: Reading) -> Iterator[str]:
     absent = [name for name in GOLD_FIELDS if name not in reading.names]
     for name, count in reading.names.items():
         if name not in GOLD_FIELDS and (hint := nearest(name, absent)):
-            yield f'field "{name}" of {count} samples is ignored.{hint}'
+            yield f'field "{name}" of {counted(count, "sample")} is ignored.{hint}'
 
 
 def _named(name: str) -> Format:
     if name not in FORMATS:
         raise DataError(f'"{name}" is no format; known are {", ".join(FORMATS)}.{nearest(name, FORMATS)}')
     return FORMATS[name]
-
-
-def raise_if_any(problems: Sequence[str | Problem], subject: str) -> None:
-    """Raise one DataError that counts the problems and lists the first 20."""
-    if not problems:
-        return
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {subject}"
-    shown = f", the first {MAX_PROBLEMS_SHOWN}" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-    raise DataError("\n  ".join([f"{count}{shown}:", *map(str, problems[:MAX_PROBLEMS_SHOWN])]))

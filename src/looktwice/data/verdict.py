@@ -64,7 +64,10 @@ class Verdict:
                     "is_fatal": REASONS[reason].is_fatal,
                     "meaning": REASONS[reason].meaning,
                     "mend": REASONS[reason].mend,
-                    "first": [{"where": one.where, "field": one.field, "what": one.what} for one in self.first[reason]],
+                    "first": [
+                        {"where": one.where, "field": one.field, "what": one.what, "mend": one.mend}
+                        for one in self.first[reason]
+                    ],
                 }
                 for reason in self.reasons
             },

@@ -26,7 +26,7 @@ from dataclasses import replace
 
 from looktwice.calls import TOOL_CALL_CLOSE, WRITTEN_CALL, format_call, parse_call
 from looktwice.data.escaping import Mark
-from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_problems, finish, short
+from looktwice.data.fields import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish, short
 from looktwice.data.files import kind_of
 from looktwice.data.problems import BOX_REASONS
 from looktwice.data.sample import Part, Sample, text_of
@@ -81,7 +81,7 @@ def _answer(row: Fields, reading: Reading) -> Iterator[Part]:
         row.note("response_list", "empty_text", "the text is empty; fill it in or remove the record")
     for index, segment in enumerate(segments):
         text, problems = boxes_to_calls(segment)
-        for reason, problem in problems + call_problems(text):
+        for reason, problem in problems + call_syntax_faults(text):
             row.note(f"response_list[{index}]", reason, problem)
         text = _BRACE_MARK.unescape(text)
         has_call, is_last = TOOL_CALL_CLOSE in text, index == len(segments) - 1

@@ -9,6 +9,7 @@ from rich.table import Table as Columns
 from rich.text import Text
 
 from looktwice.data.problems import REASONS
+from looktwice.data.tally import PLACES_SHOWN
 from looktwice.data.verdict import Verdict
 from looktwice.report.sample_view import PictureView, SampleView
 from looktwice.report.tables import Table, token_table
@@ -16,7 +17,6 @@ from looktwice.report.tables import Table, token_table
 TRAINED_STYLES = ("#0b2a66 on #c7dbff", "#0b2a66 on #98bdfb")
 UNTRAINED_STYLES = ("grey50", "grey62")
 """Each a pair of shades, in turn from token to token."""
-PLACES_SHOWN = 3
 PICTURE_STYLE, CROP_STYLE = "bold magenta", "bold red"
 
 
@@ -56,9 +56,9 @@ def verdict_table(verdict: Verdict) -> Columns:
     columns.add_column("what it is, its mend, and the first places", overflow="fold")
     for name in verdict.reasons:
         reason, count = REASONS[name], verdict.counts[name]
-        style, training = ("red", "stops") if reason.is_fatal else ("yellow", "runs")
+        style, training = ("red", "stops") if reason.is_fatal else ("yellow", "note")
         text = Text(f"{reason.meaning}; {reason.mend}", style="bold")
-        text.append("".join(f"\n{problem}" for problem in verdict.first[name][:PLACES_SHOWN]), style="not bold")
+        text.append("".join(f"\n{problem.place}" for problem in verdict.first[name][:PLACES_SHOWN]), style="not bold")
         text.append("\n..." * (count > PLACES_SHOWN), style="not bold")
         columns.add_row(Text(name, style=style), Text(training, style=style), f"{count:,}", text)
     return columns
