@@ -65,7 +65,7 @@ def train(arguments: Sequence[str]) -> None:
 
         # what stage 2 cannot use should not wait for stage 1 to end
         load_reward(grpo.reward)
-        load_sets(data, load_processor(model.model_name, data), "prompt")
+        load_sets(data, load_processor(model.model_name, data), "grpo")
         prepare_output(grpo)
     if stage != "grpo":
         from looktwice.training.sft import train_sft

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,14 +40,16 @@ def check(words: Sequence[str]) -> None:
 
     from looktwice.data.check import Judge
     from looktwice.data.fix import check_target, fix
+    from looktwice.data.problems import Problem
     from looktwice.processing.processor import load_processor
     from looktwice.report.terminal import verdict_table
 
     if target:
         check_target(files[0], target)
     processor = load_processor(config.model_name, config) if config.model_name else None
-    judge = Judge(config, processor, keeps_fatal=bool(target))
-    verdict = judge.judge(files)
+    judge = Judge(config, processor)
+    fatal: defaultdict[str, list[Problem]] = defaultdict(list)
+    verdict = judge.judge(files, fatal if target else None)
     console = Console()
     for path, name in verdict.formats.items():
         console.print(f"{path}: format {name}", markup=False, highlight=False, soft_wrap=True)
@@ -57,7 +60,7 @@ def check(words: Sequence[str]) -> None:
     if given["json"]:
         write_json(given["json"], verdict.as_json())
     if target:
-        console.print(str(fix(judge, target)), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(fix(judge, fatal, target)), markup=False, highlight=False, soft_wrap=True)
     if not verdict.would_train:
         raise DataError(str(verdict))
     console.print(str(verdict), highlight=False)

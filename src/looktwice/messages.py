@@ -16,6 +16,8 @@ ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 """The tags around reasoning and around the short answer, as the model writes them."""
 
 Role = Literal["system", "user", "assistant"]
+Purpose = Literal["train", "prompt"]
+"""What a conversation is written for: to be trained on, or for the model to go on from."""
 ImageSource = str | Path | Image.Image
 VideoSource = str | Path | Sequence[ImageSource]
 

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_training_refuses_what_is_fatal_and_nothing_else(
     monkeypatch.setattr(run, "CHECKED_AT_START", num_checked_at_start)
 
     def load(stage: Stage) -> None:
-        train, more, _ = run.load_sets(data, ready, "train" if stage == "sft" else "prompt")
+        train, more, _ = run.load_sets(data, ready, stage)
         encoder = Encoder(processor=ready, max_length=data.max_length, length_policy=data.length_policy)
         for sample in [*train, *more]:
             if stage == "sft":
@@ -302,9 +303,9 @@ def fixed_rows(rows: list[object], tmp_path: Path, pictures: Path, processor: Ov
 
 
 def fixed(path: Path, target: Path, config: CheckConfig, processor: Ovis2_5Processor | None = None) -> Fixed:
-    going = Judge(config, processor, keeps_fatal=True)
-    going.judge([path])
-    return fix(going, target)
+    going, fatal = Judge(config, processor), defaultdict(list)
+    going.judge([path], fatal)
+    return fix(going, fatal, target)
 
 
 def report_of(tmp_path: Path) -> dict[str, Any]:

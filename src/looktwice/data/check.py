@@ -15,13 +15,12 @@ from looktwice.data.faults import (
     Source,
     View,
     calls_of,
-    identity_of,
     inspect_all,
     overhang,
     problem_of,
     sample_problems,
 )
-from looktwice.data.lengths import Purpose, over_limit, sequence_lengths, shrunk_policy
+from looktwice.data.lengths import over_limit, purposes_of, sequence_lengths, shrunk_policy
 from looktwice.data.problems import Problem
 from looktwice.data.records import SampleFile, unused_names
 from looktwice.data.sample import Sample, text_of
@@ -47,22 +46,17 @@ def judge(paths: Sequence[Path], config: CheckConfig, processor: Ovis2_5Processo
 
 
 class Judge:
-    """One going through data files; see `judge`. With `keeps_fatal` it keeps what is fatal, by the place of its row."""
+    """One pass over data files; see `judge`."""
 
-    def __init__(
-        self, config: CheckConfig, processor: Ovis2_5Processor | None = None, *, keeps_fatal: bool = False
-    ) -> None:
+    def __init__(self, config: CheckConfig, processor: Ovis2_5Processor | None = None) -> None:
         self.config = config
         self.processor = processor
         self.verdict = Verdict()
-        self.fatal: defaultdict[str, list[Problem]] | None = defaultdict(list) if keeps_fatal else None
         self.view = View.of(processor) if processor else View.by_default(config)
         self.questions: dict[int, tuple[int, int]] = {}
         self.files: list[SampleFile] = []
         self.num_training_files = 0
         self.pictures: dict[int, Picture] = {}
-        self.identities: dict[int, int] = {}
-        self.known: dict[Picture, Picture] = {}
         self.training_pictures: frozenset[int] = frozenset()
         self.seen_in_validation: set[int] = set()
         self.told: set[int] = set()
@@ -73,11 +67,12 @@ class Judge:
         if not config.decode:
             self.verdict.unchecked["--decode"] = "damage inside pictures, pictures that are equal under other names"
 
-    def judge(self, paths: Sequence[Path]) -> Verdict:
+    def judge(self, paths: Sequence[Path], fatal: defaultdict[str, list[Problem]] | None = None) -> Verdict:
+        """What was found. What is fatal is also added to `fatal`, where that is given, under the place of its row."""
         for problem in self.problems(paths):
             self.verdict.add(problem)
-            if self.fatal is not None and problem.is_fatal:
-                self.fatal[problem.where].append(problem)
+            if fatal is not None and problem.is_fatal:
+                fatal[problem.where].append(problem)
         return self.verdict
 
     def problems(self, paths: Sequence[Path]) -> Iterator[Problem]:
@@ -86,7 +81,7 @@ class Judge:
             yield from self.of_file(path)
         self.num_training_files = len(self.files)
         if self.config.val_data_path:
-            self.training_pictures = frozenset(self.identities.values())
+            self.training_pictures = frozenset(picture.identity for picture in self.pictures.values())
             yield from self.of_file(self.config.val_data_path)
         yield from self.frame_evidence.problems()
         self.verdict.num_pictures = len(self.pictures)
@@ -102,36 +97,41 @@ class Judge:
         self.verdict.formats[str(path)] = file.format.name
         self.verdict.num_rows += len(file)
         reading = file.new_reading()
+        num_samples, num_too_long = 0, self.verdict.counts["over_length"]
         for start in range(0, len(file), CHUNK):
             reading.problems.clear()
             rows = range(start, min(start + CHUNK, len(file)))
             samples = [(sample, row) for row in rows for sample in file.read_row(row, reading)]
-            self.verdict.num_samples += len(samples)
+            num_samples += len(samples)
             yield from reading.problems
-            yield from filter(self.is_new, self.of_samples(samples))
+            yield from filter(self.is_new, self.sample_problems([sample for sample, _ in samples]))
+            for sample, row in samples:
+                yield from self.repeats(sample, row)
+                self.frame_evidence.see(sample, self.view, self.picture_of)
+        self.verdict.num_samples += num_samples
+        num_too_long = self.verdict.counts["over_length"] - num_too_long
+        if self.config.length_policy == "drop" and 0 < num_samples <= num_too_long:
+            what = f"every sample is longer than max_length {self.config.max_length}"
+            yield Problem(reason="too_long", where=str(path), field="", what=what)
         for warning in unused_names(reading):
             yield Problem(reason="ignored_field", where=str(path), field="", what=warning)
 
-    def of_samples(self, rows: Sequence[tuple[Sample, int]]) -> Iterator[Problem]:
-        samples = [sample for sample, _ in rows]
+    def sample_problems(self, samples: Sequence[Sample]) -> Iterator[Problem]:
+        """What is wrong with samples each by itself, whatever was judged before."""
         self.look_at(source for sample in samples for source in sample.image_paths)
         good: list[Sample] = []
-        for sample, row in rows:
-            found = [*self.repeats(sample, row)]
-            found += sample_problems(sample, stage=self.config.stage, view=self.view, picture_of=self.picture_of)
+        for sample in samples:
+            found = [*sample_problems(sample, stage=self.config.stage, view=self.view, picture_of=self.picture_of)]
             if not any(problem.is_fatal for problem in found):
                 good.append(sample)
             yield from found
-            self.frame_evidence.see(sample, self.view, self.picture_of)
         if self.processor:
             yield from self.token_problems(good, self.processor)
 
     def look_at(self, sources: Iterable[Source]) -> None:
         """Read the headers of pictures not seen before."""
         new = {key: source for source in sources if (key := picture_key(source)) not in self.pictures}
-        for (key, source), picture in zip(new.items(), inspect_all([*new.values()], decode=self.config.decode)):
-            self.pictures[key] = self.known.setdefault(picture, picture)
-            self.identities[key] = identity_of(source, by_content=self.config.decode)
+        self.pictures.update(zip(new, inspect_all([*new.values()], decode=self.config.decode)))
 
     def picture_of(self, source: Source) -> Picture:
         """What is known of a picture that was looked at."""
@@ -148,7 +148,7 @@ class Judge:
 
     def repeats(self, sample: Sample, row: int) -> Iterator[Problem]:
         """The same question about the same pictures, in the training files or across to the validation file."""
-        shown = [self.identities[picture_key(source)] for source in sample.image_paths]
+        shown = [self.picture_of(source).identity for source in sample.image_paths]
         asked = [text_of(message) for message in sample.conversation.messages if message.role == "user"]
         key = hash((*shown, *asked))
         number = len(self.files) - 1
@@ -172,9 +172,7 @@ class Judge:
             assert header is not None
             return header.size
 
-        purposes: tuple[Purpose, ...] = ("train", "prompt")
-        purposes = {"sft": purposes[:1], "grpo": purposes[1:]}.get(self.config.stage, purposes)
-        for purpose in purposes:
+        for purpose in purposes_of(self.config.stage):
             lengths = sequence_lengths(samples, processor, size_of, purpose)
             for sample, length in zip(samples, lengths):
                 if length > limit:

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -45,9 +44,13 @@ Source = str | Path
 
 
 class Picture(NamedTuple):
-    """What is known of a picture: its header, or the reason why it cannot be used."""
+    """What is known of a picture: its header, or the reason why it cannot be used.
+
+    `identity` is the same for the same file under any path, or where it was decoded, for the same bytes.
+    """
 
     header: PictureHeader | None
+    identity: int
     reason: str = ""
     what: str = ""
 
@@ -242,21 +245,10 @@ def inspect_all(sources: Sequence[Source], *, decode: bool) -> list[Picture]:
         return pictures + list(pool.map(inspected, others))
 
 
-def identity_of(source: Source, *, by_content: bool) -> int:
-    """A number that is the same for the same picture: the same file, or with `by_content` the same bytes."""
-    if not str(source).startswith(DATA_URL):
-        with suppress(OSError, ValueError):
-            if by_content:
-                return hash(Path(source).read_bytes()) if Path(source).is_file() else hash(str(source))
-            status = os.stat(source)
-            return hash((status.st_dev, status.st_ino))
-    return hash(str(source))
-
-
 def inspected(source: Source) -> Picture:
     """A picture by its header, or what is wrong with it."""
     try:
-        return Picture(read_header(source))
+        return Picture(read_header(source), _identity(source))
     except ImageError as error:
         return _refused(source, error)
 
@@ -264,17 +256,26 @@ def inspected(source: Source) -> Picture:
 def decoded(source: Source) -> Picture:
     """As `inspected`, but decoded to its end."""
     picture = inspected(source)
+    if picture.header is None:
+        return picture
     try:
-        if picture.header:
-            open_image(source)
+        open_image(source)
     except ImageError as error:
         return _refused(source, error)
-    return picture
+    is_file = not str(source).startswith(DATA_URL)
+    return picture._replace(identity=hash(Path(source).read_bytes())) if is_file else picture
 
 
 def _refused(source: Source, error: ImageError) -> Picture:
     what, _, _ = str(error).removeprefix(f"{name_of(source)}: ").rpartition("; ")  # its mend is that of the reason
-    return Picture(None, f"picture_{error.reason}", what)
+    return Picture(None, hash(str(source)), f"picture_{error.reason}", what)
+
+
+def _identity(source: Source) -> int:
+    if str(source).startswith(DATA_URL):
+        return hash(str(source))
+    status = os.stat(source)
+    return hash((status.st_dev, status.st_ino))
 
 
 def calls_of(sample: Sample) -> list[str]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,6 +25,7 @@ from looktwice.data.files import check_name, write_rows
 from looktwice.data.problems import Problem
 from looktwice.data.records import SampleFile
 from looktwice.data.sample import Sample
+from looktwice.data.tally import counted
 from looktwice.errors import DataError
 from looktwice.geometry import Size
 
@@ -53,8 +55,8 @@ class Fixed:
     def __str__(self) -> str:
         hint = f"; read it with --from {self.lost_sign}" if self.lost_sign else ""
         return (
-            f"{self.target}: {self.num_written} of {self.num_rows} rows, {len(self.mended)} boxes mended, "
-            f"{len(self.left_out)} problems left out with their rows or questions; see {self.report}{hint}"
+            f"{self.target}: {self.num_written} of {counted(self.num_rows, 'row')}; boxes mended: {len(self.mended)}; "
+            f"problems left out with their rows or questions: {len(self.left_out)}; see {self.report}{hint}"
         )
 
 
@@ -71,19 +73,18 @@ def report_of(target: Path) -> Path:
     return Path(f"{target}.report.json")
 
 
-def fix(judge: Judge, target: Path) -> Fixed:
-    """Write a copy of a judged file in which nothing fatal is left, and beside it `target`.report.json.
+def fix(judge: Judge, fatal: Mapping[str, list[Problem]], target: Path) -> Fixed:
+    """Write a copy of a file in which nothing fatal is left, and beside it `target`.report.json.
 
-    `judge` has judged this file alone, and kept what is fatal. Raises DataError when the file could not be read at all,
+    `judge` has judged this file, and `fatal` is what it found. Raises DataError when the file could not be read at all,
     when no row is left, and what `check_target` raises.
     """
-    assert judge.fatal is not None
     if not judge.num_training_files:
-        raise DataError("\n".join(str(problem) for problems in judge.fatal.values() for problem in problems))
+        raise DataError("\n".join(str(problem) for problems in fatal.values() for problem in problems))
     file = judge.files[0]
     check_target(file.path, target)
     done = Fixed(target=target, report=report_of(target), num_rows=len(file))
-    rows = Cleaning(judge, judge.fatal, done).rows()
+    rows = Cleaning(judge, fatal, done).rows()
     first = next(rows, None)
     if first is None:
         raise DataError(f"{file.path}: no row would be left; mend the file first")
@@ -115,7 +116,7 @@ class Swap(NamedTuple):
 class Cleaning:
     """Going through the rows of a judged file."""
 
-    def __init__(self, judge: Judge, fatal: dict[str, list[Problem]], done: Fixed) -> None:
+    def __init__(self, judge: Judge, fatal: Mapping[str, list[Problem]], done: Fixed) -> None:
         self.judge, self.file, self.fatal, self.done = judge, judge.files[0], fatal, done
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -137,11 +138,11 @@ class Cleaning:
         values = deepcopy(values)
         swaps = self.sort_corners(values, problems, where)
         if swaps:
-            problems = self.fatal_problems(values, where, number)
+            problems = self.fatal_problems(values, where)
         bad = {_question(_steps(problem.field)) for problem in problems}
         if bad and None not in bad and len(bad) < len(values["QnA"]):
             values["QnA"] = [one for place, one in enumerate(values["QnA"]) if place not in bad]
-            if not self.fatal_problems(values, where, number):
+            if not self.fatal_problems(values, where):
                 self.leave_out(problems)
                 problems = []
         if problems:
@@ -159,10 +160,9 @@ class Cleaning:
             {"where": one.where, "field": one.field, "reason": one.reason, "what": one.what} for one in problems
         ]
 
-    def fatal_problems(self, values: dict[str, Any], where: str, number: int) -> list[Problem]:
+    def fatal_problems(self, values: dict[str, Any], where: str) -> list[Problem]:
         samples, problems = self.read(values, where)
-        found = [*problems, *self.judge.of_samples([(sample, number) for sample in samples])]
-        return [problem for problem in found if problem.is_fatal]
+        return [one for one in (*problems, *self.judge.sample_problems(samples)) if one.is_fatal]
 
     def read(self, values: dict[str, Any], where: str) -> tuple[list[Sample], list[Problem]]:
         reading = self.file.new_reading()
@@ -183,9 +183,10 @@ class Cleaning:
             trial = deepcopy(values)
             swaps: list[Swap] = []
             for path in paths:
-                holder = _at(trial, path[:-1])
-                note = _noting(swaps, path)
-                holder[path[-1]] = _in_order(holder[path[-1]], self.file.format.commands, note)
+                with suppress(LookupError):  # a name with a dot in it
+                    holder = _at(trial, path[:-1])
+                    note = _noting(swaps, path)
+                    holder[path[-1]] = _in_order(holder[path[-1]], self.file.format.commands, note)
             samples = [one for one in self.read(trial, where)[0] if _question(_steps(one.field)) == question]
             if samples and swaps and all(self.is_certain(swap, samples[0]) for swap in swaps):
                 for path in paths:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from looktwice.calls import TOOL_CALL_CLOSE, parse_call, split_calls
-from looktwice.config import LengthPolicy
+from looktwice.config import LengthPolicy, Stage
 from looktwice.data.problems import Problem, raise_if_any
 from looktwice.data.sample import Sample
 from looktwice.errors import BoxError, DataError
@@ -21,14 +20,13 @@ from looktwice.geometry import (
     crop_size,
     num_visual_tokens,
 )
-from looktwice.messages import Conversation, ImagePart, ImageSource, TextPart
+from looktwice.messages import Conversation, ImagePart, ImageSource, Purpose, TextPart
 from looktwice.processing.images import image_size
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.crop_tool import rectangle_of
 
 SizeOf = Callable[[ImageSource], Size]
-Purpose = Literal["train", "prompt"]
 
 CHUNK = 1024
 """Samples whose texts are tokenised at once."""
@@ -231,6 +229,12 @@ def fit_lengths(
             kept += [replace(sample, policy=policy)] if policy else []
     raise_if_any(problems, "lengths")
     return kept, refits
+
+
+def purposes_of(stage: Stage) -> tuple[Purpose, ...]:
+    """What the samples of a stage are written for."""
+    by_stage: dict[Stage, tuple[Purpose, ...]] = {"sft": ("train",), "grpo": ("prompt",), "both": ("train", "prompt")}
+    return by_stage[stage]
 
 
 def over_limit(length: int, max_length: int, purpose: Purpose) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from looktwice.errors import CheckpointError
-from looktwice.messages import THINK_CLOSE, THINK_OPEN, Conversation, Message, TextPart
+from looktwice.messages import THINK_CLOSE, THINK_OPEN, Conversation, Message, Purpose, TextPart
 
 EMPTY_THINK = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
 TURN_OPEN, TURN_CLOSE = "<|im_start|>", "<|im_end|>"
@@ -71,9 +71,7 @@ class ChatTemplate:
         backend.no_truncation()
         return backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
-    def spans(
-        self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True
-    ) -> list[Span]:
+    def spans(self, conversation: Conversation, *, purpose: Purpose, thinking: bool = True) -> list[Span]:
         """The conversation as spans; see `drafts`."""
         return [
             Span(
@@ -87,9 +85,7 @@ class ChatTemplate:
     def _ids(self, piece: int | str) -> list[int]:
         return [piece] if isinstance(piece, int) else self.encode(piece)
 
-    def drafts(
-        self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True
-    ) -> list[Draft]:
+    def drafts(self, conversation: Conversation, *, purpose: Purpose, thinking: bool = True) -> list[Draft]:
         """What the conversation is written as: its spans, and what of each is text to tokenise as a whole.
 
         `train`: assistant texts and their closing `<|im_end|>` are trained unless their message says otherwise, nothing

@@ -13,7 +13,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedT
 from looktwice.config import SampleConfig
 from looktwice.errors import CheckpointError, DataError
 from looktwice.geometry import BoxFrame, PixelPolicy, Size, smart_resize
-from looktwice.messages import Conversation
+from looktwice.messages import Conversation, Purpose
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.location import locate
 from looktwice.processing.chat_template import ChatTemplate, Span
@@ -228,9 +228,7 @@ class Ovis2_5Processor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
 
-    def encode(
-        self, conversation: Conversation, *, purpose: Literal["train", "prompt"], thinking: bool = True
-    ) -> Example:
+    def encode(self, conversation: Conversation, *, purpose: Purpose, thinking: bool = True) -> Example:
         """The conversation as an Example; see ChatTemplate.spans. Raises ImageError for a picture that fails."""
         images = [self.patch_image(open_image(source)) for source in conversation.images]
         images += [self.patch_video(open_video(source)) for source in conversation.videos]

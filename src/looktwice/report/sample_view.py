@@ -19,7 +19,7 @@ from looktwice.calls import TOOL_CALL_CLOSE
 from looktwice.config import ShowConfig
 from looktwice.data.dataset import encode_sample, processor_for
 from looktwice.data.faults import View, refuse
-from looktwice.data.lengths import NUM_MARKS, cut_of, fit_lengths
+from looktwice.data.lengths import NUM_MARKS, cut_of, fit_lengths, purposes_of
 from looktwice.data.records import SampleFile
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, LooktwiceError
@@ -192,14 +192,14 @@ def _views_of(file: SampleFile, row: int, processor: Ovis2_5Processor, config: S
 
 def view_sample(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig) -> SampleView:
     """The sample as training sees it under the settings; what makes it unusable becomes its `problem`."""
-    given, note = sample, ""
+    note = ""
     try:
         refuse([sample], sample.where, stage=config.stage, view=View.of(processor))
         sample, note = _fitted(sample, processor, config)
         example = _encoded(sample, processor, config)
         turns = turns_of(example, sample, processor_for(sample, processor))
     except LooktwiceError as error:
-        return SampleView(where=given.where, place=given.field, problem=str(error))
+        return SampleView(where=sample.where, place=sample.field, problem=str(error))
     return SampleView(
         where=sample.where,
         place=sample.field,
@@ -225,14 +225,14 @@ def _fitted(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig) -> 
         processor,
         max_length=config.max_length,
         length_policy=config.length_policy,
-        purpose="train" if config.stage == "sft" else "prompt",
+        purpose=purposes_of(config.stage)[0],
     )
-    notes = [
-        f"{refit.num_tokens} tokens, more than max_length {config.max_length}: {refit.outcome}" for refit in refits
-    ]
+    if not refits:
+        return sample, ""
+    note = f"{refits[0].num_tokens} tokens, more than max_length {config.max_length}: {refits[0].outcome}"
     if not kept:
-        raise DataError(f"{sample.where}: {notes[0]}")
-    return kept[0], "".join(notes)
+        raise DataError(f"{sample.where}: {note}")
+    return kept[0], note
 
 
 def turns_of(example: Example, sample: Sample, processor: Ovis2_5Processor) -> tuple[TurnView, ...]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
 
 from PIL import Image
 
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.errors import BoxError, DataError
 from looktwice.geometry import Box, BoxFrame, Size, check_box, from_original, to_original
-from looktwice.messages import Conversation, ImagePart, ImageSource, TextPart, VideoPart
+from looktwice.messages import Conversation, ImagePart, ImageSource, Purpose, TextPart, VideoPart
 from looktwice.processing.images import PatchedImage, image_size, open_image
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.processing.video import NUM_FRAMES, open_video
@@ -37,7 +36,7 @@ def encode_conversation(
     conversation: Conversation,
     processor: Ovis2_5Processor,
     *,
-    purpose: Literal["train", "prompt"],
+    purpose: Purpose,
     thinking: bool = True,
 ) -> Example:
     """A conversation of `open_pictures` as an Example in which each call of an assistant is followed by its crop.

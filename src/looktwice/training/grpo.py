@@ -68,7 +68,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     """Run R-GRPO from the SFT checkpoint and give back the folder of the final model."""
     start = str(config.sft_checkpoint_path)
     processor = load_processor(start, data)
-    samples, held_out, refits = load_sets(data, processor, "prompt")
+    samples, held_out, refits = load_sets(data, processor, "grpo")
     score_rollout = load_reward(config.reward)
     prepare_output(config)
     lengths = LengthReport(config)

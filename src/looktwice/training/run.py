@@ -13,10 +13,10 @@ from typing import NamedTuple, TypeVar, overload
 
 from rich.table import Table
 
-from looktwice.config import Config, DataConfig, StageConfig
+from looktwice.config import Config, DataConfig, Stage, StageConfig
 from looktwice.data.dataset import BatchOrder
 from looktwice.data.faults import View, refuse
-from looktwice.data.lengths import Purpose, Refit, fit_lengths
+from looktwice.data.lengths import Refit, fit_lengths, purposes_of
 from looktwice.data.records import SampleFile
 from looktwice.data.sample import Sample
 from looktwice.errors import ConfigError, DataError
@@ -61,27 +61,28 @@ class Sets(NamedTuple):
     refits: list[Refit]
 
 
-def load_sets(data: DataConfig, processor: Ovis2_5Processor, purpose: Purpose) -> Sets:
+def load_sets(data: DataConfig, processor: Ovis2_5Processor, stage: Stage) -> Sets:
     """Training and validation samples: all checked and fitted to `max_length`, or of a large file the first ones.
 
     Raises DataError and ImageError for what training would stop at.
     """
-    train, refits = load_samples(required(data.train_data_path, "--train_data"), data, processor, purpose)
-    held_out, more = load_samples(data.val_data_path, data, processor, purpose) if data.val_data_path else ([], [])
+    train, refits = load_samples(required(data.train_data_path, "--train_data"), data, processor, stage)
+    held_out, more = load_samples(data.val_data_path, data, processor, stage) if data.val_data_path else ([], [])
     return Sets(train, held_out, [*refits, *more])
 
 
 def load_samples(
-    path: Path, data: DataConfig, processor: Ovis2_5Processor, purpose: Purpose
+    path: Path, data: DataConfig, processor: Ovis2_5Processor, stage: Stage
 ) -> tuple[Sequence[Sample], list[Refit]]:
     """The samples of a file and what became of those that were too long; of a large file that is seen later."""
     file = SampleFile.of(path, data)
     is_large = file.num_samples > CHECKED_AT_START
     samples = file.read(limit=CHECKED_AT_START)
-    notes = refuse(samples, path, stage="sft" if purpose == "train" else "grpo", view=View.of(processor), decode=True)
+    notes = refuse(samples, path, stage=stage, view=View.of(processor), decode=True)
     if notes:
         listed = ", ".join(f"{count} x {reason}" for reason, count in notes.most_common())
         print(f"{path}: to look at: {listed}; `looktwice data check` says where and what")
+    [purpose] = purposes_of(stage)
     kept, refits = fit_lengths(
         samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose=purpose
     )

@@ -43,7 +43,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     if workers:
         warm_up()
     processor = load_processor(model.model_name, data)
-    train, held_out, refits = load_sets(data, processor, "train")
+    train, held_out, refits = load_sets(data, processor, "sft")
     prepare_output(config)
     lengths = LengthReport(config)
     lengths.note(refits)
