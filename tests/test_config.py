@@ -531,3 +531,18 @@ DEMO_FLAGS = [
     "--output_dir",
     "--seed",
 ]
+
+
+def test_help_says_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for shown in (
+        "--max_tokens_per_row N ",
+        "--min_pixels N ",
+        "--box_frame {original_px,resized_px,unit,norm1000} ",
+        "--lr_scheduler_type {cosine,constant} ",
+        "--part_learning_rates RATES ",
+        "--image_base_path PATH ",
+    ):
+        assert shown in text

@@ -94,7 +94,7 @@ def train_configs(arguments: Sequence[str]) -> tuple[str, ModelConfig, DataConfi
     for config_class in FILE_FLAGS.values():
         own = [name for name in config_class.model_fields if config_class is not GRPOConfig or name not in shared]
         add_flags(parser, config_class, own)
-    add_flags(parser, GRPOConfig, shared, prefix="grpo_")
+    add_flags(parser, GRPOConfig, shared, prefix="grpo_", title="For stage 2 alone")
     flags = parser.parse_strictly(arguments)
     stage = flags["stage"]
     refuse_idle_flags(stage, flags, shared)
@@ -141,7 +141,8 @@ def ask(arguments: Sequence[str]) -> None:
     """Ask a model about a picture or a video: looktwice ask photo.jpg "What does the sign say?"."""
     given, config = read_command(
         ask,
-        "ask PICTURE QUESTION",
+        "ask",
+        "PICTURE QUESTION",
         arguments,
         InferenceConfig,
         argument("image", nargs="?", help="picture or video to look at"),
@@ -197,7 +198,8 @@ def export(arguments: Sequence[str]) -> None:
     """Write a trained model or adapter as a released-layout folder, checked: looktwice export MODEL FOLDER."""
     given, config = read_command(
         export,
-        "export MODEL FOLDER",
+        "export",
+        "MODEL FOLDER",
         arguments,
         ExportConfig,
         argument("model", metavar="MODEL", help="model or adapter folder, hub name, or tiny"),

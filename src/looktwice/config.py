@@ -150,7 +150,7 @@ class ShowConfig(SampleConfig):
     length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
     model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are shown, or `tiny`")
     stage: Literal["sft", "grpo"] = knob("sft", "sft: the sequence that is trained; grpo: the prompt of rollouts")
-    num_samples: Positive = knob(3, "samples shown, from the first row on; short: -n")
+    num_samples: Positive = knob(3, "samples shown, from the first row on")
     row: Positive | None = knob(None, "show the samples of this row: the number behind the file in messages")
     seed: int | None = knob(None, "show rows picked at random by this seed")
 

@@ -11,8 +11,7 @@ from looktwice.config import CheckConfig, ConvertConfig, ShowConfig, StatsConfig
 from looktwice.errors import ConfigError, DataError
 from looktwice.flags import argument, prepare_file, read_command, run_one, write_json
 
-_MODEL = argument("--model", dest="model_name", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-_HIDDEN = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+_MODEL = argument("--model", dest="model_name", default=argparse.SUPPRESS, help="short for --model_name")
 
 
 def data(words: Sequence[str]) -> None:
@@ -24,7 +23,8 @@ def check(words: Sequence[str]) -> None:
     """Judge data files before training: looktwice data check FILE... --image_base_path FOLDER."""
     given, config = read_command(
         check,
-        "data check FILE...",
+        "data check",
+        "FILE...",
         words,
         CheckConfig,
         argument("files", metavar="FILE", nargs="+", type=Path, help="training files to judge"),
@@ -35,7 +35,9 @@ def check(words: Sequence[str]) -> None:
     files, target = given["files"], given["fix"]
     if target and len(files) > 1:
         raise ConfigError(f"--fix writes a copy of one file, {len(files)} are given; fix them one by one")
-    prepare_file(given["json"], "--json")
+    inputs = [*files, config.val_data_path]
+    prepare_file(given["json"], "--json", inputs)
+    prepare_file(target, "--fix", inputs)
     from rich.console import Console
 
     from looktwice.data.check import Judge
@@ -70,15 +72,16 @@ def show(words: Sequence[str]) -> None:
     """Show samples as the model will see them: looktwice data show FILE -n 3 --html samples.html."""
     given, config = read_command(
         show,
-        "data show FILE",
+        "data show",
+        "FILE",
         words,
         ShowConfig,
         argument("file", metavar="FILE", type=Path, help="training file to look into"),
         argument("--html", metavar="FILE", type=Path, help="also write a page with the pictures to this file"),
-        argument("-n", dest="num_samples", metavar="N", **_HIDDEN),
+        argument("-n", dest="num_samples", metavar="N", default=argparse.SUPPRESS, help="short for --num_samples"),
         _MODEL,
     )
-    prepare_file(given["html"], "--html")
+    prepare_file(given["html"], "--html", [given["file"]])
     from rich.console import Console
 
     from looktwice.data.records import SampleFile
@@ -110,14 +113,15 @@ def stats(words: Sequence[str]) -> None:
     """Measure data files: looktwice data stats FILE... --html stats.html."""
     given, config = read_command(
         stats,
-        "data stats FILE...",
+        "data stats",
+        "FILE...",
         words,
         StatsConfig,
         argument("files", metavar="FILE", nargs="+", type=Path, help="training files to measure"),
         argument("--html", metavar="FILE", type=Path, help="also write a page with charts to this file"),
         _MODEL,
     )
-    prepare_file(given["html"], "--html")
+    prepare_file(given["html"], "--html", given["files"])
     from rich.console import Console
     from rich.progress import track
 
@@ -155,7 +159,8 @@ def convert(words: Sequence[str]) -> None:
     """Write a data file in another format: looktwice data convert IN OUT --to messages."""
     given, config = read_command(
         convert,
-        "data convert IN OUT",
+        "data convert",
+        "IN OUT",
         words,
         ConvertConfig,
         argument("source", metavar="IN", type=Path, help="file to read: JSONL, JSON or Parquet"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from looktwice.config import Config, flag_of
 from looktwice.errors import ConfigError, nearest
@@ -62,15 +62,14 @@ def argument(*names: str, **options: Any) -> Argument:
 
 
 def read_command(
-    command: Command, usage: str, words: Sequence[str], config_class: type[AnyConfig], *own: Argument
+    command: Command, name: str, arguments: str, words: Sequence[str], config_class: type[AnyConfig], *own: Argument
 ) -> tuple[dict[str, Any], AnyConfig]:
     """The arguments of a command that are its own, and the settings its flags make.
 
-    `usage` is the command with its positional arguments, without `looktwice`.
+    `name` is what stands after `looktwice`, `arguments` its positional ones as the usage shows them.
     """
-    program = " ".join(["looktwice", *(word for word in usage.split() if word.islower())])
-    description, usage = command.__doc__, f"looktwice {usage} [options]"
-    parser = Parser(program, usage=usage, description=description, allow_abbrev=False)
+    program = f"looktwice {name}"
+    parser = Parser(program, usage=f"{program} {arguments} [options]", description=command.__doc__, allow_abbrev=False)
     for names, options in own:
         parser.add_argument(*names, **options)
     add_flags(parser, config_class, list(config_class.model_fields))
@@ -81,11 +80,15 @@ def read_command(
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, config_class: type[Config], names: Sequence[str], prefix: str = ""
+    parser: argparse.ArgumentParser,
+    config_class: type[Config],
+    names: Sequence[str],
+    *,
+    prefix: str = "",
+    title: str | None = None,
 ) -> None:
-    """One flag a field; only flags that are given appear in the parsed values."""
-    title = (config_class.__doc__ or "").splitlines()[0]
-    group = parser.add_argument_group("For stage 2 alone" if prefix else title.removesuffix("."))
+    """One flag a field; only flags that are given appear in the parsed values. The title is by default the class's."""
+    group = parser.add_argument_group(title or (config_class.__doc__ or "").splitlines()[0].removesuffix("."))
     for name in names:
         field = config_class.model_fields[name]
         default = "" if field.default in (None, (), {}) else f" ({field.default})"
@@ -94,10 +97,20 @@ def add_flags(
         if field.annotation in (bool, bool | None):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
         else:
-            choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
-            is_number = re.search(r"\b(int|float)\b", str(field.annotation))
-            metavar = "{" + ",".join(choices) + "}" if choices else "N" if is_number else name.upper().split("_")[-1]
+            kinds = _kinds_of(field.annotation)
+            choices = [kind for kind in kinds if isinstance(kind, str)]
+            metavar = "N" if {int, float} & {*kinds} else name.upper().split("_")[-1]
+            metavar = "{" + ",".join(choices) + "}" if choices else metavar
             group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=help_text)
+
+
+def _kinds_of(annotation: Any) -> list[Any]:
+    """The types or the literal values a field takes, behind Optional and Annotated."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for choice in get_args(annotation) for kind in _kinds_of(choice)]
+    return [*get_args(annotation)] if get_origin(annotation) is Literal else [annotation]
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -105,10 +118,12 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prepare_file(path: Path | None, flag: str) -> None:
-    """Make sure that a result can be written there. Raises ConfigError when it cannot."""
+def prepare_file(path: Path | None, flag: str, inputs: Iterable[Path | None] = ()) -> None:
+    """Make sure that a result can be written there, and over no file that is read. Raises ConfigError when not."""
     if path is None:
         return
+    if any(one and one.exists() and path.exists() and one.samefile(path) for one in inputs):
+        raise ConfigError(f"{flag} {path}: a file that is read; give another path")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise ConfigError(f"{flag} {path}: cannot be written; give another path")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from looktwice.config import Stage
 from looktwice.data import faults
-from looktwice.data.faults import NUM_PROBED, SLOW_S, View, inspect_all, refuse
+from looktwice.data.faults import NUM_PROBED, SLOW_S, View, inspect_all, inspected, refuse
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import Box, BoxFrame, PixelPolicy
@@ -110,15 +110,21 @@ def test_headers_that_are_slow_to_come_are_waited_for_together(tmp_path: Path, m
         Image.new("L", (width, 1)).save(path)
     together = threading.Barrier(4, timeout=30)  # never passed by one thread
 
-    def slow(path: Path) -> PictureHeader:
+    def slow(path: Path, *, is_doubted: bool = True) -> PictureHeader:
         if int(path.stem) >= NUM_PROBED:
             together.wait()
         time.sleep(2 * SLOW_S)
         return read_header(path)
 
     monkeypatch.setattr(faults, "read_header", slow)
-    pictures = inspect_all(paths, decode=False)
+    pictures = inspect_all(paths, inspected)
     assert [picture.header.size.width for picture in pictures if picture.header] == list(range(1, 41))
+
+
+def test_a_picture_that_is_decoded_anyway_is_decoded_once(upright: Path, monkeypatch) -> None:
+    Image.new("RGB", (30, 20)).save(upright.with_name("a.bmp"))
+    monkeypatch.setattr("looktwice.processing.images.open_image", None)
+    refuse([sample(upright.with_name("a.bmp"))], "d", stage="sft", view=View(policy=PixelPolicy()))
 
 
 def test_a_sample_without_a_gold_answer_can_be_trained_on_but_not_judged(upright: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -289,6 +290,11 @@ def test_a_package_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf'{module} is not installed.*pip install "looktwice\[{extra}\]"'):
         RowFile(tmp_path / name)
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "d.jsonl")
+    assert problem(tmp_path / "d.jsonl").startswith("d.jsonl: a pipe or a device, not a data file; write its rows")
 
 
 def test_a_file_that_is_no_text_is_named(put: Put) -> None:

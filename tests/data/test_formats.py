@@ -350,7 +350,10 @@ def test_a_bad_turn_is_named(row: dict[str, object], problem: str, read) -> None
 
 def test_other_names_of_the_two_speakers_are_read_too(read) -> None:
     [sample] = read(turns(("user", "Q"), ("assistant", "A")))
-    assert messages_of(sample) == [user("Q"), assistant("A")]
+    row = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    assert messages_of(sample) == messages_of(read(row)[0]) == [user("Q"), assistant("A")]
+    with pytest.raises(DataError, match=r"conversations\[1\]\.content: the text is empty"):
+        read({"conversations": [row["conversations"][0], {"role": "assistant", "content": ""}]})
 
 
 # -- swift
@@ -376,11 +379,18 @@ def test_pictures_beside_the_messages_go_to_their_places(read) -> None:
     assert messages_of(listed) == [Message(role="user", parts=parts), assistant("A")]
 
 
-def test_a_message_without_loss_is_not_trained(read) -> None:
+@pytest.mark.parametrize("mark", ["loss", "train", "weight"])
+def test_a_message_without_loss_is_not_trained(mark: str, read) -> None:
     row = beside("Q", "A")
-    row["messages"][1]["loss"] = False
+    row["messages"][1][mark] = 0
     [sample] = read(row)
     assert messages_of(sample) == [user("Q", A, B), untrained("A")]
+
+
+def test_fields_of_a_part_that_mean_nothing_are_named(read, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        read(beside([{"type": "text", "text": "Q", "weight": 3}], "A"))
+    assert 'ignored: 1 x "weight" of a part of type text' in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -467,7 +477,7 @@ def test_pictures_as_hugging_face_stores_them_in_parquet_are_read(tmp_path: Path
         tmp_path / "d.parquet",
         [
             {**beside("Q", "A"), "images": [{"bytes": raw, "path": None}, {"bytes": b"no picture", "path": "x"}]},
-            {**beside("Q", "A"), "images": [{"bytes": None, "path": "a.png"}]},
+            {**beside("Q", "A"), "images": [{"bytes": b"", "path": "a.png"}]},
         ],
     )
     held, named = read_samples(tmp_path / "d.parquet", "p")

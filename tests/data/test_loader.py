@@ -196,6 +196,13 @@ def test_the_traceback_of_the_worker_is_told_where_it_is_no_fault_of_the_user(lo
         list(load(["lambda"]))
 
 
+def test_a_task_that_does_not_pickle_waits_for_the_items_before_it(load: Callable[..., Loader]) -> None:
+    loader = load([1, 2, lambda: None], ahead=3)
+    assert [next(loader), next(loader)] == [1, 2]
+    with pytest.raises(Exception, match="lambda"):
+        next(loader)
+
+
 @BOTH_WAYS
 def test_an_error_of_the_tasks_waits_for_the_items_before_it(num_workers: int, load: Callable[..., Loader]) -> None:
     def tasks() -> Iterator[int]:

@@ -95,7 +95,7 @@ def test_values_beyond_16_bits_are_scaled_by_the_largest(dtype: type) -> None:
 
 
 def test_floats_up_to_1_are_fractions_and_what_is_no_number_is_black(save: Save) -> None:
-    image = Image.fromarray(np.array([[0, 0.5, 1, np.nan, -np.inf, np.inf]], dtype=np.float32))
+    image = Image.fromarray(np.array([[0, 0.5, 1.001, np.nan, -np.inf, np.inf]], dtype=np.float32))
     assert [red for red, _, _ in pixels(open_image(save(image, "x.tiff")))] == [0, 127, 255, 0, 0, 0]
 
 

@@ -263,6 +263,8 @@ def test_samples_left_out_are_listed_once_in_a_run_that_goes_on(run, tmp_path) -
     data = {"max_length": 151, "length_policy": "drop"}
     final, lines = run(data=data, **settings)
     listed = (final.parent / "left_out.jsonl").read_text()
+    with (final.parent / "left_out.jsonl").open("a") as file:
+        file.write('{"where": "cut sho')
     run(data=data, resume_from_checkpoint=tmp_path / "run" / "checkpoint-1", **settings)
     assert (final.parent / "left_out.jsonl").read_text() == listed
     assert {line["data/too_long"] for line in lines} == {listed.count("\n")}

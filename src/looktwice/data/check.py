@@ -15,7 +15,9 @@ from looktwice.data.faults import (
     Source,
     View,
     calls_of,
+    decoded,
     inspect_all,
+    inspected,
     overhang,
     problem_of,
     sample_problems,
@@ -131,7 +133,7 @@ class Judge:
     def look_at(self, sources: Iterable[Source]) -> None:
         """Read the headers of pictures not seen before."""
         new = {key: source for source in sources if (key := picture_key(source)) not in self.pictures}
-        self.pictures.update(zip(new, inspect_all([*new.values()], decode=self.config.decode)))
+        self.pictures.update(zip(new, inspect_all([*new.values()], decoded if self.config.decode else inspected)))
 
     def picture_of(self, source: Source) -> Picture:
         """What is known of a picture that was looked at."""

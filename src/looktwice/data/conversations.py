@@ -42,11 +42,10 @@ _PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
 class Dialect:
     """How a format writes its turns.
 
-    `turns` is the field that lists them; `role`, `text` and `mark` (false: not trained) are fields of a turn. Pictures
-    are written into the field `pictures`; read they may be in any. `roles` gives the meaning of each role and whether
-    it is trained; of two with one meaning the first is written. `refused` are fields of a row with a meaning that
-    cannot be read. `is_place_needed`: pictures without any `<image>` are
-    an error.
+    `turns` is the field that lists them; `role`, `text` and `marks` (false: not trained; the first is written) are
+    fields of a turn. Pictures are written into the field `pictures`; read they may be in any. `roles` gives the meaning
+    of each role and whether it is trained; of two with one meaning the first is written. `refused` are fields of a row
+    that cannot be read. `is_place_needed`: pictures without any `<image>` are an error.
     """
 
     turns: str
@@ -54,7 +53,7 @@ class Dialect:
     text: str
     pictures: str
     roles: Mapping[str, tuple[Role, bool]]
-    mark: str | None = None
+    marks: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     is_place_needed: bool = False
 
@@ -85,7 +84,7 @@ SWIFT = Dialect(
     text="content",
     pictures="images",
     roles={"system": ("system", True), "user": ("user", True), "assistant": ("assistant", True)},
-    mark="loss",
+    marks=("loss", "train", "weight"),
     refused=("objects",),
 )
 
@@ -123,6 +122,7 @@ def read_swift(row: Fields, reading: Reading) -> list[Sample]:
 
 def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
     row.known = dialect.known
+    dialect = _spoken(row, dialect)
     pictures = list(_pictures(row, reading.image_base_path))
     for name in _OTHER_MEDIA:
         if row.values.get(name):
@@ -155,6 +155,15 @@ def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
     return [sample] if sample else []
 
 
+def _spoken(row: Fields, dialect: Dialect) -> Dialect:
+    """The dialect, or where the first turn has `role` and not `from`, the dialect with the names of OpenAI."""
+    turns = row.values.get(dialect.turns)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if isinstance(first, dict) and SWIFT.role in first and dialect.role not in first:
+        return replace(dialect, role=SWIFT.role, text=SWIFT.text)
+    return dialect
+
+
 def _pictures(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
     name = "images" if row.is_given("images") else "image"
     written = row.values.get(name)
@@ -172,10 +181,7 @@ def _pictures(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
 
 def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, str] | None:
     """A turn without its parts, and its text as written."""
-    is_openai_style = dialect.role not in fields.values and "role" in fields.values
-    if is_openai_style:
-        dialect = replace(dialect, role=SWIFT.role, text=SWIFT.text)
-    fields.known = (dialect.role, dialect.text, *([dialect.mark] if dialect.mark else []))
+    fields.known = (dialect.role, dialect.text, *dialect.marks)
     role = fields.text(dialect.role)
     if role is not None and role not in dialect.roles:
         known = ", ".join(dialect.roles)
@@ -183,8 +189,8 @@ def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, 
         fields.note(dialect.role, "unknown_role", f'"{role}" is no role; write one of {known}.{hint}')
         return None
     name, is_trained = dialect.roles[role] if role else ("user", True)
-    value = _text(fields, dialect, name)
-    is_marked = fields.flag(dialect.mark) if dialect.mark else True
+    value = _text(fields, reading, dialect, name)
+    is_kept = all([fields.flag(mark) for mark in dialect.marks])
     for unknown in fields.extra():
         reading.ignored.add(f'"{unknown}" of a turn', fields.where)
     if role is None or value is None:
@@ -198,12 +204,12 @@ def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, 
     if name == "assistant":
         for reason, problem in call_syntax_faults(value):
             fields.note(dialect.text, reason, problem)
-    return Message(role=name, parts=(), is_trained=is_trained and is_marked), value
+    return Message(role=name, parts=(), is_trained=is_trained and is_kept), value
 
 
-def _text(fields: Fields, dialect: Dialect, role: Role) -> str | None:
+def _text(fields: Fields, reading: Reading, dialect: Dialect, role: Role) -> str | None:
     """The text of a turn; of a list of parts the text that says the same."""
-    if dialect is not SWIFT or not isinstance(fields.values.get(dialect.text), list):
+    if dialect.turns != SWIFT.turns or not isinstance(fields.values.get(dialect.text), list):
         return fields.text(dialect.text)
     pieces: list[str] = []
     for index, values in enumerate(fields.objects(dialect.text, '{"type": "text", "text": …}')):
@@ -213,6 +219,8 @@ def _text(fields: Fields, dialect: Dialect, role: Role) -> str | None:
         kind = part.text("type")
         if kind == "text" and (text := part.any_text("text")) is not None:
             pieces.append(_PLACE_MARK.escape(text))
+            for name in part.extra():
+                reading.ignored.add(f'"{name}" of a part of type text', fields.where)
         elif kind == "image" and not part.extra():
             pieces.append(IMAGE_PLACE)
         elif kind == "image":
@@ -270,8 +278,8 @@ def _row(sample: Sample, writing: Writing, dialect: Dialect) -> dict[str, object
 
 
 def _written_turn(message: Message, dialect: Dialect) -> dict[str, object]:
-    meaning = (message.role, message.is_trained or dialect.mark is not None)
+    meaning = (message.role, message.is_trained or bool(dialect.marks))
     role = next(name for name, known in dialect.roles.items() if known == meaning)
-    mark = {} if message.is_trained or dialect.mark is None else {dialect.mark: False}
+    mark = {} if message.is_trained else dict.fromkeys(dialect.marks[:1], False)
     texts = [_PLACE_MARK.escape(part.text) if isinstance(part, TextPart) else IMAGE_PLACE for part in message.parts]
     return {dialect.role: role, dialect.text: glue_of(message).join(texts), **mark}

@@ -26,8 +26,11 @@ from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
 from looktwice.processing.images import DATA_URL, PictureHeader, name_of, open_image, read_header
 from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
 
-NUM_PROBED, SLOW_S, NUM_THREADS = 16, 0.001, 16
-"""Headers that are read one by one; where they take longer than this each, the others are read by so many threads."""
+NUM_PROBED = 16
+"""Headers that are read one by one."""
+SLOW_S = 0.001
+"""Seconds a header from which on the others are read by threads."""
+NUM_THREADS = 16
 SLACK_PX = 1.0
 """How far a box may reach over its picture before it is noted."""
 MIN_SIDE_PX = 2
@@ -35,10 +38,12 @@ MIN_SIDE_PX = 2
 WHOLE_SHARE = 0.98
 """Share of the picture from which on a crop counts as the whole of it."""
 SPECIAL_TEXTS = (TURN_OPEN, TURN_CLOSE, TEXT_END, *(token for token in VISUAL_TOKENS if "_" in token))
-PLACEHOLDERS = tuple(token for token in VISUAL_TOKENS if "_" not in token)
+PLACEHOLDERS = (*(token for token in VISUAL_TOKENS if "_" not in token), "<audio>", "<img>")
+"""What formats write in a text for something that is shown, and this one may not."""
 _COMMAND_LIKE = re.compile(r"\{[^{}]*(?:crop|bbox)[^{}]*?(?:[0-9.]+\s*,\s*){3}[0-9.]+[^{}]*\}", re.IGNORECASE)
 """Braces that may have been meant as a call: what is one in the format is a call by now."""
 RELEASED_FACTOR = 32
+"""Pixels a side of a visual token of the released models."""
 
 Source = str | Path
 
@@ -88,10 +93,11 @@ def refuse(
 ) -> Counter[str]:
     """Raise one DataError about `subject` that counts all that is fatal in samples and lists the first 20.
 
-    Gives back how often there is what is not fatal, by reason. With `decode` each picture is decoded to its end, once.
+    Gives back how often there is what is not fatal, by reason. With `decode` each picture is decoded to its end, once;
+    without it headers are believed, since who uses the samples decodes them.
     """
     sources = list(dict.fromkeys(source for sample in samples for source in sample.image_paths))
-    pictures = dict(zip(sources, inspect_all(sources, decode=decode)))
+    pictures = dict(zip(sources, inspect_all(sources, decoded if decode else measured)))
     problems = [
         problem
         for sample in samples
@@ -230,23 +236,31 @@ def _rotation_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str
         )
 
 
-def inspect_all(sources: Sequence[Source], *, decode: bool) -> list[Picture]:
-    """What is known of each picture, from its header or decoded to its end."""
-    if decode:
+def inspect_all(sources: Sequence[Source], inspect: Callable[[Source], Picture]) -> list[Picture]:
+    """What is known of each picture by `measured`, `inspected` or `decoded`."""
+    if inspect is decoded:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
-            return list(pool.map(decoded, sources))
+            return list(pool.map(inspect, sources))
     first, others = sources[:NUM_PROBED], sources[NUM_PROBED:]
     started = time.perf_counter()
-    pictures = [inspected(source) for source in first]
+    pictures = [inspect(source) for source in first]
     if time.perf_counter() - started < SLOW_S * len(first):
-        return pictures + [inspected(source) for source in others]
+        return pictures + [inspect(source) for source in others]
     # on a network every header is waited for; with files at hand threads would only be in each other's way
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return pictures + list(pool.map(inspected, others))
+        return pictures + list(pool.map(inspect, others))
+
+
+def measured(source: Source) -> Picture:
+    """A picture by its header alone, or what is wrong with that."""
+    try:
+        return Picture(read_header(source, is_doubted=False), _identity(source))
+    except ImageError as error:
+        return _refused(source, error)
 
 
 def inspected(source: Source) -> Picture:
-    """A picture by its header, or what is wrong with it."""
+    """A picture by its header and its end, or what is wrong with it."""
     try:
         return Picture(read_header(source), _identity(source))
     except ImageError as error:
@@ -254,8 +268,8 @@ def inspected(source: Source) -> Picture:
 
 
 def decoded(source: Source) -> Picture:
-    """As `inspected`, but decoded to its end."""
-    picture = inspected(source)
+    """A picture decoded to its end, or what is wrong with it."""
+    picture = measured(source)
     if picture.header is None:
         return picture
     try:

@@ -147,7 +147,7 @@ class Fields:
         """
         value = self.values.get(name)
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
-            if isinstance(raw := value.get("bytes"), bytes):
+            if isinstance(raw := value.get("bytes"), bytes) and raw:
                 return data_url(raw)
             return self.inside(value, known=("path",), path=f"{name}.").picture("path", image_base_path)
         written = self.text(name)

@@ -76,6 +76,8 @@ class RowFile(Sequence[Row]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with _reading(self.path):
+            if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+                raise DataError(f"{path}: a pipe or a device, not a data file; write its rows into a file first")
             file: IO[bytes] = self.path.open("rb")
             self._stamp = _stamp_of(file)
             unpacked = _unpacked(file)

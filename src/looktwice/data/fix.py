@@ -233,7 +233,9 @@ def _in_order(value: Any, commands: re.Pattern[str], note: Note) -> Any:
         return {
             name: _in_order(inner, commands, note) if isinstance(inner, str) else inner for name, inner in value.items()
         }
-    if not all(isinstance(item, (int, float)) for item in value):
+    if not isinstance(value, list):
+        return value
+    if len(value) != 4 or not all(isinstance(item, (int, float)) for item in value):
         return [_in_order(item, commands, note) for item in value]
     new = [min(value[0], value[2]), min(value[1], value[3]), max(value[0], value[2]), max(value[1], value[3])]
     if new != value:

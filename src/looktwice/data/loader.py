@@ -1,10 +1,10 @@
 """Items prepared ahead of the training loop, in worker processes: opening, resizing, cutting and tokenising.
 
-Each worker has a socket of its own, over which tasks go out and results come back as open files without a name, mapped
-into memory here without a copy. Nothing is shared between workers, so one that is killed leaves no lock held and no
-memory behind, and the parent knows which task it had. The files are not on /dev/shm, whose size containers limit. A
-worker takes in tasks while it works, so that the parent, which sends tasks before it reads results, never waits for a
-worker that waits for the parent.
+Each worker has a pipe of its own for tasks, and a socket over which results come back as open files without a name, to
+be mapped into memory here without a copy. Nothing is shared between workers, so one that is killed leaves no lock held
+and no memory behind, and the parent knows which task it had. The files are not on /dev/shm, whose size containers
+limit. A worker takes in tasks while it works, so that the parent, which sends tasks before it reads results, never
+waits for a worker that waits for the parent.
 """
 
 from __future__ import annotations
@@ -134,26 +134,25 @@ class Loader(Iterator[Item], Generic[Task, Item]):
                 return
             try:
                 task = next(self._tasks)
+                min(alive, key=lambda worker: len(worker.waiting)).give(self._num_tasks, task)
             except StopIteration:
                 return
-            except Exception as error:
+            except Exception as error:  # of the tasks, or of one that does not pickle
                 self._outcomes[self._num_tasks] = _Failure(error)
                 self._tasks = iter(())
-            else:
-                min(alive, key=lambda worker: len(worker.waiting)).give(self._num_tasks, task)
             self._num_tasks += 1
 
     def _collect(self) -> None:
         """Wait for one or more workers to report, and take what they report."""
-        by_connection = {worker.connection: worker for worker in self._workers if worker.is_alive}
-        for connection in wait(list(by_connection)):
-            worker = by_connection[connection]  # type: ignore[index]
+        by_results = {worker.results: worker for worker in self._workers if worker.is_alive}
+        for results in wait(list(by_results)):
+            worker = by_results[results]  # type: ignore[index]
             try:
                 if not worker.is_ready:
-                    worker.connection.recv_bytes()
+                    worker.results.recv_bytes()
                     worker.is_ready = True
                 else:
-                    outcome = _receive(worker.connection)
+                    outcome = _receive(worker.results)
                     self._outcomes[worker.waiting.popleft()[0]] = outcome
             except (EOFError, OSError):
                 worker.is_alive = False
@@ -164,21 +163,26 @@ class Loader(Iterator[Item], Generic[Task, Item]):
 
 @dataclass(kw_only=True)
 class _Worker:
-    """A worker seen from the parent. `waiting` are numbers and tasks it was given, first the one it is working on."""
+    """A worker seen from the parent: its process, the way of tasks to it and of results from it.
+
+    `waiting` are numbers and tasks it was given, first the one it is working on.
+    """
 
     process: BaseProcess
-    connection: Connection
+    tasks: Connection
+    results: Connection
     waiting: deque[tuple[int, Any]] = field(default_factory=deque)
     is_ready: bool = False
     is_alive: bool = True
 
     def give(self, number: int, task: object) -> None:
+        packed = pickle.dumps(task)
         self.waiting.append((number, task))
-        self.send(pickle.dumps(task))
+        self.send(packed)
 
     def send(self, data: bytes) -> None:
-        with suppress(OSError):  # it is dead, which is found when its report is awaited
-            self.connection.send_bytes(data)
+        with suppress(OSError):  # it is dead, which is found when its result is awaited
+            self.tasks.send_bytes(data)
 
     def cause_of_death(self, where: str) -> LooktwiceError:
         self.process.join(SECONDS_TO_STOP)
@@ -204,11 +208,13 @@ class _Failure:
 
 def _start_worker(packed_function: bytes) -> _Worker:
     context = get_context("forkserver")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs,), daemon=True, name="looktwice loader")
+    their_tasks, tasks = context.Pipe(duplex=False)
+    results, their_results = context.Pipe()  # an open file travels over a socket only
+    process = context.Process(target=_work, args=(their_tasks, their_results), daemon=True, name="looktwice loader")
     process.start()
-    theirs.close()
-    worker = _Worker(process=process, connection=ours)
+    their_tasks.close()
+    their_results.close()
+    worker = _Worker(process=process, tasks=tasks, results=results)
     worker.send(packed_function)
     return worker
 
@@ -222,38 +228,39 @@ def _stop_all(workers: Sequence[_Worker]) -> None:
             worker.process.kill()
             worker.process.join()
         worker.process.close()
-        worker.connection.close()
+        worker.tasks.close()
+        worker.results.close()
 
 
-def _work(connection: Connection) -> None:
+def _work(tasks: Connection, results: Connection) -> None:
     """A worker's life: the function, then tasks until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     torch.set_num_threads(1)
-    function = pickle.loads(connection.recv_bytes())
-    tasks: SimpleQueue[bytes | None] = SimpleQueue()
-    Thread(target=_take_in, args=(connection, tasks), daemon=True).start()
+    function = pickle.loads(tasks.recv_bytes())
+    waiting: SimpleQueue[bytes | None] = SimpleQueue()
+    Thread(target=_take_in, args=(tasks, waiting), daemon=True).start()
     with suppress(BrokenPipeError, ConnectionResetError):
-        connection.send_bytes(b"ready")
-        while (packed_task := tasks.get()) is not None:
-            _send(connection, packed_task, function)
+        results.send_bytes(b"ready")
+        while (packed_task := waiting.get()) is not None:
+            _send(results, packed_task, function)
 
 
-def _take_in(connection: Connection, tasks: SimpleQueue[bytes | None]) -> None:
+def _take_in(tasks: Connection, waiting: SimpleQueue[bytes | None]) -> None:
     try:
         while True:
-            tasks.put(connection.recv_bytes())
+            waiting.put(tasks.recv_bytes())
     except (EOFError, OSError):
-        tasks.put(None)
+        waiting.put(None)
 
 
-def _send(connection: Connection, packed_task: bytes, function: Callable[[Any], Any]) -> None:
+def _send(results: Connection, packed_task: bytes, function: Callable[[Any], Any]) -> None:
     try:
         file, sizes = _written(function(pickle.loads(packed_task)))
     except Exception as error:
         file, sizes = _written(_Failure(_portable(error)))
     with file:  # only sizes and the open file go over the socket
-        connection.send(sizes)
-        reduction.send_handle(connection, file.fileno(), None)
+        results.send(sizes)
+        reduction.send_handle(results, file.fileno(), None)
 
 
 def _written(item: object) -> tuple[BinaryIO, list[int]]:
@@ -269,9 +276,9 @@ def _written(item: object) -> tuple[BinaryIO, list[int]]:
     return file, sizes
 
 
-def _receive(connection: Connection) -> Any:
-    sizes: list[int] = connection.recv()
-    handle = reduction.recv_handle(connection)
+def _receive(results: Connection) -> Any:
+    sizes: list[int] = results.recv()
+    handle = reduction.recv_handle(results)
     try:
         places = _places(sizes)
         # not Python's own mmap: it keeps the file open, and files that may be open are few

@@ -52,7 +52,8 @@ REASONS: dict[str, Reason] = {
     "video": _fatal("a video or a sound in training data", "remove the row, or write its frames as pictures"),
     "spells_token": _note("text that spells a special token, which is read as text", "remove it if it was not meant"),
     "spells_placeholder": _note(
-        "text that spells <image> or <video>, which is read as text", "name the picture where the format has its place"
+        "text that spells <image>, <img>, <video> or <audio>, which is read as text",
+        "name the picture where the format has its place",
     ),
     # answers
     "no_target": _fatal("no assistant turn to train on", "add the answer, or use the row for R-GRPO"),

@@ -79,31 +79,24 @@ class PictureHeader:
 def image_size(source: ImageSource) -> Size:
     """Upright width and height, from the header alone. Raises ImageError as `open_image` does."""
     with _open(source) as image:
-        width, height = image.size
-        # Pillow's TIFF reader turns the size itself
-        if image.format != "TIFF" and _orientation(source, image) in EXIF_ROTATED:
-            width, height = height, width
-        return Size(width, height)
+        return _upright_size(source, image)
 
 
-def read_header(source: ImageSource) -> PictureHeader:
+def read_header(source: ImageSource, *, is_doubted: bool = True) -> PictureHeader:
     """What a picture says of itself before it is decoded. Raises ImageError as `open_image` does.
 
-    A file that does not end as a whole file of its format ends is decoded to be sure, and so is one of a format whose
-    end cannot be told, such as BMP and TIFF.
+    If doubted, a file that does not end as a whole file of its format ends is decoded to be sure, and so is one of a
+    format whose end cannot be told, such as BMP and TIFF.
     """
     with _open(source) as image:
-        stored = Size(*image.size)
-        kind = image.format or ""
-        is_turned = kind != "TIFF" and _orientation(source, image) in EXIF_ROTATED
+        size, stored, kind = _upright_size(source, image), Size(*image.size), image.format or ""
         try:
             # an MPO file is a photo with a preview behind it
             has_frames = kind != "MPO" and bool(getattr(image, "is_animated", False))
         except UNREADABLE as error:
             raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
-    if not isinstance(source, Image.Image) and not _seems_whole(source, kind):
+    if is_doubted and not isinstance(source, Image.Image) and not _seems_whole(source, kind):
         open_image(source)
-    size = Size(stored.height, stored.width) if is_turned else stored
     return PictureHeader(size=size, stored=stored, has_frames=has_frames)
 
 
@@ -141,14 +134,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Grey values [height, width], int32 or float32, as uint8, by the range that they seem to have.
 
-    Floats up to 1 are fractions; other values are of 8 bits where none is above 255, integers above that of 16 bits;
-    what is larger still is scaled by the largest. What is below 0 or no number becomes black.
+    Floats up to 2 are fractions, with what overshoots 1 cut. Other values are of 8 bits where none is above 255,
+    integers above that of 16 bits; what is larger still is scaled by the largest. What is below 0 or no number becomes
+    black.
     """
     is_integer = np.issubdtype(values.dtype, np.integer)
     values = np.where(np.isfinite(values), values, 0).astype(np.float64)
     highest = float(values.max())
     top = max(highest, 65535.0 if is_integer and highest > 255 else 255.0)
-    if not is_integer and highest <= 1:
+    if not is_integer and highest <= 2:
         top = 1.0
     return (values.clip(0, top) * (255.0 / top)).astype(np.uint8)
 
@@ -232,6 +226,13 @@ def _check_file(path: str | Path, name: str) -> None:
         raise ImageError(f"{name}: not a readable picture (0 bytes); replace or remove it", "empty")
 
 
+def _upright_size(source: ImageSource, image: Image.Image) -> Size:
+    width, height = image.size
+    # Pillow's TIFF reader turns the size itself
+    is_turned = image.format != "TIFF" and _orientation(source, image) in EXIF_ROTATED
+    return Size(height, width) if is_turned else Size(width, height)
+
+
 def _orientation(source: ImageSource, image: Image.Image) -> int | None:
     try:
         # Pillow decodes a whole PNG that has no EXIF in front, to look for some behind the pixels
@@ -249,7 +250,7 @@ def _check_checksums(file: IO[bytes]) -> None:
     place = file.tell()
     file.seek(len(PNG_SIGNATURE))
     try:
-        while len(head := file.read(8)) == 8:
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
             content, checksum = file.read(int.from_bytes(head[:4], "big")), file.read(4)
             if (
                 head[4:] == b"IDAT"

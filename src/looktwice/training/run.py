@@ -105,8 +105,13 @@ class LengthReport:
         self.path = config.output_dir / LEFT_OUT
         if not config.resume_from_checkpoint:
             self.path.unlink(missing_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.seen: set[tuple[str, str]] = {(line["where"], line["field"]) for line in map(json.loads, lines)}
+        self.seen: set[tuple[str, str]] = set()
+        whole, _, cut = (self.path.read_text(encoding="utf-8") if self.path.exists() else "").rpartition("\n")
+        for line in filter(None, whole.split("\n")):
+            row = json.loads(line)
+            self.seen.add((row["where"], row["field"]))
+        if cut:  # the run was stopped while it wrote
+            self.path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
         self.counts: Counter[str] = Counter()
         self.shown: Counter[str] = Counter()
 
