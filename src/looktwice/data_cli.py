@@ -41,13 +41,13 @@ def check(words: Sequence[str]) -> None:
     from rich.console import Console
 
     from looktwice.data.check import Judge
-    from looktwice.data.fix import check_target, fix
+    from looktwice.data.fix import check_outputs, fix
     from looktwice.data.problems import Problem
     from looktwice.processing.processor import load_processor
     from looktwice.report.terminal import verdict_table
 
     if target:
-        check_target(files[0], target)
+        check_outputs(files[0], target)
     processor = load_processor(config.model_name, config) if config.model_name else None
     judge = Judge(config, processor)
     fatal: defaultdict[str, list[Problem]] = defaultdict(list)

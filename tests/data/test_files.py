@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import looktwice.data.files
-from looktwice.data.files import RowFile, write_rows
+from looktwice.data import row_writing
+from looktwice.data.files import RowFile
+from looktwice.data.row_writing import write_rows
 from looktwice.errors import ConfigError, DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -216,26 +218,12 @@ def test_a_broken_element_spoils_no_other(row: bytes, expected: str, put: Put) -
 
 
 def test_rows_of_parquet_are_found_across_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looktwice.data.files, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(row_writing, "ROWS_PER_GROUP", 2)
     rows = [{"a": number} if number % 2 else {"b": {"c": str(number)}} for number in range(5)]
     write_rows(tmp_path / "d.parquet", rows)
     file = RowFile(tmp_path / "d.parquet")
     assert [file[i].values for i in (4, 0, 3, 1, 2)] == [rows[i] for i in (4, 0, 3, 1, 2)]
     assert file[3].where == f"{file.path}:row 4"
-
-
-def test_parquet_keeps_bytes_and_the_others_refuse_them(tmp_path: Path) -> None:
-    write_rows(tmp_path / "d.parquet", [{"image": b"\x89PNG"}])
-    assert values(tmp_path / "d.parquet") == [{"image": b"\x89PNG"}]
-    with pytest.raises(DataError, match=r"d\.jsonl:1: .*bytes is not JSON serializable; only Parquet holds"):
-        write_rows(tmp_path / "d.jsonl", [{"image": b"\x89PNG"}])
-
-
-@pytest.mark.parametrize("rows", [[{"a": "text"}, {"a": [1]}], [{}], [{"a": {}}], [{"a": 1 << 80}], [{"a": "\ud800"}]])
-def test_rows_that_parquet_cannot_hold_are_refused(rows: list, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"d\.parquet: Parquet cannot hold these rows \(.*; write \.jsonl"):
-        write_rows(tmp_path / "d.parquet", rows)
-    assert list(tmp_path.iterdir()) == []
 
 
 def parquet(path: Path, **columns: object) -> Path:
@@ -307,38 +295,3 @@ def test_a_missing_file_or_a_directory_is_named(put: Put) -> None:
         RowFile(folder / "trian.jsonl")
     with pytest.raises(DataError, match="a directory, not a data file"):
         RowFile(folder)
-
-
-# -- writing
-
-
-@pytest.mark.parametrize("name", ["d.csv", "d", "d.parquet.gz", "d.gz"])
-def test_a_name_that_says_no_kind_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"end the name in \.parquet, or in \.jsonl or \.json"):
-        write_rows(tmp_path / name, ROWS)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "d.jsonl"
-    write_rows(path, ROWS)
-    with pytest.raises(DataError, match="only Parquet"):
-        write_rows(path, [{"a": 1}, {"a": b""}])
-    assert values(path) == ROWS
-    write_rows(path, (row.values for row in RowFile(path)[1:]))
-    assert values(path) == ROWS[1:]
-    assert [other.name for other in tmp_path.iterdir()] == ["d.jsonl"]
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"d\.jsonl: the data file cannot be written \(No such file or directory\)"):
-        write_rows(tmp_path / "none" / "d.jsonl", ROWS)
-
-
-def test_a_number_that_json_does_not_know_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"d\.jsonl:2: a number that is infinite or none"):
-        write_rows(tmp_path / "d.jsonl", [{"a": 1}, {"a": float("inf")}])
-
-
-def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
-    write_rows(tmp_path / "d.jsonl", [{"a": "\ud800 é"}])
-    assert values(tmp_path / "d.jsonl") == [{"a": "\ud800 é"}]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from looktwice.data.files import write_rows
 from looktwice.data.formats import FORMATS, detect
 from looktwice.data.records import SampleFile, read_samples
+from looktwice.data.row_writing import write_rows
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, ImageError
 from looktwice.geometry import Box

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from looktwice.config import ConvertConfig
-from looktwice.data.files import write_rows
 from looktwice.data.formats import FORMATS
 from looktwice.data.problems import raise_if_any
 from looktwice.data.records import SampleFile
+from looktwice.data.row_writing import check_target, write_rows
 from looktwice.data.tally import Tally, counted
 from looktwice.data.writing import Writing
 from looktwice.errors import DataError
@@ -49,8 +49,7 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
     Raises DataError when a row cannot be read, with all problems counted, and when something would be lost and
     `allow_loss` is off. Neither leaves a file behind.
     """
-    if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
-        raise DataError(f"{target}: the file to read from; name another one to write to")
+    check_target(Path(target), Path(source))
     file = SampleFile(
         source,
         config.image_base_path,

@@ -16,11 +16,10 @@ import tempfile
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, Protocol, overload
+from typing import IO, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -33,8 +32,6 @@ BLOCK = 1 << 24
 """Bytes that are scanned at a time."""
 LOOKED_AT = 4096
 """Bytes at the beginning that are looked at to tell a text from something else."""
-ROWS_PER_GROUP = 1000
-"""Rows of a Parquet row group we write; a reader unpacks a whole group to get at one row."""
 
 _EXTRAS = {"zstandard": "zstd", "pyarrow": "parquet", "pyarrow.parquet": "parquet"}
 _IS_BLANK = np.zeros(256, dtype=bool)
@@ -111,36 +108,6 @@ class RowFile(Sequence[Row]):
         """
         counts = (1 if values is None else num_samples(values) for values in self._rows.quick_values())
         return np.fromiter(counts, dtype=np.int64, count=len(self))
-
-
-def check_name(path: Path) -> None:
-    """Raise DataError when `write_rows` could not write there: for the name, or because there is no folder."""
-    _kind_of_name(path)
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"{path}: there is no folder {path.parent}; make it, or name another place")
-
-
-def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write a data file and give back its number of rows; the kind is that of the name.
-
-    Names end in .jsonl, .json or .parquet, the first two also with .gz or .zst. An older file of this name is
-    replaced when the new one is complete, and stays as it was when writing fails.
-    Raises DataError for another name and for what the kind cannot hold.
-    """
-    path = Path(path)
-    write, compression = _kind_of_name(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file, _packed(file, compression) as stream:
-            num_rows = write(stream, rows, path)
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: the data file cannot be written ({error.strerror}); check folder and space"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return num_rows
 
 
 def kind_of(value: object) -> str:
@@ -333,9 +300,9 @@ class _ParquetRows:
     """
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.arrow = _require("pyarrow")
+        self.arrow = require("pyarrow")
         try:
-            self.file = _require("pyarrow.parquet").ParquetFile(file)
+            self.file = require("pyarrow.parquet").ParquetFile(file)
         except (self.arrow.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a whole Parquet file ({error}); make it again") from error
         names = Counter(self.file.schema_arrow.names)
@@ -420,7 +387,7 @@ def _unpacked(file: IO[bytes]) -> IO[bytes]:
 
 def _unpack_zstd(packed: IO[bytes], unpacked: IO[bytes]) -> None:
     # frame by frame: the package's own stream reader takes a file that is cut short for a whole one
-    zstandard = _require("zstandard")
+    zstandard = require("zstandard")
     frame = None
     try:
         while block := packed.read(BLOCK):
@@ -446,83 +413,8 @@ def _read_at(file: IO[bytes], start: int, end: int) -> bytes:
     return os.pread(file.fileno(), end - start, start)
 
 
-WriteRows = Callable[[BinaryIO, Iterable[Mapping[str, Any]], Path], int]
-
-
-def _kind_of_name(path: Path) -> tuple[WriteRows, str]:
-    """How to write a file of this name, and the suffix of its compression or ""."""
-    name = path.name.lower()
-    compression = next((suffix for suffix in (".gz", ".zst") if name.endswith(suffix)), "")
-    kind = Path(name.removesuffix(compression)).suffix
-    if kind == ".parquet" and not compression:
-        return _write_parquet, ""
-    if kind in (".jsonl", ".json"):
-        return (_write_lines if kind == ".jsonl" else _write_list), compression
-    raise DataError(f"{path}: end the name in .parquet, or in .jsonl or .json, these also with .gz or .zst")
-
-
-@contextmanager
-def _packed(file: IO[bytes], compression: str) -> Iterator[Any]:
-    if compression == ".gz":
-        # without name and time, equal rows give equal files
-        with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as stream:
-            yield stream
-    elif compression == ".zst":
-        with _require("zstandard").ZstdCompressor().stream_writer(file, closefd=False) as stream:
-            yield stream
-    else:
-        yield file
-
-
-def _write_lines(stream: BinaryIO, rows: Iterable[Mapping[str, Any]], path: Path) -> int:
-    number = 0
-    for number, row in enumerate(rows, 1):
-        stream.write(_row_text(row, f"{path}:{number}") + b"\n")
-    return number
-
-
-def _write_list(stream: BinaryIO, rows: Iterable[Mapping[str, Any]], path: Path) -> int:
-    number = 0
-    for number, row in enumerate(rows, 1):
-        stream.write((b"[\n" if number == 1 else b",\n") + _row_text(row, f"{path}:row {number}"))
-    stream.write(b"\n]\n" if number else b"[]\n")
-    return number
-
-
-def _row_text(row: Mapping[str, Any], where: str) -> bytes:
-    try:
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    except TypeError as error:
-        raise DataError(f"{where}: {error}; only Parquet holds such a value") from error
-    except ValueError as error:
-        raise DataError(f"{where}: a number that is infinite or none, which JSON cannot hold; mend the row") from error
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8, but JSON can spell it
-        return json.dumps(row).encode("ascii")
-
-
-def _write_parquet(stream: BinaryIO, rows: Iterable[Mapping[str, Any]], path: Path) -> int:
-    arrow, parquet = _require("pyarrow"), _require("pyarrow.parquet")
-    source = iter(rows)
-    tables, num_rows = [], 0
-    try:
-        # through structs: a table made of rows takes its columns from the first one alone
-        while chunk := [dict(row) for row in islice(source, ROWS_PER_GROUP)]:
-            tables.append(arrow.Table.from_batches([arrow.RecordBatch.from_struct_array(arrow.array(chunk))]))
-            num_rows += len(chunk)
-            if not tables[-1].num_columns:
-                raise arrow.ArrowInvalid("rows without a field")
-        table = arrow.concat_tables(tables, promote_options="permissive") if tables else arrow.table({})
-        parquet.write_table(table, stream, row_group_size=ROWS_PER_GROUP, compression="zstd")
-    except (arrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
-        raise DataError(
-            f"{path}: Parquet cannot hold these rows ({error}); write .jsonl, or give each field one type in all rows"
-        ) from error
-    return num_rows
-
-
-def _require(module: str) -> Any:
+def require(module: str) -> Any:
+    """The module that a kind of file needs. Raises ConfigError naming the extra when it is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from looktwice.config import CheckConfig
 from looktwice.data.check import Judge
 from looktwice.data.fields import Fields
-from looktwice.data.files import check_name, write_rows
 from looktwice.data.problems import Problem
 from looktwice.data.records import SampleFile
+from looktwice.data.row_writing import check_target, write_rows
 from looktwice.data.sample import Sample
 from looktwice.data.tally import counted
 from looktwice.errors import DataError
@@ -60,12 +60,11 @@ class Fixed:
         )
 
 
-def check_target(path: Path, target: Path) -> None:
-    """Raise DataError when the cleaned copy of a file cannot be written there, before the file is judged."""
-    check_name(target)
-    for written in (target, report_of(target)):
-        if written.exists() and path.exists() and written.samefile(path):
-            raise DataError(f"{written}: the file to fix; name another one to write to")
+def check_outputs(path: Path, target: Path) -> None:
+    """Raise DataError when the cleaned copy of a file, or its report, cannot be written, before the file is judged."""
+    check_target(target, path)
+    if report_of(target).exists() and path.exists() and report_of(target).samefile(path):
+        raise DataError(f"{report_of(target)}: the file to read from; name another copy")
 
 
 def report_of(target: Path) -> Path:
@@ -77,12 +76,12 @@ def fix(judge: Judge, fatal: Mapping[str, list[Problem]], target: Path) -> Fixed
     """Write a copy of a file in which nothing fatal is left, and beside it `target`.report.json.
 
     `judge` has judged this file, and `fatal` is what it found. Raises DataError when the file could not be read at all,
-    when no row is left, and what `check_target` raises.
+    when no row is left, and what `check_outputs` raises.
     """
     if not judge.num_training_files:
         raise DataError("\n".join(str(problem) for problems in fatal.values() for problem in problems))
     file = judge.files[0]
-    check_target(file.path, target)
+    check_outputs(file.path, target)
     done = Fixed(target=target, report=report_of(target), num_rows=len(file))
     rows = Cleaning(judge, fatal, done).rows()
     first = next(rows, None)

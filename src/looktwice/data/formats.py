@@ -17,7 +17,7 @@ from looktwice.errors import DataError
 
 ROWS_LOOKED_AT = 100
 MAY_LACK_THE_SIGN = (("swift", "messages"), ("openai", "messages"), ("sharegpt", "ovis"))
-"""Where some rows of a file fit the first of these and the others the second, all are of the first."""
+"""Stricter and looser: a row of the first may lack its sign and look like the second, a file of both is of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

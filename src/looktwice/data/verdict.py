@@ -13,7 +13,8 @@ PLACES_KEPT = 100
 
 @dataclass(kw_only=True)
 class Verdict:
-    """What was found, counted by reason, with the first places of each; `unchecked` is what needs which flag."""
+    """What was found, counted by reason, with the first places of each; `unchecked`: by flag, what was not checked
+    without it."""
 
     num_rows: int = 0
     num_samples: int = 0

@@ -107,8 +107,9 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
 def fitted(
     samples: Sequence[Sample], processor: Ovis2_5Processor, data: DataConfig, lengths: LengthReport
 ) -> list[Sample]:
-    """Samples that can be rolled out, with prompts of at most `max_length` tokens; those of a large set are new here.
+    """Samples that can be rolled out, with prompts of at most `max_length` tokens.
 
+    Checked again at every step, because samples of a large set were not seen at the start.
     Raises DataError as `refuse` and `fit_lengths` do.
     """
     refuse(samples, "the data", stage="grpo", view=View.of(processor))
