@@ -351,6 +351,7 @@ CHECK_FLAGS = [
     "--min_pixels",
     "--model",
     "--model_name",
+    "--num_workers",
     "--stage",
     "--val_data",
 ]

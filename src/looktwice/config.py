@@ -141,6 +141,9 @@ class CheckConfig(SampleConfig):
     length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
     model_name: str | None = knob(None, "model folder or hub name, for token lengths; `tiny` is the small model")
     stage: Stage = knob("sft", "what the files are for")
+    num_workers: NonNegativeInt | None = knob(
+        None, "processes that examine rows; default: one a core for 50,000 rows and more, else 0"
+    )
     decode: bool = knob(False, "decode every picture to its end; default: headers and end marks alone")
 
 

@@ -222,6 +222,21 @@ def test_a_picture_is_known_again_under_another_path_and_its_copy_when_decoded(j
     assert judged(*rows, decode=True).counts == {"duplicate": 3}
 
 
+def test_workers_find_what_one_process_finds(tmp_path, pictures, processor) -> None:
+    cases = [one for one in CASES.values() if "file" not in one and "options" not in one and "val" not in one]
+    rows = [one for case in cases for one in case["rows"] if "QnA" in one]
+    training = write(tmp_path / "d.jsonl", [*rows, *({**row(Q=f"Number {n}?"), "anwser": n} for n in range(2 * CHUNK))])
+    held_out = write(tmp_path / "val.jsonl", [row(), row(Q="Another?")])
+
+    def found(num_workers: int) -> dict[str, object]:
+        config = CheckConfig(image_base_path=pictures, val_data_path=held_out, num_workers=num_workers)
+        return judge([training], config, processor).as_json()
+
+    alone = found(0)
+    assert found(2) == alone
+    assert {"leaked_question", "leaked_picture", "duplicate", "picture_missing"} <= alone["reasons"].keys()
+
+
 def test_a_file_longer_than_a_chunk_is_judged_to_its_end(judged) -> None:
     rows = [row(Q=f"What is number {number}?") for number in range(CHUNK + 2)]
     verdict = judged(*rows, rows[0])

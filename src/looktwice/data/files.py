@@ -79,6 +79,7 @@ class RowFile(Sequence[Row]):
             self._stamp = _stamp_of(file)
             unpacked = _unpacked(file)
         weakref.finalize(self, unpacked.close)
+        self.is_packed = unpacked is not file
         self._watched = file if unpacked is file else None  # what is unpacked is ours alone
         self._rows = _open_rows(unpacked, self.path)
 

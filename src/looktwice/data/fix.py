@@ -116,7 +116,7 @@ class Cleaning:
     """Going through the rows of a judged file."""
 
     def __init__(self, judge: Judge, fatal: Mapping[str, list[Problem]], done: Fixed) -> None:
-        self.judge, self.file, self.fatal, self.done = judge, judge.files[0], fatal, done
+        self.examiner, self.file, self.fatal, self.done = judge.examiner, judge.files[0], fatal, done
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that remain, mended."""
@@ -161,7 +161,7 @@ class Cleaning:
 
     def fatal_problems(self, values: dict[str, Any], where: str) -> list[Problem]:
         samples, problems = self.read(values, where)
-        return [one for one in (*problems, *self.judge.sample_problems(samples)) if one.is_fatal]
+        return [one for one in (*problems, *self.examiner.sample_problems(samples)) if one.is_fatal]
 
     def read(self, values: dict[str, Any], where: str) -> tuple[list[Sample], list[Problem]]:
         reading = self.file.new_reading()
@@ -195,16 +195,16 @@ class Cleaning:
 
     def is_certain(self, swap: Swap, sample: Sample) -> bool:
         """Whether four numbers fit as corners in order, and neither as corner nor as centre with width and height."""
-        self.judge.look_at(sample.image_paths)
-        header = self.judge.picture_of(sample.image_paths[0]).header if sample.image_paths else None
+        self.examiner.look_at(sample.image_paths)
+        header = self.examiner.picture_of(sample.image_paths[0]).header if sample.image_paths else None
         if header is None:
             return False
         is_gold = swap.path[-1] == "box" and "content" not in swap.path
-        frame = "original_px" if is_gold else sample.box_frame or self.judge.view.box_frame
+        frame = "original_px" if is_gold else sample.box_frame or self.examiner.view.box_frame
         sizes = {
             "unit": Size(1, 1),
             "norm1000": Size(1000, 1000),
-            "resized_px": self.judge.view.overview_size(header.size),
+            "resized_px": self.examiner.view.overview_size(header.size),
         }
         size = sizes.get(frame, header.size)
 

@@ -27,6 +27,12 @@ class Tally:
         if len(self.places[what]) < PLACES_SHOWN:
             self.places[what].append(where)
 
+    def update(self, other: Tally) -> None:
+        """Add what another one counted later."""
+        for what, count in other.counts.items():
+            self.counts[what] += count
+            self.places[what] += other.places[what][: PLACES_SHOWN - len(self.places[what])]
+
     def lines(self) -> list[str]:
         """One line for each thing, the most frequent first: `3 x an untrained turn (a.jsonl:1, a.jsonl:4, ...)`."""
         return [
