@@ -40,8 +40,8 @@ WHOLE_SHARE = 0.98
 SPECIAL_TEXTS = (TURN_OPEN, TURN_CLOSE, TEXT_END, *(token for token in VISUAL_TOKENS if "_" in token))
 PLACEHOLDERS = (*(token for token in VISUAL_TOKENS if "_" not in token), "<audio>", "<img>")
 """What formats write in a text for something that is shown, and this one may not."""
-_COMMAND_LIKE = re.compile(r"\{[^{}]*(?:crop|bbox)[^{}]*?(?:[0-9.]+\s*,\s*){3}[0-9.]+[^{}]*\}", re.IGNORECASE)
-"""Braces that may have been meant as a call: what is one in the format is a call by now."""
+_BRACES = re.compile(r"\{[^{}]*\}")
+_FOUR_NUMBERS = re.compile(r"(?<![0-9.])(?:[0-9.]+\s*,\s*){3}[0-9.]")
 RELEASED_FACTOR = 32
 """Pixels a side of a visual token of the released models."""
 
@@ -145,8 +145,10 @@ def text_problems(sample: Sample, message: Message, view: View) -> Iterator[Prob
     if spelled := [token for token in PLACEHOLDERS if token in text]:
         yield problem_of(sample, "spells_placeholder", f"the {message.role} writes {', '.join(spelled)}")
     if message.role == "assistant":
-        for braces in _COMMAND_LIKE.finditer(text):
-            yield problem_of(sample, "no_call", f'"{short(braces[0])}"')
+        # what is a call in the format is one by now
+        for braces in _BRACES.findall(text):
+            if re.search("crop|bbox", braces, re.IGNORECASE) and _FOUR_NUMBERS.search(braces):
+                yield problem_of(sample, "no_call", f'"{short(braces)}"')
         opened, closed = text.count(THINK_OPEN), text.count(THINK_CLOSE)
         if opened != closed or opened > 1 or (opened and text.index(THINK_OPEN) > text.index(THINK_CLOSE)):
             yield problem_of(sample, "think_not_closed", f"{opened} {THINK_OPEN} and {closed} {THINK_CLOSE}")
