@@ -42,14 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": train, "ask": ask, "data": data, "export": export, "demo": demo}
     try:
-        run_one("looktwice", commands, arguments)
+        return run_one("looktwice", commands, arguments)
     except LooktwiceError as error:
         print(f"looktwice: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("looktwice: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def train(arguments: Sequence[str]) -> None:

@@ -14,12 +14,12 @@ from looktwice.flags import argument, prepare_file, read_command, run_one, write
 _MODEL = argument("--model", dest="model_name", default=argparse.SUPPRESS, help="short for --model_name")
 
 
-def data(words: Sequence[str]) -> None:
+def data(words: Sequence[str]) -> int:
     """Work on data files: check, show, stats, convert."""
-    run_one("looktwice data", {"check": check, "show": show, "stats": stats, "convert": convert}, words)
+    return run_one("looktwice data", {"check": check, "show": show, "stats": stats, "convert": convert}, words)
 
 
-def check(words: Sequence[str]) -> None:
+def check(words: Sequence[str]) -> int:
     """Judge data files before training: looktwice data check FILE... --image_base_path FOLDER."""
     given, config = read_command(
         check,
@@ -63,9 +63,8 @@ def check(words: Sequence[str]) -> None:
         write_json(given["json"], verdict.as_json())
     if target:
         console.print(str(fix(judge, fatal, target)), markup=False, highlight=False, soft_wrap=True)
-    if not verdict.would_train:
-        raise DataError(str(verdict))
-    console.print(str(verdict), highlight=False)
+    console.print(str(verdict), style=None if verdict.would_train else "red", highlight=False, soft_wrap=True)
+    return 0 if verdict.would_train else 1
 
 
 def show(words: Sequence[str]) -> None:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 from looktwice.config import Config, flag_of
 from looktwice.errors import ConfigError, nearest
 
-Command = Callable[[Sequence[str]], None]
+Command = Callable[[Sequence[str]], int | None]
+"""Gives its exit code, None for 0."""
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 """Names and options of an argument that no config field stands for, as `add_argument` takes them."""
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -44,17 +45,17 @@ def _with_underscores(argument: str) -> str:
     return f"{start}{flag.removeprefix(start).replace('-', '_')}{equals}{value}"
 
 
-def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> None:
-    """Run the command that the first argument names, or say which there are."""
+def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
+    """Run the command that the first argument names, or say which there are, and give its exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: {program} {{{','.join(commands)}}} ...\n")
         width = max(map(len, commands))
         for name, command in commands.items():
             print(f"  {name:{width}} {(command.__doc__ or '').splitlines()[0]}")
-        return
+        return 0
     if arguments[0] not in commands:
         raise ConfigError(f'unknown command "{arguments[0]}".{nearest(arguments[0], commands)}')
-    commands[arguments[0]](arguments[1:])
+    return commands[arguments[0]](arguments[1:]) or 0
 
 
 def argument(*names: str, **options: Any) -> Argument:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from looktwice import cli
 from looktwice.config import CheckConfig, DataConfig, Stage
+from looktwice.data import check as check_module
 from looktwice.data import faults, problems
 from looktwice.data.check import CHUNK, Judge, judge
 from looktwice.data.dataset import Encoder
@@ -205,7 +206,7 @@ def test_a_problem_reads_as_place_field_and_mend(judged) -> None:
 def test_fatal_reasons_come_first_then_the_frequent_ones(judged) -> None:
     verdict = judged(row(A3="A cup."), row(Q="Whose?", A3="A."), row(A3="{Crop [1]}"), row(Q=""))
     assert verdict.reasons[-1] == "no_answer_block" and verdict.counts["no_answer_block"] == 2
-    assert "2 places of 2 samples in 4 rows must be mended" in str(verdict)
+    assert "2 places to mend or leave out; 2 samples in 4 rows" in str(verdict)
 
 
 def test_what_is_not_checked_without_a_flag_is_said(judged) -> None:
@@ -235,6 +236,27 @@ def test_workers_find_what_one_process_finds(tmp_path, pictures, processor) -> N
     alone = found(0)
     assert found(2) == alone
     assert {"leaked_question", "leaked_picture", "duplicate", "picture_missing"} <= alone["reasons"].keys()
+
+
+def test_what_workers_saw_is_known_again_in_a_small_file(tmp_path, pictures, processor, monkeypatch) -> None:
+    monkeypatch.setattr(check_module, "ROWS_FOR_WORKERS", 3)
+    training = write(tmp_path / "d.jsonl", [row(Q=f"Number {n}?") for n in range(3)])
+    held_out = write(tmp_path / "val.jsonl", [row(Q="Number 1?")])
+    for decode in (False, True):
+        config = CheckConfig(image_base_path=pictures, val_data_path=held_out, decode=decode)
+        assert judge([training], config, processor).counts == {"leaked_question": 1, "leaked_picture": 1}
+
+
+def test_a_misspelt_field_is_noted_where_other_rows_have_it_right(judged) -> None:
+    verdict = judged(row(answer="a cup"), row(Q="Where?", anser="there"))
+    [problem] = verdict.first["ignored_field"]
+    assert problem.what == 'field "anser" of 1 sample is ignored. Did you mean "answer"?'
+
+
+def test_what_is_wrong_with_a_question_has_its_place(judged) -> None:
+    verdict = judged(row(Q="What does <image> mean?"), row(Q="What does <image> mean?"))
+    assert {problem.field for problems in verdict.first.values() for problem in problems} == {"QnA[0]"}
+    assert dict(verdict.counts) == {"spells_placeholder": 2, "duplicate": 1}
 
 
 def test_a_file_longer_than_a_chunk_is_judged_to_its_end(judged) -> None:
@@ -281,7 +303,8 @@ def test_the_command_ends_with_1_when_training_would_stop(tmp_path, pictures, ca
     assert check(path, "--image_base_path", pictures) == 1
     out, error = capsys.readouterr()
     assert "box_wrong_length" in out and "not checked without --model_name" in out
-    assert error == "looktwice: training would stop: 1 place of 1 sample in 2 rows must be mended or left out\n"
+    verdict = "training would stop: 1 place to mend or leave out; 1 sample in 2 rows can be read\n"
+    assert out.endswith(verdict) and error == ""
 
 
 @pytest.mark.parametrize("flag", ["--json", "--fix"])
@@ -473,6 +496,12 @@ def test_nothing_is_written_when_no_row_is_left(tmp_path, pictures, processor) -
     with pytest.raises(DataError, match="no row would be left"):
         fixed_rows([row(A3="{Crop [1]}")], tmp_path, pictures, processor)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_set_that_is_too_long_as_a_whole_is_not_fixed(tmp_path, pictures, processor) -> None:
+    config = CheckConfig(image_base_path=pictures, max_length=5, length_policy="drop")
+    with pytest.raises(DataError, match=r"no row would be left: .*every sample is longer than max_length 5"):
+        fixed(write(tmp_path / "d.jsonl", [row()]), tmp_path / "out.jsonl", config, processor)
 
 
 def test_the_file_itself_is_not_overwritten(tmp_path, pictures) -> None:

@@ -230,7 +230,9 @@ def test_a_file_comes_back_through_another_format_and_container(name: str, suffi
 
 
 def test_nothing_is_written_when_something_would_be_lost(file, tmp_path: Path, capsys) -> None:
-    source, target = file(TWO_TURNS, TWO_TURNS), tmp_path / "out.jsonl"
+    question = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Q"}]
+    one_question = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "A"}]}
+    source, target = file(TWO_TURNS, TWO_TURNS, one_question), tmp_path / "out.jsonl"
     words = ["data", "convert", str(source), str(target), "--to", "documented"]
     assert main(words) == 1
     message = capsys.readouterr().err
@@ -239,7 +241,14 @@ def test_nothing_is_written_when_something_would_be_lost(file, tmp_path: Path, c
     assert not target.exists()
     assert main([*words, "--allow_loss"]) == 0
     assert "left out:\n  2 x several turns" in capsys.readouterr().out
-    assert target.read_text() == ""
+    assert len(target.read_text().splitlines()) == 1
+
+
+def test_a_file_of_no_row_is_not_written(file, tmp_path: Path, capsys) -> None:
+    source, target = file(TWO_TURNS, TWO_TURNS), tmp_path / "out.jsonl"
+    assert main(["data", "convert", str(source), str(target), "--to", "documented", "--allow_loss"]) == 1
+    assert f"{target}: not written, as no sample can stand in this format" in capsys.readouterr().err
+    assert not target.exists()
 
 
 def test_the_command_says_what_it_read_and_wrote(file, tmp_path: Path, capsys) -> None:

@@ -130,6 +130,17 @@ def test_a_field_of_row_and_question_keeps_the_questions_and_says_so(read, caplo
     assert 'ignored: 1 x "id" of the row' in caplog.text
 
 
+def test_gold_fields_may_stand_in_the_row(read, caplog) -> None:
+    alone = {"image_path": "a.png", "box_frame": "unit", "answer": "b", "QnA": [{"Q": "Q", "A": "A"}]}
+    several = {**alone, "QnA": [{"Q": "Q", "A": "A"}, {"Q": "R", "A": "A", "box_frame": "norm1000"}]}
+    with caplog.at_level(logging.WARNING):
+        samples = read(alone, several)
+    assert [(one.box_frame, one.solution) for one in samples] == [("unit", "b"), ("unit", ""), ("norm1000", "")]
+    assert 'ignored: 1 x "answer" of a row with several questions' in caplog.text
+    with pytest.raises(DataError, match=r"QnA\[0\]\.box_frame: 'nonsense' is no frame"):
+        read({**alone, "box_frame": "nonsense"})
+
+
 def test_an_escaped_command_is_text(read) -> None:
     [sample] = read(
         {"image_path": "a.png", "QnA": [{"Q": "Q", "A3": "&#123;Crop a [1, 2, 3, 4]} &amp;#123;crop &#123;"}]}

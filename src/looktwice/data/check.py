@@ -81,7 +81,6 @@ class Judge:
             yield Problem.told(words, reason="unusable_file", where=str(path), field="")
             return
         self.files.append(file)
-        self.verdict.formats[str(path)] = file.format.name
         self.verdict.num_rows += len(file)
         num_samples, num_too_long = 0, 0
         reading = file.new_reading()
@@ -91,10 +90,12 @@ class Judge:
                 yield from self.repeats(brief)
             num_samples += len(findings.briefs)
             num_too_long += sum(problem.reason == "over_length" for problem in findings.problems)
-            reading.names.update(findings.reading.names)
+            reading.misspelt.update(findings.reading.misspelt)
             reading.ignored.update(findings.reading.ignored)
             self.evidence.add(findings.evidence)
         self.verdict.num_samples += num_samples
+        if num_samples:
+            self.verdict.formats[str(path)] = file.format.name
         if self.config.length_policy == "drop" and 0 < num_samples <= num_too_long:
             what = f"every sample is longer than max_length {self.config.max_length}"
             yield Problem(reason="too_long", where=str(path), field="", what=what)

@@ -79,6 +79,8 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
                 yield written
         # raised before the file is complete, so that none is left
         raise_if_any(reading.problems, source)
+        if not done.num_written:
+            raise DataError(f"{target}: not written, as no sample can stand in this format\n{done}")
         if (done.lost or done.left_out) and not config.allow_loss:
             raise DataError(
                 f"{target}: not written, as the format cannot hold everything; with --allow_loss there would be\n{done}"

@@ -48,15 +48,20 @@ def num_samples(values: Mapping[str, object]) -> int:
 
 def read(row: Fields, reading: Reading) -> list[Sample]:
     """The samples of a row, one a question."""
-    row.known = ("image_path", "QnA")
+    row.known = ("image_path", "QnA", *GOLD_FIELDS)
     picture = row.picture("image_path", reading.image_base_path)
     questions = row.objects("QnA", '{"Q": …, "A3": …}')
     if not questions and row.values.get("QnA") == []:
         row.note("QnA", "empty_text", "the list is empty; add a question or remove the row")
+    gold = {name: row.values[name] for name in GOLD_FIELDS if row.is_given(name)}
+    if len(questions) > 1:
+        for name in gold.keys() - {"box_frame"}:
+            reading.ignored.add(f'"{name}" of a row with several questions', row.where)
+            del gold[name]
     samples = []
     for index, question in enumerate(questions):
         if question is not None:
-            fields = row.inside(question, known=(), path=f"QnA[{index}].")
+            fields = row.inside({**gold, **question}, known=(), path=f"QnA[{index}].")
             # read also where the picture is missing, so that all problems of the row are named at once
             sample = _read_question(fields, picture or Path(), row.extra(), reading)
             if sample and picture:

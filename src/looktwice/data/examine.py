@@ -17,10 +17,12 @@ from looktwice.data.faults import (
     View,
     calls_of,
     decoded,
+    fingerprint,
     inspect_all,
     inspected,
     overhang,
     problem_of,
+    question_field,
     sample_problems,
 )
 from looktwice.data.fields import Reading
@@ -132,8 +134,8 @@ class Examiner:
     def brief(self, row: int, sample: Sample) -> Brief:
         pictures = tuple((self.picture_of(source).identity, name_of(source)) for source in sample.image_paths)
         asked = [text_of(message) for message in sample.conversation.messages if message.role == "user"]
-        question = hash((*(identity for identity, _ in pictures), *asked))
-        return Brief(row=row, where=sample.where, field=sample.field, question=question, pictures=pictures)
+        question = fingerprint(*(identity for identity, _ in pictures), *asked)
+        return Brief(row=row, where=sample.where, field=question_field(sample), question=question, pictures=pictures)
 
     def weigh_boxes(self, sample: Sample, evidence: FrameEvidence) -> None:
         """Add the calls of a sample, whose boxes are declared as pixels, to the evidence."""

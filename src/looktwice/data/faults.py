@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -140,10 +141,11 @@ def turn_problems(sample: Sample, stage: Stage, view: View) -> Iterator[Problem]
 
 def text_problems(sample: Sample, message: Message, view: View) -> Iterator[Problem]:
     text = text_of(message)
-    if spelled := [token for token in view.special_texts if token in text]:
-        yield problem_of(sample, "spells_token", f"the {message.role} writes {', '.join(spelled)}")
-    if spelled := [token for token in PLACEHOLDERS if token in text]:
-        yield problem_of(sample, "spells_placeholder", f"the {message.role} writes {', '.join(spelled)}")
+    field = sample.field if message.role == "assistant" else question_field(sample)
+    for reason, tokens in (("spells_token", view.special_texts), ("spells_placeholder", PLACEHOLDERS)):
+        if spelled := [token for token in tokens if token in text]:
+            what = f"the {message.role} writes {', '.join(spelled)}"
+            yield Problem(reason=reason, where=sample.where, field=field, what=what)
     if message.role == "assistant":
         # what is a call in the format is one by now
         for braces in _BRACES.findall(text):
@@ -186,9 +188,7 @@ def gold_problems(sample: Sample, picture: PictureHeader) -> Iterator[Problem]:
     """What is wrong with the gold box of a sample, if it has one, on its first picture."""
     if sample.gold_box is None:
         return
-    question, dot, _ = sample.field.rpartition(".")
-    # beside the answer of a documented question, else in the row itself
-    field = f"{question}{dot}box" if question.startswith("QnA") else "box"
+    field = ".".join(filter(None, (question_field(sample), "box")))
     for reason, what in _gold_faults(sample.gold_box, picture):
         yield Problem(reason=reason, where=sample.where, field=field, what=f"{_written(sample.gold_box)}: {what}")
 
@@ -279,19 +279,28 @@ def decoded(source: Source) -> Picture:
     except ImageError as error:
         return _refused(source, error)
     is_file = not str(source).startswith(DATA_URL)
-    return picture._replace(identity=hash(Path(source).read_bytes())) if is_file else picture
+    return picture._replace(identity=fingerprint(Path(source).read_bytes())) if is_file else picture
 
 
 def _refused(source: Source, error: ImageError) -> Picture:
     what, _, _ = str(error).removeprefix(f"{name_of(source)}: ").rpartition("; ")  # its mend is that of the reason
-    return Picture(None, hash(str(source)), f"picture_{error.reason}", what)
+    return Picture(None, fingerprint(source), f"picture_{error.reason}", what)
 
 
 def _identity(source: Source) -> int:
     if str(source).startswith(DATA_URL):
-        return hash(str(source))
+        return fingerprint(source)
     status = os.stat(source)
-    return hash((status.st_dev, status.st_ino))
+    return fingerprint(status.st_dev, status.st_ino)
+
+
+def fingerprint(*parts: object) -> int:
+    """64 bits that stand for bytes and texts, the same in every process, as Python's own hash is not."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        raw = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def calls_of(sample: Sample) -> list[str]:
@@ -313,6 +322,12 @@ def _answered(sample: Sample) -> Iterator[object]:
 
 def _calls_in(part: TextPart) -> list[str]:
     return split_calls(part.text)[:-1]
+
+
+def question_field(sample: Sample) -> str:
+    """The place of a documented question in its row, such as `QnA[0]`; of another format "", the row itself."""
+    question, _, _ = sample.field.rpartition(".")
+    return question if question.startswith("QnA") else ""
 
 
 def problem_of(sample: Sample, reason: str, what: str) -> Problem:

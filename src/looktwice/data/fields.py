@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -34,7 +35,8 @@ class Reading:
     """What the caller says about a file, and what was found on the way.
 
     `answer_key` is the field of a documented question that holds its answer; `box_frame` the frame of boxes whose row
-    does not say. `names` counts every field name of a row; `ignored` are names below the row that have no meaning,
+    does not say. `misspelt` counts names close to an optional
+    field that their row lacks, `ignored` are names below the row that have no meaning,
     `changed` is what is read otherwise than it is written.
     """
 
@@ -42,7 +44,7 @@ class Reading:
     answer_key: str | None = None
     box_frame: BoxFrame | None = None
     problems: list[Problem] = field(default_factory=list)
-    names: Counter[str] = field(default_factory=Counter)
+    misspelt: Counter[tuple[str, str]] = field(default_factory=Counter)
     ignored: Tally = field(default_factory=Tally)
     changed: Tally = field(default_factory=Tally)
 
@@ -225,8 +227,15 @@ def finish(
         field=f"{row.path}{answer_field}",
         extra=row.extra() if extra is None else extra,
     )
-    reading.names.update(row.values.keys())
+    absent = tuple(name for name in GOLD_FIELDS if name not in row.values)
+    reading.misspelt.update((name, hint) for name in row.values if (hint := _hint(name, absent)))
     return sample if row.is_good else None
+
+
+@lru_cache(maxsize=1024)
+def _hint(name: str, absent: tuple[str, ...]) -> str:
+    """Which optional field of those that a row lacks may have been meant; "" where none is close."""
+    return "" if name in GOLD_FIELDS else nearest(name, absent)
 
 
 def _conversation(row: Fields, messages: Iterable[Message], answer_field: str) -> Conversation:

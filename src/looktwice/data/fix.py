@@ -81,6 +81,8 @@ def fix(judge: Judge, fatal: Mapping[str, list[Problem]], target: Path) -> Fixed
     if not judge.num_training_files:
         raise DataError("\n".join(str(problem) for problems in fatal.values() for problem in problems))
     file = judge.files[0]
+    if of_all := fatal.get(str(file.path)):
+        raise DataError(f"no row would be left: {of_all[0]}")
     check_outputs(file.path, target)
     done = Fixed(target=target, report=report_of(target), num_rows=len(file))
     rows = Cleaning(judge, fatal, done).rows()

@@ -66,7 +66,10 @@ REASONS: dict[str, Reason] = {
     "call_not_closed": _fatal("a <tool_call> that is not closed", "add </tool_call>"),
     "call_without_box": _fatal("a call that does not hold one box in brackets", "write [x1, y1, x2, y2]"),
     "call_without_picture": _fatal("a call in a conversation without a picture", "add the picture or remove the call"),
-    "no_call": _note("braces with four numbers that are no call in this format", "write the call as the format has it"),
+    "no_call": _note(
+        "braces with crop or bbox and four numbers that are no call in this format",
+        "write the call as the format has it",
+    ),
     "call_text_changes": _note("a call that reads otherwise after tokenising", "write it in plain characters"),
     "box_wrong_length": _fatal("a box without exactly four numbers", "write [x1, y1, x2, y2]"),
     "box_not_a_number": _fatal("a box with something that is no finite number", "write four numbers"),

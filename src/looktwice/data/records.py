@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from looktwice.config import SampleConfig
-from looktwice.data.fields import GOLD_FIELDS, Fields, Reading
+from looktwice.data.fields import Fields, Reading
 from looktwice.data.files import RowError, RowFile
 from looktwice.data.formats import FORMATS, ROWS_LOOKED_AT, Format, detect
 from looktwice.data.problems import Problem, raise_if_any
@@ -155,10 +155,8 @@ def read_samples(
 def unused_names(reading: Reading) -> Iterator[str]:
     """What was found in rows and means nothing: names below the row, and names close to an optional field."""
     yield from (f"ignored: {line}" for line in reading.ignored.lines())
-    absent = [name for name in GOLD_FIELDS if name not in reading.names]
-    for name, count in reading.names.items():
-        if name not in GOLD_FIELDS and (hint := nearest(name, absent)):
-            yield f'field "{name}" of {counted(count, "sample")} is ignored.{hint}'
+    for (name, hint), count in reading.misspelt.items():
+        yield f'field "{name}" of {counted(count, "sample")} is ignored.{hint}'
 
 
 def _named(name: str) -> Format:

@@ -45,7 +45,8 @@ class Verdict:
         """Whether training would run, in words."""
         seen = f"{counted(self.num_samples, 'sample')} in {counted(self.num_rows, 'row')}"
         if self.bad_rows:
-            return f"training would stop: {counted(len(self.bad_rows), 'place')} of {seen} must be mended or left out"
+            places = counted(len(self.bad_rows), "place")
+            return f"training would stop: {places} to mend or leave out; {seen} can be read"
         num_notes = sum(self.counts.values())
         notes = f", with {counted(num_notes, 'note')} to look at" if num_notes else ", and nothing was found"
         return f"training would run: {seen}{notes}"
