@@ -206,7 +206,7 @@ def test_a_problem_reads_as_place_field_and_mend(judged) -> None:
 def test_fatal_reasons_come_first_then_the_frequent_ones(judged) -> None:
     verdict = judged(row(A3="A cup."), row(Q="Whose?", A3="A."), row(A3="{Crop [1]}"), row(Q=""))
     assert verdict.reasons[-1] == "no_answer_block" and verdict.counts["no_answer_block"] == 2
-    assert "2 places to mend or leave out; 2 samples in 4 rows" in str(verdict)
+    assert "2 places to mend or leave out, in 4 rows with 2 readable samples" in str(verdict)
 
 
 def test_what_is_not_checked_without_a_flag_is_said(judged) -> None:
@@ -303,7 +303,7 @@ def test_the_command_ends_with_1_when_training_would_stop(tmp_path, pictures, ca
     assert check(path, "--image_base_path", pictures) == 1
     out, error = capsys.readouterr()
     assert "box_wrong_length" in out and "not checked without --model_name" in out
-    verdict = "training would stop: 1 place to mend or leave out; 1 sample in 2 rows can be read\n"
+    verdict = "training would stop: 1 place to mend or leave out, in 2 rows with 1 readable sample\n"
     assert out.endswith(verdict) and error == ""
 
 

@@ -46,7 +46,8 @@ class Verdict:
         seen = f"{counted(self.num_samples, 'sample')} in {counted(self.num_rows, 'row')}"
         if self.bad_rows:
             places = counted(len(self.bad_rows), "place")
-            return f"training would stop: {places} to mend or leave out; {seen} can be read"
+            rows, samples = counted(self.num_rows, "row"), counted(self.num_samples, "readable sample")
+            return f"training would stop: {places} to mend or leave out, in {rows} with {samples}"
         num_notes = sum(self.counts.values())
         notes = f", with {counted(num_notes, 'note')} to look at" if num_notes else ", and nothing was found"
         return f"training would run: {seen}{notes}"
