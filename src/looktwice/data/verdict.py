@@ -43,14 +43,13 @@ class Verdict:
 
     def __str__(self) -> str:
         """Whether training would run, in words."""
-        seen = f"{counted(self.num_samples, 'sample')} in {counted(self.num_rows, 'row')}"
+        rows = counted(self.num_rows, "row")
         if self.bad_rows:
-            places = counted(len(self.bad_rows), "place")
-            rows, samples = counted(self.num_rows, "row"), counted(self.num_samples, "readable sample")
+            places, samples = counted(len(self.bad_rows), "place"), counted(self.num_samples, "readable sample")
             return f"training would stop: {places} to mend or leave out, in {rows} with {samples}"
         num_notes = sum(self.counts.values())
         notes = f", with {counted(num_notes, 'note')} to look at" if num_notes else ", and nothing was found"
-        return f"training would run: {seen}{notes}"
+        return f"training would run: {counted(self.num_samples, 'sample')} in {rows}{notes}"
 
     def as_json(self) -> dict[str, object]:
         """All that is known, for machines: each reason with its first 100 places."""
