@@ -278,7 +278,9 @@ def test_the_machine_readable_form_holds_counts_and_places(judged) -> None:
 def test_a_picture_is_opened_once_for_all_its_questions(judged, monkeypatch) -> None:
     opened = []
     read_header = faults.read_header
-    monkeypatch.setattr(faults, "read_header", lambda source: opened.append(source) or read_header(source))
+    monkeypatch.setattr(
+        faults, "read_header", lambda source, **how: opened.append(source) or read_header(source, **how)
+    )
     judged(row(), row(Q="Where?"), {**row(Q="Whose?"), "image_path": "./good.png"})
     assert len(opened) == 1
 
@@ -496,6 +498,12 @@ def test_nothing_is_written_when_no_row_is_left(tmp_path, pictures, processor) -
     with pytest.raises(DataError, match="no row would be left"):
         fixed_rows([row(A3="{Crop [1]}")], tmp_path, pictures, processor)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_sample_too_long_for_both_stages_counts_once(judged) -> None:
+    long = row(Q="What " * 300, answer="a cup")
+    verdict = judged(row(), long, stage="both", max_length=200, length_policy="drop")
+    assert dict(verdict.counts) == {"over_length": 2}
 
 
 def test_a_set_that_is_too_long_as_a_whole_is_not_fixed(tmp_path, pictures, processor) -> None:

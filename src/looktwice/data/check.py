@@ -89,7 +89,9 @@ class Judge:
             for brief in findings.briefs:
                 yield from self.repeats(brief)
             num_samples += len(findings.briefs)
-            num_too_long += sum(problem.reason == "over_length" for problem in findings.problems)
+            # a sample may be too long as a sequence and as a prompt
+            too_long = {(one.where, one.field) for one in findings.problems if one.reason == "over_length"}
+            num_too_long += len(too_long)
             reading.misspelt.update(findings.reading.misspelt)
             reading.ignored.update(findings.reading.ignored)
             self.evidence.add(findings.evidence)

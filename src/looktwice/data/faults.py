@@ -255,16 +255,13 @@ def inspect_all(sources: Sequence[Source], inspect: Callable[[Source], Picture])
 
 def measured(source: Source) -> Picture:
     """A picture by its header alone, or what is wrong with that."""
-    try:
-        return Picture(read_header(source, is_doubted=False), _identity(source))
-    except ImageError as error:
-        return _refused(source, error)
+    return inspected(source, is_doubted=False)
 
 
-def inspected(source: Source) -> Picture:
-    """A picture by its header and its end, or what is wrong with it."""
+def inspected(source: Source, *, is_doubted: bool = True) -> Picture:
+    """A picture by its header and, if doubted, its end, or what is wrong with it."""
     try:
-        return Picture(read_header(source), _identity(source))
+        return Picture(read_header(source, is_doubted=is_doubted), _identity(source))
     except ImageError as error:
         return _refused(source, error)
 

@@ -43,7 +43,7 @@ _GAP = re.compile(r"[ \t\n\r]*")
 class RowError(DataError):
     """A row that cannot be read, whatever it means. `reason` is a key of `problems.REASONS`."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, message: str, reason: str = "broken_row") -> None:
         super().__init__(message)
         self.reason = reason
 
@@ -160,18 +160,18 @@ class _TextRows:
             values = json.loads(self.raw(index).rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_unique)
         except UnicodeDecodeError as error:
             place = f"byte {error.start + 1} of the {self.unit}"
-            raise RowError("not_utf8", f"{where}: {place} is not UTF-8; save the file as UTF-8") from error
+            raise RowError(f"{where}: {place} is not UTF-8; save the file as UTF-8", "not_utf8") from error
         except json.JSONDecodeError as error:
             what = f"broken JSON at column {error.colno} ({error.msg})"
-            raise RowError("broken_json", f"{where}: {what}; mend the line") from error
+            raise RowError(f"{where}: {what}; mend the line", "broken_json") from error
         except RecursionError as error:
-            raise RowError("broken_row", f"{where}: JSON nested too deeply; mend the {self.unit}") from error
+            raise RowError(f"{where}: JSON nested too deeply; mend the {self.unit}", "broken_row") from error
         except ValueError as error:
             reason = "equal_names" if isinstance(error, _EqualNames) else "broken_row"
-            raise RowError(reason, f"{where}: {error}; mend the {self.unit}") from error
+            raise RowError(f"{where}: {error}; mend the {self.unit}", reason) from error
         if not isinstance(values, dict):
             what = f"{kind_of(values)} where an object belongs"
-            raise RowError("not_an_object", f"{where}: {what}; write one JSON object a {self.unit}")
+            raise RowError(f"{where}: {what}; write one JSON object a {self.unit}", "not_an_object")
         return values
 
     def quick_values(self) -> Iterator[dict[str, Any] | None]:
@@ -327,7 +327,7 @@ class _ParquetRows:
             table = self.groups[group]
             [row] = table.slice(index - int(self.ends[group]) + len(table), 1).to_pylist()
         except (self.arrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-            raise RowError("broken_row", f"{where}: the row cannot be read ({error}); make the file again") from error
+            raise RowError(f"{where}: the row cannot be read ({error}); make the file again", "broken_row") from error
         return _without_nulls(row)
 
     def quick_values(self) -> Iterator[dict[str, Any] | None]:
