@@ -16,12 +16,13 @@ from measure import medians, publish
 from PIL import Image
 
 import looktwice
+from looktwice.checking.check import judge
 from looktwice.config import CheckConfig
-from looktwice.data.check import judge
-from looktwice.data.dataset import BatchOrder, encode_sample
-from looktwice.data.files import RowFile
+from looktwice.data.examples import encode_sample
 from looktwice.data.loader import Loader
-from looktwice.data.records import SampleFile
+from looktwice.data.order import BatchOrder
+from looktwice.formats.files import RowFile
+from looktwice.formats.sample_file import SampleFile
 from looktwice.geometry import Size
 from looktwice.processing.image_processor import Ovis2_5ImageProcessor
 from looktwice.processing.images import open_image

@@ -9,9 +9,9 @@ import torch
 from measure import medians, publish
 from torch import Tensor
 
-from looktwice.data.dataset import encode_sample
-from looktwice.data.records import read_samples
+from looktwice.data.examples import encode_sample
 from looktwice.demo.task import make_dataset
+from looktwice.formats.sample_file import read_samples
 from looktwice.model.adapters import base_of
 from looktwice.model.weights import TINY, load_model, locate
 from looktwice.processing.packing import pack

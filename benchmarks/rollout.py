@@ -9,9 +9,9 @@ import torch
 from measure import medians, publish
 
 from looktwice.config import InferenceConfig
-from looktwice.data.records import read_samples
 from looktwice.data.sample import Sample
 from looktwice.demo.task import make_dataset
+from looktwice.formats.sample_file import read_samples
 from looktwice.inference import OvisInference
 from looktwice.model.weights import TINY
 from looktwice.rollout.builtin_engine import BuiltinEngine

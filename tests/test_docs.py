@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from looktwice.cli import main
-from looktwice.data.formats import FORMATS
-from looktwice.data.records import SampleFile, read_samples
+from looktwice.formats.catalogue import FORMATS
+from looktwice.formats.sample_file import SampleFile, read_samples
 
 TEXT = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
 FILES = {name: (kind, rows) for name, kind, rows in re.findall(r"```jsonl (\S+) (\S+)\n(.*?)```", TEXT, re.DOTALL)}

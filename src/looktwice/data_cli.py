@@ -40,8 +40,8 @@ def check(words: Sequence[str]) -> int:
     prepare_file(target, "--fix", inputs)
     from rich.console import Console
 
-    from looktwice.data.check import Judge
-    from looktwice.data.fix import check_outputs, fix
+    from looktwice.checking.check import Judge
+    from looktwice.checking.fix import check_outputs, fix
     from looktwice.data.problems import Problem
     from looktwice.processing.processor import load_processor
     from looktwice.report.terminal import verdict_table
@@ -83,8 +83,8 @@ def show(words: Sequence[str]) -> None:
     prepare_file(given["html"], "--html", [given["file"]])
     from rich.console import Console
 
-    from looktwice.data.records import SampleFile
-    from looktwice.data.tally import counted
+    from looktwice.errors import counted
+    from looktwice.formats.sample_file import SampleFile
     from looktwice.processing.processor import load_processor
     from looktwice.report.data_page import write_samples_page
     from looktwice.report.sample_view import view_file
@@ -124,9 +124,9 @@ def stats(words: Sequence[str]) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from looktwice.data.records import SampleFile
-    from looktwice.data.statistics import Statistics, rows_to_measure
-    from looktwice.data.tally import counted
+    from looktwice.checking.statistics import Statistics, rows_to_measure
+    from looktwice.errors import counted
+    from looktwice.formats.sample_file import SampleFile
     from looktwice.processing.processor import load_processor
     from looktwice.report.data_page import statistics_charts, write_statistics_page
     from looktwice.report.tables import statistics_tables
@@ -165,6 +165,6 @@ def convert(words: Sequence[str]) -> None:
         argument("source", metavar="IN", type=Path, help="file to read: JSONL, JSON or Parquet"),
         argument("target", metavar="OUT", type=Path, help="file to write; its name says which kind"),
     )
-    from looktwice.data.convert import convert_file
+    from looktwice.formats.convert import convert_file
 
     print(convert_file(given["source"], given["target"], config))

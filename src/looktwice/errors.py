@@ -1,4 +1,4 @@
-"""Errors a user can cause. Each message says what was seen, where, and the mend."""
+"""Errors a user can cause, and how messages word things. Each says what was seen, where, and the mend."""
 
 from __future__ import annotations
 
@@ -46,3 +46,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ` Did you mean "beta"?`, or an empty string when no known name is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f' Did you mean "{matches[0]}"?' if matches else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def short(text: str) -> str:
+    """A text as one line of at most 80 characters, its middle left out."""
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"

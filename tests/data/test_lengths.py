@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from looktwice.data.dataset import encode_sample, processor_for
+from looktwice.data.examples import encode_sample, processor_for
 from looktwice.data.lengths import sequence_lengths, shrunk_policy
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from looktwice.data.dataset import encode_sample
+from looktwice.data.examples import encode_sample
 from looktwice.data.loader import Loader
-from looktwice.data.records import Sample, read_samples
 from looktwice.demo.task import DatasetFiles
 from looktwice.errors import BoxError, ConfigError, DataError
+from looktwice.formats.sample_file import Sample, read_samples
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Ovis2_5Processor
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from looktwice.config import InferenceConfig
-from looktwice.data.records import read_samples
 from looktwice.data.sample import Sample
 from looktwice.evaluation.accuracy import evaluate
 from looktwice.evaluation.controls import CONTROLS
+from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box, Size
 from looktwice.inference import OvisInference
 from looktwice.messages import Conversation, question_about

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import PreTrainedModel
 
+import looktwice.model.logprobs
 import looktwice.model.visual_tokenizer
-import looktwice.training.losses
 from looktwice.geometry import Size, smart_resize
 from looktwice.model.attention import packed_attention
 from looktwice.model.configuration import Ovis2_5Config
@@ -267,7 +267,7 @@ def test_the_logprobs_of_a_pack_are_those_of_its_logits(
     monkeypatch: pytest.MonkeyPatch,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr(looktwice.training.losses, "LOGPROB_CHUNK", chunk)
+    monkeypatch.setattr(looktwice.model.logprobs, "LOGPROB_CHUNK", chunk)
     batch = pack(mix(1, 0, 2))
     with torch.no_grad():
         output = model(**batch.model_inputs(), temperature=0.7, with_entropy=True)
@@ -331,7 +331,7 @@ def test_gradients_do_not_depend_on_where_chunks_end(
 ) -> None:
     model, batch = copy.deepcopy(model), pack(mix(2, 1, 0))
     whole = gradients(model, batch)
-    monkeypatch.setattr(looktwice.training.losses, "LOGPROB_CHUNK", 3)
+    monkeypatch.setattr(looktwice.model.logprobs, "LOGPROB_CHUNK", 3)
     monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 2)
     assert_same_gradients(gradients(model, batch), whole)
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from looktwice.cli import main
 from looktwice.config import ShowConfig
-from looktwice.data.records import SampleFile
 from looktwice.demo.task import DatasetFiles
+from looktwice.formats.sample_file import SampleFile
 from looktwice.geometry import Size
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.report.data_page import shown_width, write_samples_page

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from looktwice.config import ShowConfig
-from looktwice.data.dataset import encode_sample
-from looktwice.data.records import SampleFile
+from looktwice.data.examples import encode_sample
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
+from looktwice.formats.sample_file import SampleFile
 from looktwice.geometry import Box, PixelPolicy, Size
 from looktwice.messages import Conversation, Message, TextPart, assistant, system, user
 from looktwice.processing.images import patchify, resize

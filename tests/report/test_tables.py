@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from looktwice.checking.statistics import Measures, Statistics
 from looktwice.config import StatsConfig
-from looktwice.data.statistics import Measures, Statistics
 from looktwice.geometry import Size
 from looktwice.report.tables import statistics_tables
 

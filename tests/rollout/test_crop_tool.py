@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from looktwice.data.dataset import encode_sample
+from looktwice.data.examples import encode_sample
 from looktwice.data.sample import Sample
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size
 from looktwice.messages import Conversation, assistant, user

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig, SFTConfig
-from looktwice.data.records import read_samples
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
+from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box, Size
 from looktwice.messages import question_about
 from looktwice.metrics import METRICS

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from looktwice.config import ModelConfig, SFTConfig
-from looktwice.data.dataset import encode_sample
-from looktwice.data.records import read_samples
+from looktwice.data.examples import encode_sample
 from looktwice.errors import CheckpointError, ConfigError
+from looktwice.formats.sample_file import read_samples
 from looktwice.model.adapters import LLM_LINEARS, part_of, part_sizes
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import is_adapter, load_model, save_model

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
-from looktwice.data.dataset import Encoder, encode_sample
-from looktwice.data.records import read_samples
+from looktwice.data.examples import Encoder, encode_sample
 from looktwice.errors import DataError
+from looktwice.formats.sample_file import read_samples
 from looktwice.metrics import METRICS
 from looktwice.model.weights import load_model
 from looktwice.processing.packing import pack

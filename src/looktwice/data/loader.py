@@ -35,7 +35,7 @@ from looktwice.errors import ConfigError, DataError, LooktwiceError
 Task = TypeVar("Task")
 Item = TypeVar("Item")
 
-PRELOADED = ["looktwice.data.dataset"]
+PRELOADED = ["looktwice.data.examples"]
 """What the process imports once from which all workers are forked."""
 MOST_AHEAD = 512
 """Items ahead at the most, whatever is asked for: each on its way is an open file, of which a user may have 1,024."""

@@ -1,127 +1,44 @@
-"""What can be wrong with data: one short stable code for each, what it means, and its mend."""
+"""Problems: what is wrong at one place of the data, and the judging of a sample by its turns, pictures and boxes.
+
+`data check` tells every problem, training stops at the first that is fatal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from looktwice.data.tally import counted
-from looktwice.errors import DataError
+from looktwice.answers import find_answer_block
+from looktwice.calls import format_call, parse_call, split_calls
+from looktwice.config import SampleConfig, Stage
+from looktwice.data.image_files import Picture, Source, decoded, inspect_all, measured
+from looktwice.data.reasons import BOX_REASONS, REASONS
+from looktwice.data.sample import Sample, text_of
+from looktwice.errors import BoxError, DataError, counted, short
+from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
+from looktwice.messages import THINK_CLOSE, THINK_OPEN, ImagePart, Message, TextPart
+from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
+from looktwice.processing.images import PictureHeader, name_of
+from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
 
 MAX_PROBLEMS_SHOWN = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reason:
-    """`is_fatal` tells whether training refuses the row; what is not fatal trains, perhaps not as meant."""
-
-    meaning: str
-    mend: str
-    is_fatal: bool = True
-
-
-def _note(meaning: str, mend: str) -> Reason:
-    return Reason(meaning=meaning, mend=mend, is_fatal=False)
-
-
-def _fatal(meaning: str, mend: str) -> Reason:
-    return Reason(meaning=meaning, mend=mend)
-
-
-REASONS: dict[str, Reason] = {
-    # files and rows
-    "unusable_file": _fatal("the file cannot be read, is empty, or fits no format", "mend or remove the file"),
-    "not_utf8": _fatal("bytes that are not UTF-8", "save the file as UTF-8"),
-    "broken_json": _fatal("a row that is not JSON", "mend the row"),
-    "equal_names": _fatal("one name twice in an object", "keep one of them"),
-    "not_an_object": _fatal("a row that is no JSON object", "write one object a row"),
-    "broken_row": _fatal("a row that cannot be read for another reason", "make the row again"),
-    # fields
-    "missing_field": _fatal("a field that is needed is not there", "add it, or mend its name"),
-    "wrong_type": _fatal("a number, text, list or object where another belongs", "write the kind that is named"),
-    "empty_text": _fatal("a text, message or list without content", "fill it in or remove the row"),
-    "broken_unicode": _fatal("half of a surrogate pair in a text", "write the whole character"),
-    "ignored_field": _note("a field below the row that means nothing", "remove it, or mend its name"),
-    # turns and parts
-    "unknown_role": _fatal("a role that does not exist", "write system, user or assistant as the format has them"),
-    "unknown_part": _fatal("a part of a message that cannot stand there", "write text, image, or crop in an answer"),
-    "no_user_turn": _fatal("a conversation in which nobody asks", "add the question"),
-    "role_order": _note("turns that do not alternate, or a system turn that is not the first", "check their order"),
-    "placeholder_count": _fatal("places of pictures that differ in number from the pictures", "write one for each"),
-    "pictures_twice": _fatal("pictures named in two fields", "name each picture once"),
-    "video": _fatal("a video or a sound in training data", "remove the row, or write its frames as pictures"),
-    "spells_token": _note("text that spells a special token, which is read as text", "remove it if it was not meant"),
-    "spells_placeholder": _note(
-        "text that spells <image>, <img>, <video> or <audio>, which is read as text",
-        "name the picture where the format has its place",
-    ),
-    # answers
-    "no_target": _fatal("no assistant turn to train on", "add the answer, or use the row for R-GRPO"),
-    "no_gold_answer": _fatal("no gold answer to judge rollouts by", 'add <answer>…</answer> or the field "answer"'),
-    "no_answer_block": _note("an answer without <answer>", "add <answer>…</answer>; R-GRPO and evaluation need it"),
-    "answer_block": _fatal("an <answer> block that is empty or not closed", "write <answer>…</answer> with text in it"),
-    "think_not_closed": _note("<think> and </think> do not pair", "write each once, around the reasoning"),
-    # crop calls and boxes
-    "crop_command": _fatal("a crop command whose braces or brackets do not pair", "write {Crop name [x1, y1, x2, y2]}"),
-    "call_not_closed": _fatal("a <tool_call> that is not closed", "add </tool_call>"),
-    "call_without_box": _fatal("a call that does not hold one box in brackets", "write [x1, y1, x2, y2]"),
-    "call_without_picture": _fatal("a call in a conversation without a picture", "add the picture or remove the call"),
-    "no_call": _note(
-        "braces with crop or bbox and four numbers that are no call in this format",
-        "write the call as the format has it",
-    ),
-    "call_text_changes": _note("a call that reads otherwise after tokenising", "write it in plain characters"),
-    "box_wrong_length": _fatal("a box without exactly four numbers", "write [x1, y1, x2, y2]"),
-    "box_not_a_number": _fatal("a box with something that is no finite number", "write four numbers"),
-    "box_reversed": _fatal("a box that runs backwards or is empty", "write top-left, then bottom-right corner"),
-    "box_outside": _fatal("the box of a call lies outside its picture", "mend the box, or give --box_frame"),
-    "box_thin": _fatal("the box of a call is too thin to be cut", "make it wider"),
-    "gold_box_outside": _fatal("a gold box lies outside its picture", "write it in original pixels"),
-    "box_partly_outside": _note("a box reaches over its picture and is cut at the edge", "check boxes and their frame"),
-    "box_whole_picture": _note("a crop that shows the whole picture again", "remove the call, or make its box smaller"),
-    "box_rotated": _note(
-        "a box fits the picture only before its EXIF rotation", "write boxes of the picture as viewers show it"
-    ),
-    "box_looks_unit": _note(
-        "pixels or thousandths are declared, all four numbers are 1 or less", "give --box_frame unit"
-    ),
-    "box_looks_norm1000": _note(
-        "pixels are declared, the numbers fit thousandths better", "give --box_frame norm1000 if they are"
-    ),
-    "box_looks_px": _note(
-        "fractions or thousandths are declared, the numbers fit as pixels", "give --box_frame original_px"
-    ),
-    "unknown_frame": _fatal("a frame of boxes that does not exist", "write one of the four frames"),
-    "mixed_frames": _fatal("boxes of one row in several frames", "write all in one frame"),
-    # pictures
-    "picture_missing": _fatal("no file at the path of a picture", "check the path and --image_base_path"),
-    "picture_empty": _fatal("a picture file of 0 bytes", "replace the file"),
-    "picture_damaged": _fatal("a picture that is cut short, damaged, or no picture", "replace or remove it"),
-    "picture_huge": _fatal("a picture of more than 178,956,970 pixels", "shrink it"),
-    "picture_frames": _note(
-        "several frames or pages, of which the first is used", "write the frame you mean as a file"
-    ),
-    "web_address": _fatal("a web address where a path belongs", "download the picture and write its path"),
-    "data_url": _fatal("a data: URL without a base64 picture", "write data:image/png;base64,..."),
-    # the set
-    "too_long": _fatal(
-        "more tokens than max_length", "raise --max_length, lower --max_pixels, or give --length_policy"
-    ),
-    "over_length": _note("more tokens than max_length, which --length_policy takes care of", "look how many they are"),
-    "duplicate": _note("same pictures and same question as an earlier row", "keep one if it was not meant"),
-    "leaked_question": _note("a question about a picture of the training set in the validation set", "remove it there"),
-    "leaked_picture": _note("a picture of the training set in the validation set", "split by picture"),
-}
-
-BOX_REASONS = {
-    "no_box": "call_without_box",
-    "wrong_length": "box_wrong_length",
-    "not_a_number": "box_not_a_number",
-    "reversed": "box_reversed",
-    "outside": "box_outside",
-    "too_thin": "box_thin",
-}
-"""The code of each reason of a BoxError."""
+PLACES_SHOWN = 3
+SLACK_PX = 1.0
+"""How far a box may reach over its picture before it is noted."""
+MIN_SIDE_PX = 2
+"""Shortest side of a box that is taken for pixels."""
+WHOLE_SHARE = 0.98
+"""Share of the picture from which on a crop counts as the whole of it."""
+SPECIAL_TEXTS = (TURN_OPEN, TURN_CLOSE, TEXT_END, *(token for token in VISUAL_TOKENS if "_" in token))
+PLACEHOLDERS = (*(token for token in VISUAL_TOKENS if "_" not in token), "<audio>", "<img>")
+"""What formats write in a text for something that is shown, and this one may not."""
+_BRACES = re.compile(r"\{[^{}]*\}")
+_FOUR_NUMBERS = re.compile(r"(?<![0-9.])(?:[0-9.]+\s*,\s*){3}[0-9.]")
+RELEASED_FACTOR = 32
+"""Pixels a side of a visual token of the released models."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,3 +86,249 @@ def raise_if_any(problems: Sequence[Problem], subject: object) -> None:
     shown = f", the first {MAX_PROBLEMS_SHOWN}" if len(problems) > MAX_PROBLEMS_SHOWN else ""
     head = f"{counted(len(problems), 'problem')} in {subject}{shown}:"
     raise DataError("\n  ".join([head, *map(str, problems[:MAX_PROBLEMS_SHOWN])]))
+
+
+class Tally:
+    """How often each thing happened, and where first."""
+
+    def __init__(self) -> None:
+        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.places: defaultdict[str, list[str]] = defaultdict(list)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def add(self, what: str, where: str) -> None:
+        self.counts[what] += 1
+        if len(self.places[what]) < PLACES_SHOWN:
+            self.places[what].append(where)
+
+    def update(self, other: Tally) -> None:
+        """Add what another one counted later."""
+        for what, count in other.counts.items():
+            self.counts[what] += count
+            self.places[what] += other.places[what][: PLACES_SHOWN - len(self.places[what])]
+
+    def lines(self) -> list[str]:
+        """One line for each thing, the most frequent first: `3 x an untrained turn (a.jsonl:1, a.jsonl:4, ...)`."""
+        return [
+            f"{count} x {what} ({', '.join(self.places[what])}{', ...' if count > PLACES_SHOWN else ''})"
+            for what, count in sorted(self.counts.items(), key=lambda item: -item[1])
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How pictures are seen: by a processor, or where none is named by the released models' defaults."""
+
+    policy: PixelPolicy
+    factor: int = RELEASED_FACTOR
+    box_frame: BoxFrame = "original_px"
+    special_texts: tuple[str, ...] = SPECIAL_TEXTS
+
+    @classmethod
+    def of(cls, processor: Ovis2_5Processor) -> View:
+        special = {*SPECIAL_TEXTS, *processor.tokenizer.all_special_tokens} - {*PLACEHOLDERS}
+        return cls(
+            policy=processor.policy,
+            factor=processor.factor,
+            box_frame=processor.box_frame,
+            special_texts=tuple(sorted(special)),
+        )
+
+    @classmethod
+    def by_default(cls, config: SampleConfig) -> View:
+        """What the settings make of the defaults."""
+        return cls(policy=PixelPolicy().override(**config.pixel_bounds), box_frame=config.box_frame or "original_px")
+
+    def overview_size(self, original: Size) -> Size:
+        return self.policy.overview_size(original, factor=self.factor)
+
+
+def refuse(
+    samples: Sequence[Sample], subject: object, *, stage: Stage, view: View, decode: bool = False
+) -> Counter[str]:
+    """Raise one DataError about `subject` that counts all that is fatal in samples and lists the first 20.
+
+    Gives back how often there is what is not fatal, by reason. With `decode` each picture is decoded to its end, once;
+    without it headers are believed, since who uses the samples decodes them.
+    """
+    sources = list(dict.fromkeys(source for sample in samples for source in sample.image_paths))
+    pictures = dict(zip(sources, inspect_all(sources, decoded if decode else measured)))
+    problems = [
+        problem
+        for sample in samples
+        for problem in sample_problems(sample, stage=stage, view=view, picture_of=pictures.__getitem__)
+    ]
+    raise_if_any([problem for problem in problems if problem.is_fatal], subject)
+    return Counter(problem.reason for problem in problems)
+
+
+def sample_problems(
+    sample: Sample, *, stage: Stage, view: View, picture_of: Callable[[Source], Picture]
+) -> Iterator[Problem]:
+    """All that can be said of one sample, by what its rows are for and what is known of its pictures."""
+    yield from turn_problems(sample, stage, view)
+    yield from picture_problems(sample, picture_of)
+    first = picture_of(sample.image_paths[0]).header if sample.image_paths else None
+    yield from call_box_problems(sample, view, first)
+    if first:
+        yield from gold_problems(sample, first)
+
+
+def turn_problems(sample: Sample, stage: Stage, view: View) -> Iterator[Problem]:
+    """What is wrong with the turns of a sample and their texts."""
+    messages = sample.conversation.messages
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(turns)):
+        yield problem_of(sample, "role_order", f"the turns are {', '.join(roles)}")
+    elif stage == "sft" and "assistant" in roles and roles[-1] != "assistant":
+        yield problem_of(sample, "role_order", "the last question has no answer")
+    if stage != "grpo" and not any(message.role == "assistant" and message.is_trained for message in messages):
+        yield problem_of(sample, "no_target", "no assistant turn is trained")
+    if stage != "sft" and not sample.solution:
+        yield problem_of(sample, "no_gold_answer", 'no <answer> block and no field "answer"')
+    elif roles[-1] == "assistant" and find_answer_block(sample.response) is None:
+        yield problem_of(sample, "no_answer_block", "no <answer>…</answer> in the answer")
+    for message in messages:
+        yield from text_problems(sample, message, view)
+
+
+def text_problems(sample: Sample, message: Message, view: View) -> Iterator[Problem]:
+    text = text_of(message)
+    field = sample.field if message.role == "assistant" else question_field(sample)
+    for reason, tokens in (("spells_token", view.special_texts), ("spells_placeholder", PLACEHOLDERS)):
+        if spelled := [token for token in tokens if token in text]:
+            what = f"the {message.role} writes {', '.join(spelled)}"
+            yield Problem(reason=reason, where=sample.where, field=field, what=what)
+    if message.role == "assistant":
+        # what is a call in the format is one by now
+        for braces in _BRACES.findall(text):
+            if re.search("crop|bbox", braces, re.IGNORECASE) and _FOUR_NUMBERS.search(braces):
+                yield problem_of(sample, "no_call", f'"{short(braces)}"')
+        opened, closed = text.count(THINK_OPEN), text.count(THINK_CLOSE)
+        if opened != closed or opened > 1 or (opened and text.index(THINK_OPEN) > text.index(THINK_CLOSE)):
+            yield problem_of(sample, "think_not_closed", f"{opened} {THINK_OPEN} and {closed} {THINK_CLOSE}")
+
+
+def picture_problems(sample: Sample, picture_of: Callable[[Source], Picture]) -> Iterator[Problem]:
+    for source in dict.fromkeys(sample.image_paths):
+        picture = picture_of(source)
+        if picture.header is None:
+            what = f"{name_of(source)}: {picture.what}"
+            yield Problem(reason=picture.reason, where=sample.where, field="picture", what=what)
+        elif picture.header.has_frames:
+            yield Problem(reason="picture_frames", where=sample.where, field="picture", what=name_of(source))
+
+
+def call_box_problems(sample: Sample, view: View, picture: PictureHeader | None) -> Iterator[Problem]:
+    """What is wrong with the calls of a sample; `picture` is its first one, None where that cannot be used."""
+    frame = sample.box_frame or view.box_frame
+    num_blind = num_calls_before_pictures(sample)
+    for number, segment in enumerate(calls_of(sample), 1):
+        if number <= num_blind:
+            yield problem_of(sample, "call_without_picture", f"call {number}: there is no picture yet to cut from")
+        elif picture:
+            try:
+                requested = parse_call(segment)
+            except BoxError as error:  # a picture stands inside the call
+                yield problem_of(sample, BOX_REASONS[error.reason], f"call {number}: {error}")
+                continue
+            name = f"call {number} {format_call(requested)} read as {frame}"
+            for reason, what in _call_faults(requested, frame, picture, view):
+                yield problem_of(sample, reason, f"{name}: {what}")
+
+
+def gold_problems(sample: Sample, picture: PictureHeader) -> Iterator[Problem]:
+    """What is wrong with the gold box of a sample, if it has one, on its first picture."""
+    if sample.gold_box is None:
+        return
+    field = ".".join(filter(None, (question_field(sample), "box")))
+    for reason, what in _gold_faults(sample.gold_box, picture):
+        yield Problem(reason=reason, where=sample.where, field=field, what=f"{_written(sample.gold_box)}: {what}")
+
+
+def _call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: View) -> Iterator[tuple[str, str]]:
+    """Code and words of what is wrong with the box of a call."""
+    size = header.size
+    box = to_original(requested, frame=frame, original=size, resized=view.overview_size(size))
+    name = f"the picture of {size.width}x{size.height}"
+    try:
+        left, top, right, bottom = crop_rectangle(box, original=size, min_side=view.factor)
+    except BoxError as error:
+        yield BOX_REASONS[error.reason], str(error)
+    else:
+        if (over := overhang(box, size)) > SLACK_PX:
+            yield "box_partly_outside", f"it reaches {over:.0f} pixels over {name}"
+        if (right - left) * (bottom - top) >= WHOLE_SHARE * size.width * size.height:
+            yield "box_whole_picture", f"it shows all of {name}"
+    yield from _rotation_faults(box, header)
+    if frame != "unit" and min(requested) >= 0 and max(requested) <= 1:
+        yield "box_looks_unit", "no number is above 1"
+    limit = {"unit": 1.0, "norm1000": 1000.0}.get(frame)
+    are_sides_px = min(requested.x2 - requested.x1, requested.y2 - requested.y1) >= MIN_SIDE_PX
+    if limit and max(requested) > limit * 1.05 and are_sides_px and overhang(requested, size) <= SLACK_PX:
+        yield "box_looks_px", f"a number is above {limit:.0f}, and as pixels the box lies inside {name}"
+
+
+def _gold_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
+    """Code and words of what is wrong with a gold box, which is in original pixels."""
+    size = header.size
+    name = f"the picture of {size.width}x{size.height}"
+    if iou(box, Box(0, 0, *size)) == 0:
+        yield "gold_box_outside", f"it lies outside {name}"
+    elif (over := overhang(box, size)) > SLACK_PX:
+        yield "box_partly_outside", f"it reaches {over:.0f} pixels over {name}"
+    yield from _rotation_faults(box, header)
+    if min(box) >= 0 and max(box) <= 1:
+        yield "box_looks_unit", "no number is above 1"
+
+
+def _rotation_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
+    stored, size = header.stored, header.size
+    if stored != size and overhang(box, size) > SLACK_PX >= overhang(box, stored):
+        yield (
+            "box_rotated",
+            f"it fits {stored.width}x{stored.height}, the picture upright is {size.width}x{size.height}",
+        )
+
+
+def calls_of(sample: Sample) -> list[str]:
+    """Texts that end in a call, in order."""
+    return [segment for part in _answered(sample) if isinstance(part, TextPart) for segment in _calls_in(part)]
+
+
+def num_calls_before_pictures(sample: Sample) -> int:
+    """Calls that stand before the first picture of the conversation; all of them where it has none."""
+    before = takewhile(lambda part: not isinstance(part, ImagePart), _answered(sample))
+    return sum(len(_calls_in(part)) for part in before if isinstance(part, TextPart))
+
+
+def _answered(sample: Sample) -> Iterator[object]:
+    """The texts of assistants and the pictures of all, in order."""
+    for message in sample.conversation.messages:
+        yield from (part for part in message.parts if message.role == "assistant" or isinstance(part, ImagePart))
+
+
+def _calls_in(part: TextPart) -> list[str]:
+    return split_calls(part.text)[:-1]
+
+
+def question_field(sample: Sample) -> str:
+    """The place of a documented question in its row, such as `QnA[0]`; of another format "", the row itself."""
+    question, _, _ = sample.field.rpartition(".")
+    return question if question.startswith("QnA") else ""
+
+
+def problem_of(sample: Sample, reason: str, what: str) -> Problem:
+    return Problem(reason=reason, where=sample.where, field=sample.field, what=what)
+
+
+def overhang(box: Box, size: Size) -> float:
+    """How many pixels a box reaches over a picture, at most 0 for one that does not."""
+    return max(-box.x1, -box.y1, box.x2 - size.width, box.y2 - size.height)
+
+
+def _written(box: Box) -> str:
+    return f"[{', '.join(f'{side:g}' for side in box)}]"

@@ -14,11 +14,11 @@ from rich.table import Table as ConsoleTable
 from transformers.utils.logging import disable_progress_bar
 
 from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
-from looktwice.data.records import read_samples
 from looktwice.data.sample import Sample
 from looktwice.demo.task import DatasetFiles, make_dataset
 from looktwice.evaluation.accuracy import Evaluation, evaluate
 from looktwice.evaluation.controls import CONTROLS
+from looktwice.formats.sample_file import read_samples
 from looktwice.inference import OvisInference
 from looktwice.model.location import TINY
 from looktwice.report.run_page import make_card, read_curve, write_page

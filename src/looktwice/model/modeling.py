@@ -22,8 +22,8 @@ from transformers.utils import ModelOutput
 
 from looktwice.model.attention import PackedAttentionModel, packed_inputs
 from looktwice.model.configuration import NUM_INDICATORS, Ovis2_5Config
+from looktwice.model.logprobs import chunked_logprobs
 from looktwice.model.visual_tokenizer import VisualEmbedding, VisualTokenizer, embed_features
-from looktwice.training.losses import chunked_logprobs
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained, in transformers and here."""

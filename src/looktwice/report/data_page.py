@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from looktwice.data.statistics import Statistics
+from looktwice.checking.statistics import Statistics
 from looktwice.geometry import Size
 from looktwice.report.charts import Chart, count_bars, histogram, size_dots
 from looktwice.report.html import picture_uri, write_html

@@ -17,12 +17,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from looktwice.calls import TOOL_CALL_CLOSE
 from looktwice.config import ShowConfig
-from looktwice.data.dataset import encode_sample, processor_for
-from looktwice.data.faults import View, refuse
+from looktwice.data.examples import encode_sample, processor_for
 from looktwice.data.lengths import NUM_MARKS, cut_of, fit_lengths, purposes_of
-from looktwice.data.records import SampleFile
+from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, LooktwiceError
+from looktwice.formats.sample_file import SampleFile
 from looktwice.geometry import Box, Size
 from looktwice.messages import Role
 from looktwice.processing.images import PatchedImage, image_size, name_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from looktwice.checking.statistics import Packing, Statistics, percentile, simulate_packing
 from looktwice.config import StatsConfig
-from looktwice.data.statistics import Packing, Statistics, percentile, simulate_packing
-from looktwice.data.tally import counted
+from looktwice.errors import counted
 from looktwice.report.sample_view import SampleView
 
 SHARES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}

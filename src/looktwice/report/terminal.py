@@ -8,9 +8,9 @@ from rich.console import RenderableType
 from rich.table import Table as Columns
 from rich.text import Text
 
-from looktwice.data.problems import REASONS
-from looktwice.data.tally import PLACES_SHOWN
-from looktwice.data.verdict import Verdict
+from looktwice.checking.check import Verdict
+from looktwice.data.problems import PLACES_SHOWN
+from looktwice.data.reasons import REASONS
 from looktwice.report.sample_view import PictureView, SampleView
 from looktwice.report.tables import Table, token_table
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
-from looktwice.data.dataset import processor_for
-from looktwice.data.faults import View, refuse
+from looktwice.data.examples import processor_for
 from looktwice.data.lengths import fit_lengths
+from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
 from looktwice.processing.packing import PackedBatch

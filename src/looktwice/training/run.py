@@ -14,12 +14,12 @@ from typing import NamedTuple, TypeVar, overload
 from rich.table import Table
 
 from looktwice.config import Config, DataConfig, Stage, StageConfig
-from looktwice.data.dataset import BatchOrder
-from looktwice.data.faults import View, refuse
 from looktwice.data.lengths import Refit, fit_lengths, purposes_of
-from looktwice.data.records import SampleFile
+from looktwice.data.order import BatchOrder
+from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
 from looktwice.errors import ConfigError, DataError
+from looktwice.formats.sample_file import SampleFile
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import part_sizes
 from looktwice.processing.processor import Ovis2_5Processor

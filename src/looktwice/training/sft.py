@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
-from looktwice.data.dataset import Encoder
+from looktwice.data.examples import Encoder
 from looktwice.data.loader import Loader, warm_up
 from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder

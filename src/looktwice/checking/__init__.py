@@ -1,0 +1,1 @@
+"""Judging whole data files before training: check, the cleaned copy, statistics."""

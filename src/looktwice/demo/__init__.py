@@ -1,0 +1,1 @@
+"""The small world: a task, a tiny model, its pretraining, and the demo."""

@@ -1,0 +1,285 @@
+"""Formats with `<image>` in their texts: Ovis' own, ShareGPT / LLaVA, and the one of ms-swift, LLaMA-Factory and TRL.
+
+One row of each kind, wrapped here:
+
+    {"id": "7", "image": "x.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                                    {"from": "gpt", "value": "A cup."}]}
+    {"images": ["x.jpg"], "messages": [{"role": "user", "content": "<image>What is it?"},
+                                       {"role": "assistant", "content": "A cup."}]}
+
+Each `<image>` stands for the next picture of `image` or `images`, a path or a list of them; one newline before and
+after it belongs to it, because the template puts pictures on lines of their own. The word itself is written
+`&lt;image>`. Pictures without any `<image>` stand before the first question, in Ovis' format they are an error. A turn
+from `ignored_gpt` (Ovis) or with `"loss": false` (ms-swift) is not trained. A system turn may be the row's field
+`system`. A content may be a list of parts (TRL), whose texts are plain and whose `{"type": "image"}` are places.
+
+Source of the third: modelscope/ms-swift, "Custom dataset"; hiyouga/LLaMA-Factory, data/README.md; huggingface/trl,
+"Dataset formats".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from looktwice.data.sample import Part, Sample, glue_of
+from looktwice.errors import nearest, short
+from looktwice.formats.escaping import Mark
+from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
+from looktwice.formats.writing import Writing
+from looktwice.messages import ImagePart, Message, Role, TextPart, system
+
+IMAGE_PLACE, VIDEO_PLACE = "<image>", "<video>"
+_PICTURE_FIELDS = ("image", "images")
+_OTHER_MEDIA = ("video", "videos", "video_frames", "audio", "audios")
+MEDIA_FIELDS = (*_PICTURE_FIELDS, *_OTHER_MEDIA)
+"""Fields of a row for what stands in its turns."""
+_PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How a format writes its turns.
+
+    `turns` is the field that lists them; `role`, `text` and `marks` (false: not trained; the first is written) are
+    fields of a turn. Pictures are written into the field `pictures`; read they may be in any. `roles` gives the meaning
+    of each role and whether it is trained; of two with one meaning the first is written. `refused` are fields of a row
+    that cannot be read. `is_place_needed`: pictures without any `<image>` are an error.
+    """
+
+    turns: str
+    role: str
+    text: str
+    pictures: str
+    roles: Mapping[str, tuple[Role, bool]]
+    marks: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    is_place_needed: bool = False
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The fields of a row that have a meaning."""
+        return (*MEDIA_FIELDS, self.turns, "system", *self.refused, *GOLD_FIELDS)
+
+
+SHAREGPT = Dialect(
+    turns="conversations",
+    role="from",
+    text="value",
+    pictures="images",
+    roles={
+        "system": ("system", True),
+        "human": ("user", True),
+        "user": ("user", True),
+        "gpt": ("assistant", True),
+        "assistant": ("assistant", True),
+        "ignored_gpt": ("assistant", False),
+    },
+)
+OVIS = replace(SHAREGPT, pictures="image", is_place_needed=True)
+SWIFT = Dialect(
+    turns="messages",
+    role="role",
+    text="content",
+    pictures="images",
+    roles={"system": ("system", True), "user": ("user", True), "assistant": ("assistant", True)},
+    marks=("loss", "train", "weight"),
+    refused=("objects",),
+)
+
+
+def fits(values: Mapping[str, object]) -> bool:
+    return values.get(OVIS.turns) is not None
+
+
+def is_sharegpt(values: Mapping[str, object]) -> bool:
+    """Whether the row has what only ShareGPT has."""
+    return fits(values) and any(values.get(name) is not None for name in ("images", "system"))
+
+
+def is_swift(values: Mapping[str, object]) -> bool:
+    """Whether there are messages and beside them what they show."""
+    return values.get(SWIFT.turns) is not None and any(values.get(name) is not None for name in MEDIA_FIELDS)
+
+
+def read_ovis(row: Fields, reading: Reading) -> list[Sample]:
+    return _read(row, reading, OVIS)
+
+
+def read_sharegpt(row: Fields, reading: Reading) -> list[Sample]:
+    return _read(row, reading, SHAREGPT)
+
+
+def read_swift(row: Fields, reading: Reading) -> list[Sample]:
+    objects = row.values.get("objects")
+    if any(objects.values()) if isinstance(objects, dict) else objects:
+        row.note(
+            "objects", "unknown_part", "boxes beside the messages are not read; write them into the texts as they are"
+        )
+    return _read(row, reading, SWIFT)
+
+
+def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
+    row.known = dialect.known
+    dialect = _spoken(row, dialect)
+    pictures = list(_pictures(row, reading.image_base_path))
+    for name in _OTHER_MEDIA:
+        if row.values.get(name):
+            row.note(name, "video", "videos and sounds cannot be trained on here; remove the row")
+    example = f'{{"{dialect.role}": …, "{dialect.text}": …}}'
+    turns = [
+        turn
+        for index, values in enumerate(row.objects(dialect.turns, example))
+        if values is not None
+        and (turn := _turn(row.inside(values, known=(), path=f"{dialect.turns}[{index}]."), reading, dialect))
+    ]
+    num_places = sum(value.count(IMAGE_PLACE) for _, value in turns)
+    first_question = next((number for number, (message, _) in enumerate(turns) if message.role == "user"), None)
+    if pictures and num_places == 0 and not dialect.is_place_needed and first_question is not None:
+        message, value = turns[first_question]
+        turns[first_question] = message, f"{IMAGE_PLACE}\n" * len(pictures) + value
+    elif row.is_good and num_places != len(pictures):
+        row.note(
+            dialect.turns,
+            "placeholder_count",
+            f"{num_places} {IMAGE_PLACE} for {len(pictures)} pictures; write one where each belongs, and "
+            f"{_PLACE_MARK.escape(IMAGE_PLACE)} for the word",
+        )
+    upcoming = iter(pictures)
+    messages = [_with_pictures(message, value, upcoming) for message, value in turns] if row.is_good else []
+    if row.values.get("system") and (text := row.text("system")) is not None:
+        messages.insert(0, system(text))
+    last = max(0, len(turns) - 1)
+    sample = finish(row, messages, reading, answer_field=f"{dialect.turns}[{last}].{dialect.text}")
+    return [sample] if sample else []
+
+
+def _spoken(row: Fields, dialect: Dialect) -> Dialect:
+    """The dialect, or where the first turn has `role` and not `from`, the dialect with the names of OpenAI."""
+    turns = row.values.get(dialect.turns)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if isinstance(first, dict) and SWIFT.role in first and dialect.role not in first:
+        return replace(dialect, role=SWIFT.role, text=SWIFT.text)
+    return dialect
+
+
+def _pictures(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
+    name = "images" if row.is_given("images") else "image"
+    written = row.values.get(name)
+    if written is None or written == []:
+        return
+    if row.is_given("image") and row.is_given("images"):
+        row.note("images", "pictures_twice", 'beside "image"; write all pictures in one of them')
+    places = {f"{name}[{index}]": one for index, one in enumerate(written)} if isinstance(written, list) else {}
+    inside = row.inside(places or {name: written}, known=(), path="")
+    for place in inside.values:
+        picture = inside.picture(place, image_base_path)
+        if picture is not None:
+            yield picture
+
+
+def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, str] | None:
+    """A turn without its parts, and its text as written."""
+    fields.known = (dialect.role, dialect.text, *dialect.marks)
+    role = fields.text(dialect.role)
+    if role is not None and role not in dialect.roles:
+        known = ", ".join(dialect.roles)
+        hint = nearest(role, dialect.roles)
+        fields.note(dialect.role, "unknown_role", f'"{role}" is no role; write one of {known}.{hint}')
+        return None
+    name, is_trained = dialect.roles[role] if role else ("user", True)
+    value = _text(fields, reading, dialect, name)
+    is_kept = all([fields.flag(mark) for mark in dialect.marks])
+    for unknown in fields.extra():
+        reading.ignored.add(f'"{unknown}" of a turn', fields.where)
+    if role is None or value is None:
+        return None
+    if VIDEO_PLACE in value:
+        fields.note(
+            dialect.text,
+            "video",
+            f"{VIDEO_PLACE} for a video; write {_PLACE_MARK.escape(VIDEO_PLACE)} for the word, or remove the row",
+        )
+    if name == "assistant":
+        for reason, problem in call_syntax_faults(value):
+            fields.note(dialect.text, reason, problem)
+    return Message(role=name, parts=(), is_trained=is_trained and is_kept), value
+
+
+def _text(fields: Fields, reading: Reading, dialect: Dialect, role: Role) -> str | None:
+    """The text of a turn; of a list of parts the text that says the same."""
+    if dialect.turns != SWIFT.turns or not isinstance(fields.values.get(dialect.text), list):
+        return fields.text(dialect.text)
+    pieces: list[str] = []
+    for index, values in enumerate(fields.objects(dialect.text, '{"type": "text", "text": …}')):
+        if values is None:
+            continue
+        part = fields.inside(values, known=("type", "text"), path=f"{dialect.text}[{index}].")
+        kind = part.text("type")
+        if kind == "text" and (text := part.any_text("text")) is not None:
+            pieces.append(_PLACE_MARK.escape(text))
+            for name in part.extra():
+                reading.ignored.add(f'"{name}" of a part of type text', fields.where)
+        elif kind == "image" and not part.extra():
+            pieces.append(IMAGE_PLACE)
+        elif kind == "image":
+            part.note("type", "pictures_twice", 'the row names its pictures in "images"; write {"type": "image"} alone')
+        elif kind is not None and kind != "text":
+            part.note("type", "unknown_part", f'"{short(kind)}" cannot stand here; write one of text, image')
+    if fields.is_good and not any(piece.strip() for piece in pieces):
+        fields.note(dialect.text, "empty_text", "the message is empty; fill it in or remove it")
+    return glue_of(Message(role=role, parts=())).join(pieces) if fields.is_good else None
+
+
+def _with_pictures(message: Message, value: str, pictures: Iterator[str | Path]) -> Message:
+    """The turn with its text cut at the places of its pictures."""
+    pieces = value.split(IMAGE_PLACE)
+    last = len(pieces) - 1
+    parts: list[Part] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.append(ImagePart(source=next(pictures)))
+        if message.role != "assistant" and last:
+            if piece == "" or (piece == "\n" and 0 < number < last):
+                continue
+            piece = piece.removeprefix("\n") if number else piece
+            piece = piece.removesuffix("\n") if number < last else piece
+        parts.append(TextPart(text=_PLACE_MARK.unescape(piece)))
+    return replace(message, parts=tuple(parts))
+
+
+def write_ovis(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:
+    return [_row(sample, writing, OVIS) for sample in samples]
+
+
+def write_sharegpt(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:
+    rows = []
+    for sample in samples:
+        messages = sample.conversation.messages
+        if not all(message.is_trained for message in messages):
+            writing.lose(sample, "that an assistant turn is not trained")
+            trained = tuple(replace(message, is_trained=True) for message in messages)
+            sample = replace(sample, conversation=replace(sample.conversation, messages=trained))
+        rows.append(_row(sample, writing, SHAREGPT))
+    return rows
+
+
+def write_swift(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:
+    return [_row(sample, writing, SWIFT) for sample in samples]
+
+
+def _row(sample: Sample, writing: Writing, dialect: Dialect) -> dict[str, object]:
+    pictures = [writing.picture(source) for source in sample.image_paths]
+    # a list also of one, since a table needs one type for a field, and of none where the format is known by it
+    shown = {dialect.pictures: pictures} if pictures or dialect.pictures == "images" else {}
+    turns = [_written_turn(message, dialect) for message in sample.conversation.messages]
+    return writing.with_extra({**shown, dialect.turns: turns, **writing.gold(sample)}, sample, dialect.known)
+
+
+def _written_turn(message: Message, dialect: Dialect) -> dict[str, object]:
+    meaning = (message.role, message.is_trained or bool(dialect.marks))
+    role = next(name for name, known in dialect.roles.items() if known == meaning)
+    mark = {} if message.is_trained else dict.fromkeys(dialect.marks[:1], False)
+    texts = [_PLACE_MARK.escape(part.text) if isinstance(part, TextPart) else IMAGE_PLACE for part in message.parts]
+    return {dialect.role: role, dialect.text: glue_of(message).join(texts), **mark}

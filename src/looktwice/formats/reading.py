@@ -1,0 +1,288 @@
+"""One object of a data file while it is read: typed access that notes problems, and what is common to all formats."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote
+
+from looktwice.answers import find_answer_block
+from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, parse_call, split_calls
+from looktwice.data.problems import Problem, Tally
+from looktwice.data.reasons import BOX_REASONS
+from looktwice.data.sample import Sample, joined, response_of
+from looktwice.errors import BoxError, nearest, short
+from looktwice.formats.files import kind_of
+from looktwice.geometry import BOX_FRAMES, Box, BoxFrame, check_box
+from looktwice.messages import ANSWER_OPEN, Conversation, Message
+from looktwice.processing.images import DATA_URL, data_url
+
+GOLD_FIELDS = ("answer", "box", "box_frame")
+"""Optional in every format: the short gold answer, the gold box in original pixels, the frame of the boxes in calls."""
+
+_FILE_ADDRESS = re.compile(r"file://(?:localhost(?=/))?(.*)", re.DOTALL)
+_WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs)://", re.IGNORECASE)
+_BASE64_PICTURE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/]+=*\s*", re.ASCII)
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """What the caller says about a file, and what was found on the way.
+
+    `answer_key` is the field of a documented question that holds its answer; `box_frame` the frame of boxes whose row
+    does not say. `misspelt` counts names close to an optional
+    field that their row lacks, `ignored` are names below the row that have no meaning,
+    `changed` is what is read otherwise than it is written.
+    """
+
+    image_base_path: Path
+    answer_key: str | None = None
+    box_frame: BoxFrame | None = None
+    problems: list[Problem] = field(default_factory=list)
+    misspelt: Counter[tuple[str, str]] = field(default_factory=Counter)
+    ignored: Tally = field(default_factory=Tally)
+    changed: Tally = field(default_factory=Tally)
+
+
+class Fields:
+    """One JSON object. `path` is its place in the row, such as "QnA[0]."; problems are noted, not raised.
+
+    Null counts as absent, because Parquet fills up every row to the same fields.
+    """
+
+    def __init__(
+        self, values: Mapping[str, object], *, known: Sequence[str], where: str, path: str, problems: list[Problem]
+    ) -> None:
+        self.values = values
+        self.known = known
+        self.where = where
+        self.path = path
+        self.problems = problems
+        self._num_before = len(problems)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether no problem was noted since the reading of this object began."""
+        return len(self.problems) == self._num_before
+
+    def inside(self, values: Mapping[str, object], *, known: Sequence[str], path: str) -> Fields:
+        """An object inside this one, such as `messages[2].`."""
+        return Fields(values, known=known, where=self.where, path=f"{self.path}{path}", problems=self.problems)
+
+    def note(self, name: str, reason: str, words: str) -> None:
+        """Note what is wrong with a field, and after a semicolon its mend, under a code of REASONS."""
+        self.problems.append(Problem.told(words, reason=reason, where=self.where, field=f"{self.path}{name}"))
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there; if not, the names close to it are noted."""
+        if name in self.values:
+            return True
+        close = [f'"{other}"' for other in self.values if other not in self.known and nearest(other, [name])]
+        if close:
+            self.note(
+                name, "missing_field", f"the field is missing, unknown: {', '.join(close)}.{nearest(name, [name])}"
+            )
+        else:
+            given = ", ".join(f'"{other}"' for other in list(self.values)[:8]) or "nothing"
+            self.note(name, "missing_field", f"the field is missing, there is {given}; add it")
+        return False
+
+    def is_given(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def text(self, name: str) -> str | None:
+        """A text that is not blank; None where there was a problem."""
+        value = self.any_text(name)
+        if value is not None and not value.strip():
+            self.note(name, "empty_text", "the text is empty; fill it in or remove the record")
+            return None
+        return value
+
+    def any_text(self, name: str) -> str | None:
+        """A text, perhaps empty; None where there was a problem."""
+        if not self.has(name):
+            return None
+        value = self.values[name]
+        if not isinstance(value, str):
+            self.note(name, "wrong_type", f"{kind_of(value)} where a text belongs; write it in quotes")
+        elif not is_unicode(value):
+            self.note(
+                name,
+                "broken_unicode",
+                "half of a surrogate pair (\\ud800 to \\udfff) in the text; write the whole character",
+            )
+        else:
+            return value
+        return None
+
+    def objects(self, name: str, example: str) -> list[Mapping[str, object] | None]:
+        """A list of objects, None for each item that is something else; empty where there was a problem."""
+        values = self.values[name] if self.has(name) else None
+        if not isinstance(values, list):
+            if name in self.values:
+                self.note(name, "wrong_type", f"{kind_of(values)} where a list belongs; write [{example}]")
+            return []
+        for index, value in enumerate(values):
+            if not isinstance(value, dict):
+                self.note(
+                    f"{name}[{index}]", "wrong_type", f"{kind_of(value)} where an object belongs; write {example}"
+                )
+        return [value if isinstance(value, dict) else None for value in values]
+
+    def flag(self, name: str) -> bool:
+        """False only where the field says so; anything but true, false, 1 and 0 is noted."""
+        value = self.values.get(name)
+        if value not in (None, False, True):  # 0 and 1 are equal to them
+            self.note(name, "wrong_type", f"{value!r}; write false or true")
+        return value is None or bool(value)
+
+    def picture(self, name: str, image_base_path: Path) -> str | Path | None:
+        """The picture a field names; None where there was a problem.
+
+        A path, a file:// address, a data: URL, which stays as it is, or what Hugging Face's `datasets` stores in
+        Parquet for a picture: an object of `bytes`, `path` or both.
+        """
+        value = self.values.get(name)
+        if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+            if isinstance(raw := value.get("bytes"), bytes) and raw:
+                return data_url(raw)
+            return self.inside(value, known=("path",), path=f"{name}.").picture("path", image_base_path)
+        written = self.text(name)
+        if written is None:
+            return None
+        if written.startswith(DATA_URL):
+            if _BASE64_PICTURE.fullmatch(written):
+                return written
+            self.note(name, "data_url", "a data: URL without a base64 picture; write data:image/png;base64,...")
+        elif _WEB_ADDRESS.match(written):
+            self.note(
+                name, "web_address", f"{short(written)} is a web address; download the picture and write its path"
+            )
+        elif file := _FILE_ADDRESS.fullmatch(written):
+            return image_base_path / unquote(file[1])
+        else:
+            return image_base_path / written
+        return None
+
+    def gold_box(self) -> Box | None:
+        if not self.is_given("box"):
+            return None
+        try:
+            return check_box(self.values["box"])
+        except BoxError as error:
+            self.note(
+                "box",
+                BOX_REASONS[error.reason],
+                f"{error}; write [x1, y1, x2, y2] in original pixels or remove the field",
+            )
+            return None
+
+    def frame(self, name: str = "box_frame") -> BoxFrame | None:
+        """The frame of the boxes in calls, if it is said."""
+        value = self.values.get(name)
+        if value is None or value in BOX_FRAMES:
+            return value  # type: ignore[return-value]
+        hint = nearest(str(value), BOX_FRAMES)
+        self.note(
+            name, "unknown_frame", f"{short(repr(value))} is no frame; write one of {', '.join(BOX_FRAMES)}.{hint}"
+        )
+        return None
+
+    def extra(self) -> dict[str, object]:
+        """The fields that have no meaning here, null left out."""
+        return {name: value for name, value in self.values.items() if name not in self.known and value is not None}
+
+
+def finish(
+    row: Fields,
+    messages: Iterable[Message],
+    reading: Reading,
+    *,
+    answer_field: str,
+    frames: Iterable[BoxFrame] = (),
+    extra: Mapping[str, object] | None = None,
+) -> Sample | None:
+    """The sample of a row whose messages were read, with its gold fields; None where a problem was noted by then.
+
+    `frames` were found beside single boxes; `answer_field` is the place of the last answer in the object of `row`.
+    """
+    gold_box = row.gold_box()
+    said = {frame for frame in (*frames, row.frame()) if frame}
+    if len(said) > 1:
+        row.note(
+            "box_frame", "mixed_frames", f"boxes in {len(said)} frames ({', '.join(sorted(said))}); write all in one"
+        )
+    conversation = _conversation(row, messages, answer_field)
+    sample = Sample(
+        conversation=conversation,
+        box_frame=min(said, default=reading.box_frame),
+        solution=_solution(row, conversation, answer_field),
+        gold_box=gold_box,
+        where=row.where,
+        field=f"{row.path}{answer_field}",
+        extra=row.extra() if extra is None else extra,
+    )
+    absent = tuple(name for name in GOLD_FIELDS if name not in row.values)
+    reading.misspelt.update((name, hint) for name in row.values if (hint := _hint(name, absent)))
+    return sample if row.is_good else None
+
+
+@lru_cache(maxsize=1024)
+def _hint(name: str, absent: tuple[str, ...]) -> str:
+    """Which optional field of those that a row lacks may have been meant; "" where none is close."""
+    return "" if name in GOLD_FIELDS else nearest(name, absent)
+
+
+def _conversation(row: Fields, messages: Iterable[Message], answer_field: str) -> Conversation:
+    conversation = Conversation(messages=tuple(joined(message) for message in messages))
+    if row.is_good and not any(message.role == "user" for message in conversation.messages):
+        row.note(answer_field, "no_user_turn", "there is no user turn; add the question")
+    return conversation
+
+
+def _solution(row: Fields, conversation: Conversation, answer_field: str) -> str:
+    """The gold answer: its own field, else the last answer block."""
+    if row.is_given("answer"):
+        value = row.values["answer"]
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return json.dumps(value) if is_number else (row.text("answer") or "").strip()
+    response = response_of(conversation)
+    solution = find_answer_block(response)
+    if solution == "" or (solution is None and ANSWER_OPEN in response):
+        row.note(
+            answer_field,
+            "answer_block",
+            "the <answer> block is empty or not closed; write <answer>…</answer> with text in it",
+        )
+    return solution or ""
+
+
+def call_syntax_faults(text: str) -> list[tuple[str, str]]:
+    """What is wrong with the crop calls of an assistant's text: code and words of each problem."""
+    problems = []
+    *segments, rest = split_calls(text)
+    for number, segment in enumerate(segments, 1):
+        try:
+            parse_call(segment)
+        except BoxError as error:
+            problems.append((BOX_REASONS[error.reason], f"call {number}: {error}; mend the call or remove it"))
+        else:
+            if segment.count(TOOL_CALL_OPEN) > 1:
+                what = f"call {number}: an earlier {TOOL_CALL_OPEN} is not closed; add {TOOL_CALL_CLOSE}"
+                problems.append(("call_not_closed", what))
+    if TOOL_CALL_OPEN in rest:
+        problems.append(("call_not_closed", f"{TOOL_CALL_OPEN} is not closed; add {TOOL_CALL_CLOSE} or remove it"))
+    return problems
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

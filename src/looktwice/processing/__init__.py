@@ -1,0 +1,1 @@
+"""What goes into the network: images, videos, the chat template, the processor, packed rows."""

@@ -1,0 +1,1 @@
+"""Files that run where looktwice is not installed."""

@@ -1,0 +1,250 @@
+"""Data files: what a record becomes, and how each thing wrong with a file or its pictures is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from looktwice.calls import parse_call, split_calls
+from looktwice.data.sample import Sample
+from looktwice.errors import DataError
+from looktwice.formats.sample_file import read_samples
+from looktwice.geometry import Box
+from looktwice.messages import Conversation, assistant, user
+
+REAL_SAMPLE = Path(__file__).parents[3] / "shared" / "sample_data" / "refcoco_sample.jsonl"
+
+GOOD = {"Q": "What is it?", "A3": "<think>Hm.</think>\n\n<answer>a cup</answer>"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def read_one(tmp_path: Path) -> Callable[..., Sample]:
+    def read(**fields: object) -> Sample:
+        row = {"image_path": "x.jpg", "QnA": [{**GOOD, **fields}]}
+        [sample] = read_samples(write(tmp_path / "d.jsonl", row), "pictures")
+        return sample
+
+    return read
+
+
+@pytest.fixture
+def problems_of(tmp_path: Path) -> Callable[[bytes | object], str]:
+    """The problems of a file (bytes, or one row), without its folder."""
+
+    def read(content: bytes | object) -> str:
+        path = tmp_path / "d.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        with pytest.raises(DataError) as caught:
+            read_samples(path, "pictures")
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return read
+
+
+def response_to(answer: str, read_one: Callable[..., Sample]) -> str:
+    """The response to an answer that is followed by an answer block."""
+    block = "<answer>a cup</answer>"
+    return read_one(A3=answer + block).response.removesuffix(block)
+
+
+def test_a_row_gives_a_sample_for_each_question(tmp_path: Path) -> None:
+    second = {"Q": "Where?", "A": "<answer>old</answer> no, <answer>\n left \n</answer>", "box": [1, 2, 3, 4.5]}
+    third = {**GOOD, "A": "not read", "answer": " B ", "box": None}
+    path = write(tmp_path / "d.jsonl", {"image_path": "a/x.jpg", "image_id": "7", "QnA": [GOOD, second, third]})
+    first, middle, last = read_samples(path, tmp_path / "pictures")
+    picture = tmp_path / "pictures" / "a" / "x.jpg"
+    response = "<think>Hm.</think>\n\n<answer>a cup</answer>"
+    assert first == Sample(
+        conversation=Conversation(messages=(user("What is it?", picture), assistant(response))),
+        solution="a cup",
+        where=f"{path}:1",
+        field="QnA[0].A3",
+        extra={"image_id": "7"},
+    )
+    assert (first.image_paths, first.question, first.response) == ([picture], "What is it?", response)
+    assert (middle.solution, middle.gold_box, middle.field) == ("left", Box(1, 2, 3, 4.5), "QnA[1].A")
+    assert (last.response, last.solution, last.gold_box) == (GOOD["A3"], "B", None)
+
+
+def test_lines_are_counted_from_one_with_the_blank_ones(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    row = json.dumps({"image_path": "x.jpg", "QnA": [{**GOOD, "Q": "Ist es größer?\u2028"}]}, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n\r\n  \n" + row.encode())
+    samples = read_samples(path, "")
+    assert [sample.where for sample in samples] == [f"{path}:1", f"{path}:4"]
+    assert samples[1].question == "Ist es größer?\u2028"
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        ("{Crop cup 1 [10, 2.50, 30, 4e1]}", "<tool_call>[10, 2.50, 30, 4e1]</tool_call>"),
+        ("a {Crop cup 1, the cup 2 [1,2 ,30,  40]} b", "a <tool_call>[1, 2, 30, 40]</tool_call> b"),
+        ("{ CROP\ncup [\n1, 2,\n30, 40 ]\n}", "<tool_call>[1, 2, 30, 40]</tool_call>"),
+        ("{crop[1, 2, 30, 40]}", "<tool_call>[1, 2, 30, 40]</tool_call>"),
+        (
+            "{Crop a [1, 2, 30, 40]} {Crop b [-5, 6, 7, 8]}",
+            "<tool_call>[1, 2, 30, 40]</tool_call> <tool_call>[-5, 6, 7, 8]</tool_call>",
+        ),
+        (
+            "{Crop a [1, 2, 30, 40], b [5, 6, 7, 8]}",
+            "<tool_call>[1, 2, 30, 40]</tool_call><tool_call>[5, 6, 7, 8]</tool_call>",
+        ),
+    ],
+)
+def test_a_crop_command_becomes_calls(written: str, expected: str, read_one: Callable[..., Sample]) -> None:
+    assert response_to(written, read_one) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{Tool call}",
+        "{Note: see [1]}",
+        "{Crop the left part}",
+        "{Cropped cup [1, 2, 30, 40]}",
+        "Crop cup [1, 2, 30, 40]",
+        "{}[]{",
+        "{Crop is a tool",
+        "<image> <|im_end|> <ovis_visual_atom> <think>",
+        "<tool_call>[1.50,2, 30,40]</tool_call>",
+        "<tool_call>Crop [1, 2, 30, 40]</tool_call>",
+    ],
+)
+def test_all_other_text_is_kept(text: str, read_one: Callable[..., Sample]) -> None:
+    assert response_to(text, read_one) == text
+
+
+@pytest.mark.parametrize(
+    "answer, problem",
+    [
+        ("{Crop a [1, 2, 30]}", 'crop command "{Crop a [1, 2, 30]}": a box has 4 numbers'),
+        ("{Crop a [x, 2, 30, 40]}", "a box holds finite numbers, got ['x', 2.0, 30.0, 40.0]; mend the box"),
+        ("{Crop a [1, 2, 30, NaN]}", "a box holds finite numbers"),
+        ("{Crop a [30, 2, 1, 40]}", "a box runs from top-left to bottom-right"),
+        ("{Crop a [1, 2, 1, 40]}", "a box runs from top-left to bottom-right"),
+        ("{Crop a [1, 2, 30, 40], b [1]}", 'crop command "{Crop a [1, 2, 30, 40], b [1]}": a box has 4 numbers'),
+        ("{Crop a [[1, 2, 30, 40]]}", "a bracket has no partner"),
+        ("{Crop a [1, 2, 30, 40}", "a bracket has no partner"),
+        ("{Crop a 1, 2, 30, 40]}", "a bracket has no partner"),
+        ("{Crop a [1, 2, 30, 40]\nNow", "the brace is not closed; add the }"),
+        ("<tool_call>[1, 2, 30]</tool_call>", "call 1: a box has 4 numbers"),
+        ("{Crop a [1, 2, 3, 4]} <tool_call>{Crop a [1, 2, 3, 4]}</tool_call>", "call 2: a call holds [x1, y1, x2, y2]"),
+        ("[1, 2, 30, 40]</tool_call>", "call 1: </tool_call> without <tool_call>"),
+        ("<tool_call>[1, 2, 30, 40]", "<tool_call> is not closed; add </tool_call> or remove it"),
+        ("<tool_call> {Crop a [1, 2, 30, 40]}", "call 1: an earlier <tool_call> is not closed"),
+    ],
+)
+def test_a_bad_crop_is_named(answer: str, problem: str, problems_of: Callable[..., str]) -> None:
+    message = problems_of({"image_path": "x", "QnA": [GOOD, {**GOOD, "A3": answer + "<answer>a</answer>"}]})
+    assert message.startswith("1 problem in d.jsonl:\n  d.jsonl:1: QnA[1].A3: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    "written, question",
+    [
+        ("<image>\nWhat?", "What?"),
+        ("<image>What?", "What?"),
+        (" <image> \r\nWhat?\n", "What?\n"),
+        ("<image>\n<image>\nWhat?", "<image>\nWhat?"),
+        ("What?\n<image>", "What?\n<image>"),
+        ("What is <|im_end|>?", "What is <|im_end|>?"),
+    ],
+)
+def test_one_leading_picture_mark_is_taken_off_the_question(
+    written: str, question: str, read_one: Callable[..., Sample]
+) -> None:
+    assert read_one(Q=written).question == question
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ([], "d.jsonl:1: a list where an object belongs; write one JSON object a line"),
+        (None, "d.jsonl:1: null where an object belongs"),
+        ({}, "d.jsonl: no format fits, the rows have nothing; known are swift: "),
+        (
+            {"image_pth": "x", "QnA": [GOOD]},
+            'image_path: the field is missing, unknown: "image_pth". Did you mean "image_path"?',
+        ),
+        ({"image_path": 3, "QnA": [GOOD]}, "d.jsonl:1: image_path: a number where a text belongs; write it in quotes"),
+        ({"image_path": " ", "QnA": [GOOD]}, "image_path: the text is empty"),
+        ({"image_path": "x"}, 'd.jsonl:1: QnA: the field is missing, there is "image_path"; add it'),
+        ({"image_path": "x", "QnA": GOOD}, "d.jsonl:1: QnA: an object where a list belongs"),
+        ({"image_path": "x", "QnA": None}, "d.jsonl:1: QnA: null where a list belongs"),
+        ({"image_path": "x", "QnA": []}, "d.jsonl:1: QnA: the list is empty"),
+        ({"image_path": "x", "QnA": [GOOD, "Q"]}, "d.jsonl:1: QnA[1]: a text where an object belongs"),
+        ({"image_path": "x", "QnA": [{"A3": "a"}]}, 'd.jsonl:1: QnA[0].Q: the field is missing, there is "A3"'),
+        ({"image_path": "x", "QnA": [{"Q": "q", "A1": "a"}]}, "d.jsonl:1: QnA[0].A3: the field is missing"),
+        ({"image_path": "x", "QnA": [{**GOOD, "Q": "\n"}]}, "QnA[0].Q: the text is empty"),
+        ({"image_path": "x", "QnA": [{**GOOD, "Q": "<image>\n"}]}, "QnA[0].Q: nothing but <image>"),
+        ({"image_path": "x", "QnA": [{**GOOD, "A3": ""}]}, "QnA[0].A3: the text is empty"),
+        ({"image_path": "x", "QnA": [{**GOOD, "A3": ["a"]}]}, "QnA[0].A3: a list where a text belongs"),
+        ({"image_path": "x", "QnA": [{**GOOD, "A3": "a\ud800"}]}, "QnA[0].A3: half of a surrogate pair"),
+        ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer>a"}]}, "A3: the <answer> block is empty"),
+        ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer> </answer>"}]}, "A3: the <answer> block is empty"),
+        ({"image_path": "x", "QnA": [{**GOOD, "answer": True}]}, "QnA[0].answer: true or false where a text belongs"),
+        ({"image_path": "x", "QnA": [{**GOOD, "answer": ""}]}, "QnA[0].answer: the text is empty"),
+        ({"image_path": "x", "QnA": [{**GOOD, "box": [1, 2, 3]}]}, "QnA[0].box: a box has 4 numbers"),
+        ({"image_path": "x", "QnA": [{**GOOD, "box": [5, 2, 3, 4]}]}, "QnA[0].box: a box runs from top-left"),
+        ({"image_path": "x", "QnA": [{**GOOD, "box": "1, 2, 3, 4"}]}, "QnA[0].box: a box has 4 numbers"),
+        ({"image_path": "x", "QnA": [{**GOOD, "box": [1, 2, 3, float("nan")]}]}, "box: a box holds finite numbers"),
+    ],
+)
+def test_a_bad_field_is_named(row: object, problem: str, problems_of: Callable[..., str]) -> None:
+    assert problem in problems_of(row)
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "d.jsonl: the file holds no records"),
+        (b"\n \n", "d.jsonl: the file holds no records"),
+        (b"\xef\xbb\xbf", "d.jsonl: the file holds no records"),
+    ],
+)
+def test_a_file_without_a_row_is_named(content: bytes, problem: str, problems_of: Callable[..., str]) -> None:
+    assert problem in problems_of(content)
+
+
+def test_all_problems_are_counted_and_the_first_twenty_listed(tmp_path: Path) -> None:
+    bad = {"QnA": [{"Q": "", "A3": "{Crop [1]} <answer>a</answer>"}]}
+    path = write(tmp_path / "d.jsonl", {"image_path": "x", "QnA": [GOOD]}, *[bad] * 8)
+    with pytest.raises(DataError) as caught:
+        read_samples(path, "")
+    head, *lines = str(caught.value).splitlines()
+    assert head == f"24 problems in {path}, the first 20:"
+    assert len(lines) == 20
+    places = [re.escape(f"  {path}:2: {name}: ") for name in ("image_path", "QnA[0].Q", "QnA[0].A3")]
+    assert all(re.match(place, line) for place, line in zip(places, lines))
+    assert lines[3].startswith(f"  {path}:3: ")
+
+
+def test_a_misspelt_optional_field_is_not_ignored_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "d.jsonl", {"image_path": "x", "QnA": [{**GOOD, "anwser": "B", "source": "web"}]})
+    with caplog.at_level(logging.WARNING):
+        read_samples(tmp_path / "d.jsonl", "")
+    [record] = caplog.records
+    assert record.getMessage().endswith('field "anwser" of 1 sample is ignored. Did you mean "answer"?')
+
+
+@pytest.mark.skipif(not REAL_SAMPLE.exists(), reason="the sample of real records lies outside the project")
+def test_all_real_records_are_read_completely() -> None:
+    samples = read_samples(REAL_SAMPLE, "pictures")
+    calls = [segment for sample in samples for segment in split_calls(sample.response)[:-1]]
+    assert (len(samples), len({sample.image_paths[0] for sample in samples}), len(calls)) == (50, 10, 50)
+    assert all(parse_call(call).area > 0 for call in calls)
+    assert not any(re.search(r"\{\s*crop[^}]*\[", sample.response, re.IGNORECASE) for sample in samples)
+    assert all(sample.solution and sample.solution in sample.response for sample in samples)
+    assert sum("{" in sample.response for sample in samples) == 1  # braces that hold no crop
