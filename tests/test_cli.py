@@ -209,7 +209,7 @@ def test_a_setting_that_does_not_go_with_the_start_is_refused(
 ) -> None:
     assert main(command(**settings)) == 1
     assert capsys.readouterr().err.startswith(f"looktwice: {message}")
-    assert not list((tmp_path / "out" / "sft").iterdir())
+    assert not list((tmp_path / "out").glob("sft/*"))
 
 
 @pytest.mark.parametrize("stage", ["grpo", "both"])
@@ -305,6 +305,6 @@ def test_an_interrupt_ends_with_its_own_code(
     def interrupt(arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "demo", interrupt)
+    monkeypatch.setitem(cli.VERBS, "demo", interrupt)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "looktwice: interrupted\n"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from looktwice import cli
-from looktwice.cli import train_configs
+from looktwice.cli.arguments import Parser
+from looktwice.cli.train import train_configs
 from looktwice.config import Config, DataConfig, ExportConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
 from looktwice.errors import ConfigError
 
@@ -319,7 +320,7 @@ def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
         seen[parser.prog] = sorted(flag for flag in flags if not flag.startswith("--no-") and flag not in HELP)
         raise ConfigError("seen")
 
-    monkeypatch.setattr(cli.Parser, "parse_strictly", note)
+    monkeypatch.setattr(Parser, "parse_strictly", note)
     for command in ("train", "ask", "data check", "data show", "data stats", "data convert", "export", "demo"):
         cli.main(command.split())
     assert seen == {

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "looktwice"
 # one layer a line, the lowest first; a name stands for itself and for all below it
 LAYERS = (
     ("errors", "geometry", "metrics", "serving"),
-    ("config", "messages", "calls", "model.configuration"),
+    ("config", "messages", "calls", "model.configuration", "model.location"),
     ("model",),
     ("processing",),
     ("rollout", "answers", "grounding", "rewards"),
@@ -22,7 +22,7 @@ LAYERS = (
     ("formats",),
     ("checking",),
     ("training", "inference", "export", "evaluation", "report", "demo"),
-    ("flags", "data_cli", "cli", "__init__"),
+    ("cli", "__init__", "__main__"),
 )
 DRAWERS = ("utils", "common", "helpers", "misc")
 

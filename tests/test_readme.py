@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from looktwice.cli import train_configs
+from looktwice.cli.train import train_configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

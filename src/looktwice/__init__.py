@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from looktwice.training.grpo import train_grpo as train_grpo
     from looktwice.training.sft import train_sft as train_sft
 
+__version__ = "0.2.0"
+
 _HOMES = {
     "CropTool": "rollout.crop_tool",
     "InferenceConfig": "config",

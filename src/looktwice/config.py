@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from looktwice.errors import ConfigError, nearest
+from looktwice.errors import ConfigError, DataError, nearest
 from looktwice.geometry import BoxFrame
 
 Positive = Annotated[int, Field(ge=1)]
@@ -30,6 +30,12 @@ LengthPolicy = Literal["error", "drop", "shrink_images"]
 DEFAULT_MODEL = "AIDC-AI/Ovis2.5-9B"
 LENGTH_POLICY_HELP = "what to do with a longer sample: stop, leave it out, or shrink its pictures"
 DEVICE_HELP = "torch device; auto: spread over all; default: cuda if there is one, else cpu"
+
+
+LORA_KNOBS = {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_targets"} | {
+    name: name for name in ("use_dora", "use_rslora", "modules_to_save")
+}
+"""The arguments of `add_lora` and the settings they come from."""
 
 
 def split_commas(value: Any) -> Any:
@@ -102,6 +108,13 @@ class ModelConfig(Config):
     device: str | None = knob(None, DEVICE_HELP)
 
 
+def check_data_file(path: Path) -> None:
+    """Raise DataError, naming the nearest file beside it, when there is nothing of this name."""
+    if not path.exists():
+        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such data file; check the path.{nearest(path.name, siblings)}")
+
+
 class SampleConfig(Config):
     """How samples are read, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
 
@@ -114,6 +127,11 @@ class SampleConfig(Config):
     crop_max_pixels: Positive | None = knob(None, "most pixels of a resized crop")
     box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls; default: the checkpoint's (original_px)")
     max_length: Positive = knob(16384, "tokens of one sample, or of a prompt in stage 2")
+
+    def check_image_folder(self) -> None:
+        """Raise ConfigError when there is no folder of pictures."""
+        if not self.image_base_path.is_dir():
+            raise ConfigError(f"--image_base_path {self.image_base_path}: no such folder; name the one of the pictures")
 
     @property
     def pixel_bounds(self) -> dict[str, int | None]:

@@ -23,7 +23,8 @@ from typing import IO, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 
-from looktwice.errors import ConfigError, DataError, nearest
+from looktwice.config import check_data_file
+from looktwice.errors import ConfigError, DataError
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
@@ -72,8 +73,9 @@ class RowFile(Sequence[Row]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_data_file(self.path)
         with _reading(self.path):
-            if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+            if not (self.path.is_file() or self.path.is_dir()):
                 raise DataError(f"{path}: a pipe or a device, not a data file; write its rows into a file first")
             file: IO[bytes] = self.path.open("rb")
             self._stamp = _stamp_of(file)
@@ -357,9 +359,6 @@ def _reading(path: Path) -> Iterator[None]:
     """Errors of the operating system as DataErrors about the file."""
     try:
         yield
-    except FileNotFoundError as error:
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such data file; check the path.{nearest(path.name, siblings)}") from error
     except IsADirectoryError as error:
         raise DataError(f"{path}: a directory, not a data file; name a .jsonl file in it") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -13,7 +13,7 @@ import numpy as np
 from looktwice.config import SampleConfig
 from looktwice.data.problems import Problem, raise_if_any
 from looktwice.data.sample import Sample
-from looktwice.errors import ConfigError, DataError, counted, nearest
+from looktwice.errors import DataError, counted, nearest
 from looktwice.formats.catalogue import FORMATS, ROWS_LOOKED_AT, Format, detect
 from looktwice.formats.files import RowError, RowFile
 from looktwice.formats.reading import Fields, Reading
@@ -52,10 +52,7 @@ class SampleFile:
     @classmethod
     def of(cls, path: str | Path, config: SampleConfig) -> SampleFile:
         """The file as the settings say it is to be read. Raises ConfigError when there is no folder of pictures."""
-        if not config.image_base_path.is_dir():
-            raise ConfigError(
-                f"--image_base_path {config.image_base_path}: no such folder; name the one of the pictures"
-            )
+        config.check_image_folder()
         return cls(path, config.image_base_path, data_format=config.source_format, answer_key=config.answer_key)
 
     @property

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from looktwice.config import Part, WholePart
+from looktwice.config import LORA_KNOBS, Part, WholePart
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
@@ -45,12 +45,6 @@ INSIDE_ADAPTER = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_mo
 BESIDE_BASE = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
 """LoRA's own weights, and the copies that PEFT keeps of parts trained whole as they were."""
 PEFT_PREFIX = "base_model.model."
-
-
-LORA_KNOBS = {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_targets"} | {
-    name: name for name in ("use_dora", "use_rslora", "modules_to_save")
-}
-"""The arguments of `add_lora` and the settings they come from."""
 
 
 class PartSize(NamedTuple):

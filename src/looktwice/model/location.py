@@ -1,15 +1,21 @@
-"""Where a model name points: a folder, a name of the hub, or the small model that comes with the package."""
+"""Where a model name points: a folder, a name of the hub, or the small model; and what a folder says unloaded."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from looktwice.config import Quantization
 from looktwice.errors import CheckpointError
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+OWN_FIELDS = "looktwice"
+"""The place in an adapter folder's config.json for what PEFT does not store: `quantization`, how the base was quantised
+while the adapter was trained."""
 
 
 def locate(name: str) -> str:
@@ -29,3 +35,17 @@ def locate(name: str) -> str:
     elif folder.exists() or folder.parent.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such model folder; give a folder, a hub name (AIDC-AI/Ovis2.5-2B) or tiny")
     return name
+
+
+def local_adapter(folder: str) -> Path | None:
+    """The folder, where it holds a LoRA adapter rather than a whole model."""
+    return Path(folder) if (Path(folder) / ADAPTER_CONFIG).is_file() else None
+
+
+def base_quantization(folder: Path) -> Quantization:
+    """How the base of an adapter was quantised while it was trained; `none` also where the folder does not say."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return fields.get(OWN_FIELDS, {}).get("quantization", "none")
+    except (OSError, ValueError, AttributeError):
+        return "none"  # an adapter made elsewhere, or a config.json that its readers will name

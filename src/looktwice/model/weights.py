@@ -31,16 +31,21 @@ from looktwice.model.adapters import (
     with_adapter,
 )
 from looktwice.model.configuration import Ovis2_5Config
-from looktwice.model.location import ADAPTER_CONFIG, TINY, WEIGHT_FILES, locate
+from looktwice.model.location import (
+    ADAPTER_CONFIG,
+    OWN_FIELDS,
+    TINY,
+    WEIGHT_FILES,
+    base_quantization,
+    local_adapter,
+    locate,
+)
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_config, quantization_of
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHANGES_BASE_FOR_GOOD = ("pissa_niter", "corda", "loftq")
 """Starts of LoRA after which an adapter fits no base on disk. PEFT repeats plain PiSSA and OLoRA when it loads."""
-OWN_FIELDS = "looktwice"
-"""The place in an adapter folder's config.json for what PEFT does not store: `quantization`, how the base was quantised
-while the adapter was trained."""
 MAX_SHARD_SIZE = "5GB"
 """That of the released folders."""
 UNFINISHED = ".unfinished"
@@ -51,7 +56,7 @@ logger = logging.getLogger(__name__)
 def adapter_folder(name: str) -> Path | None:
     """The local folder of a LoRA adapter, or None when the name stands for a whole model."""
     if Path(name).is_dir():
-        return Path(name) if (Path(name) / ADAPTER_CONFIG).is_file() else None
+        return local_adapter(name)
     try:
         if cached_file(name, ADAPTER_CONFIG, **QUIET) is None:
             return None
@@ -158,15 +163,6 @@ def _tensor_names(path: Path) -> list[str]:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: a broken weight file ({error}); copy or download it again") from error
-
-
-def base_quantization(folder: Path) -> Quantization:
-    """How the base of an adapter was quantised while it was trained; `none` also where the folder does not say."""
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return fields.get(OWN_FIELDS, {}).get("quantization", "none")
-    except (OSError, ValueError, AttributeError):
-        return "none"  # an adapter made elsewhere, or a config.json that its readers will name
 
 
 def _load_adapter(folder: Path, **options: Any) -> PeftModel:

@@ -15,10 +15,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from looktwice.config import Config, ModelConfig, Part, StageConfig
+from looktwice.config import LORA_KNOBS, Config, ModelConfig, Part, StageConfig
 from looktwice.errors import CheckpointError, ConfigError, LooktwiceError
 from looktwice.model.adapters import (
-    LORA_KNOBS,
     add_lora,
     base_of,
     check_same_adapter,
@@ -31,7 +30,6 @@ from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_of
 from looktwice.model.weights import (
     adapter_folder,
-    base_quantization,
     load_model,
     load_trained,
     pick_device,
@@ -40,6 +38,7 @@ from looktwice.model.weights import (
 )
 from looktwice.processing.packing import PackedBatch, pack, split_by_tokens
 from looktwice.processing.processor import Example, Ovis2_5Processor
+from looktwice.training.start import check_start
 
 FINAL_MODEL = "final_model"
 STATE_FILE = "trainer_state.pt"
@@ -248,32 +247,6 @@ def recompute_layers(model: Ovis2_5ForConditionalGeneration, towers: str) -> Non
             # transformers renamed it in 5.23; the older name warns from then on
             enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-
-
-def check_start(name: str, adapter: Path | None, model_config: ModelConfig, config: StageConfig) -> None:
-    """Refuse settings that do not go with the model to start from, an adapter or a whole one. Raises ConfigError."""
-    quantization = model_config.quantization
-    is_lora_off = "use_lora" in config.model_fields_set and not config.use_lora
-    if adapter is None:
-        if quantization != "none" and not config.use_lora:
-            raise ConfigError(f"quantization {quantization} trains adapters alone; add --use_lora")
-        idle = [knob for knob in LORA_KNOBS.values() if knob in config.model_fields_set]
-        if idle and not config.use_lora and not is_lora_off:
-            raise ConfigError(
-                f"{', '.join(idle)}: all weights are trained, without LoRA; add --use_lora, or leave it out"
-            )
-        return
-    if is_lora_off:
-        raise ConfigError(
-            f"use_lora is off, but {name} is an adapter, which goes on; leave it out, or train all weights of the "
-            f"merged model: looktwice export {name} FOLDER"
-        )
-    trained_over = base_quantization(adapter)
-    if trained_over != quantization and "quantization" not in model_config.model_fields_set:
-        raise ConfigError(
-            f"{name} was trained over a base in {trained_over}; add --quantization {trained_over}, or "
-            f"--quantization {quantization} to go on over the whole base"
-        )
 
 
 def first_difference(saved: dict[str, Any], present: dict[str, Any]) -> str | None:

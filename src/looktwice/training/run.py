@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar, overload
+from typing import NamedTuple, overload
 
 from rich.table import Table
 
@@ -24,14 +24,13 @@ from looktwice.metrics import Recorder
 from looktwice.model.adapters import part_sizes
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training.learner import FINAL_MODEL, Learner, state_file
+from looktwice.training.start import required
 
 LEFT_OUT = "left_out.jsonl"
 """In the run folder: the samples that were too long, one a line, and what was done with each."""
 
 CHECKED_AT_START = 2000
 """Samples that are read, decoded and measured before the model is loaded; a larger set would keep it waiting."""
-
-T = TypeVar("T")
 
 
 class LargeSet(Sequence[Sample]):
@@ -197,10 +196,3 @@ def save_final(learner: Learner, resolved: Sequence[Config]) -> Path:
     folder = learner.config.output_dir / FINAL_MODEL
     learner.save(folder, resolved, with_optimizer=False)
     return folder
-
-
-def required(value: T | None, flag: str) -> T:
-    """The value of a setting that has no default. Raises ConfigError naming its flag."""
-    if value is None:
-        raise ConfigError(f"{flag} is missing; give it on the command line or in a config file")
-    return value

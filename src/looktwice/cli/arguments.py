@@ -1,4 +1,4 @@
-"""Flags of the command line, derived from the config classes, and what all commands do alike."""
+"""Arguments of the command line: flags derived from the config classes, and what all verbs do alike."""
 
 from __future__ import annotations
 
@@ -60,6 +60,9 @@ def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[s
 
 def argument(*names: str, **options: Any) -> Argument:
     return names, options
+
+
+MODEL = argument("--model", dest="model_name", default=argparse.SUPPRESS, help="short for --model_name")
 
 
 def read_command(

@@ -1,0 +1,7 @@
+"""`python -m looktwice` is the `looktwice` command."""
+
+import sys
+
+from looktwice.cli import main
+
+sys.exit(main())

@@ -1,0 +1,32 @@
+"""The `looktwice` command, a file a verb. Nothing heavy is imported before a verb has judged its arguments."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from looktwice import __version__
+from looktwice.cli import ask, data, demo, export, train
+from looktwice.cli.arguments import run_one
+from looktwice.errors import LooktwiceError
+
+VERBS = {"train": train.run, "ask": ask.run, "data": data.run, "export": export.run, "demo": demo.run}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code: 0, 1 after an error a user can mend, 130 when interrupted."""
+    # on a CPU it warns at import about a faster kernel that nothing here needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    words = list(sys.argv[1:] if words is None else words)
+    if words == ["--version"]:
+        print(f"looktwice {__version__}")
+        return 0
+    try:
+        return run_one("looktwice", VERBS, words)
+    except LooktwiceError as error:
+        print(f"looktwice: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("looktwice: interrupted", file=sys.stderr)
+        return 130

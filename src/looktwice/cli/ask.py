@@ -1,0 +1,72 @@
+"""`looktwice ask`: one question about a picture or a video, and the answer with its crops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from looktwice.cli.arguments import argument, prepare_file, read_command, write_json
+from looktwice.config import InferenceConfig
+from looktwice.errors import ConfigError, ImageError
+from looktwice.model.location import locate
+
+
+def run(words: Sequence[str]) -> None:
+    """Ask a model about a picture or a video: looktwice ask photo.jpg "What does the sign say?"."""
+    given, config = read_command(
+        run,
+        "ask",
+        "PICTURE QUESTION",
+        words,
+        InferenceConfig,
+        argument("image", nargs="?", help="picture or video to look at"),
+        argument("text", nargs="?", metavar="question", help="what to ask about it"),
+        argument("--image_path", help="the picture or video, as a flag"),
+        argument("--question", help="the question, as a flag"),
+        argument("--output_json", type=Path, help="also write the answer to this file"),
+    )
+    image, question = given["image_path"] or given["image"], given["question"] or given["text"]
+    if not image or not question:
+        raise ConfigError('a picture and a question are needed: looktwice ask photo.jpg "What does the sign say?"')
+    if not image.startswith("data:") and not Path(image).exists():
+        raise ImageError(f"{image}: no such picture or video; check the path", "missing")
+    prepare_file(given["output_json"], "--output_json")
+    locate(config.model_path)
+    from looktwice.processing.images import image_size
+    from looktwice.processing.video import is_video_file, open_video
+
+    # a damaged picture should not wait for the model
+    if is_video_file(image):
+        shown: dict[str, Any] = {"video": open_video(image, config.num_frames)}
+    else:
+        image_size(image)
+        shown = {"image": image}
+    from looktwice.inference import OvisInference
+
+    result = OvisInference(config).generate(question=question, **shown)
+    print_answer(result)
+    if given["output_json"]:
+        record = {"image_path": image, "question": question, "model_path": config.model_path, **result}
+        write_json(given["output_json"], record)
+
+
+def print_answer(result: dict[str, Any]) -> None:
+    if line := describe_sizes(result["picture"]):
+        print(line)
+    if thinking := result["parsed"]["think_content"]:
+        print(f"thinking: {thinking}\n")
+    for number, crop in enumerate(result["crops"], 1):
+        print(f"crop {number}: {crop['box'] if crop['error'] is None else 'refused, ' + crop['error']}")
+    print(f"answer: {result['parsed']['answer_content'] or result['response']}")
+    if result["stop_reason"].startswith("max_"):
+        print(f"(cut by --{'max_turns' if result['stop_reason'] == 'max_turns' else 'max_new_tokens'})")
+
+
+def describe_sizes(picture: dict[str, Any] | None) -> str:
+    """At which size the model saw the picture or video, where that is not the original one."""
+    if picture is None or picture["original"] == picture["seen"]:
+        return ""
+    (width, height), (seen_width, seen_height) = picture["original"], picture["seen"]
+    what = f"video: {picture['frames']} frames of" if "frames" in picture else "picture:"
+    return f"{what} {width}x{height}, seen as {seen_width}x{seen_height}"

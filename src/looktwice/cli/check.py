@@ -1,0 +1,62 @@
+"""`looktwice data check`: data files judged before a GPU is held, and the cleaned copy of one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from looktwice.cli.arguments import MODEL, argument, prepare_file, read_command, write_json
+from looktwice.config import CheckConfig
+from looktwice.errors import ConfigError
+from looktwice.model.location import locate
+
+
+def run(words: Sequence[str]) -> int:
+    """Judge data files before training: looktwice data check FILE... --image_base_path FOLDER."""
+    given, config = read_command(
+        run,
+        "data check",
+        "FILE...",
+        words,
+        CheckConfig,
+        argument("files", metavar="FILE", nargs="+", type=Path, help="training files to judge"),
+        argument("--json", metavar="FILE", type=Path, help="also write what was found to this file"),
+        argument("--fix", metavar="OUT", type=Path, help="write a copy without the rows that would fail"),
+        MODEL,
+    )
+    files, target = given["files"], given["fix"]
+    if target and len(files) > 1:
+        raise ConfigError(f"--fix writes a copy of one file, {len(files)} are given; fix them one by one")
+    inputs = [*files, config.val_data_path]
+    prepare_file(given["json"], "--json", inputs)
+    prepare_file(target, "--fix", inputs)
+    if config.model_name:
+        locate(config.model_name)
+    from rich.console import Console
+
+    from looktwice.checking.check import Judge
+    from looktwice.checking.fix import check_outputs, fix
+    from looktwice.data.problems import Problem
+    from looktwice.processing.processor import load_processor
+    from looktwice.report.terminal import verdict_table
+
+    if target:
+        check_outputs(files[0], target)
+    processor = load_processor(config.model_name, config) if config.model_name else None
+    judge = Judge(config, processor)
+    fatal: defaultdict[str, list[Problem]] = defaultdict(list)
+    verdict = judge.judge(files, fatal if target else None)
+    console = Console()
+    for path, name in verdict.formats.items():
+        console.print(f"{path}: format {name}", markup=False, highlight=False, soft_wrap=True)
+    if verdict.counts:
+        console.print(verdict_table(verdict))
+    for flag, unchecked in verdict.unchecked.items():
+        console.print(f"not checked without {flag}: {unchecked}", highlight=False)
+    if given["json"]:
+        write_json(given["json"], verdict.as_json())
+    if target:
+        console.print(str(fix(judge, fatal, target)), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(verdict), style=None if verdict.would_train else "red", highlight=False, soft_wrap=True)
+    return 0 if verdict.would_train else 1

@@ -1,0 +1,19 @@
+"""`looktwice demo`: the whole pipeline on the built-in small world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from looktwice.cli.arguments import Parser
+
+
+def run(words: Sequence[str]) -> None:
+    """The whole pipeline on the built-in small world, in minutes on a CPU, with a report to look at."""
+    parser = Parser("looktwice demo", description=run.__doc__, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="run folder (outputs/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, training and sampling (0)")
+    flags = parser.parse_strictly(words)
+    from looktwice.demo.pipeline import run_demo
+
+    run_demo(flags["output_dir"], seed=flags["seed"])

@@ -1,0 +1,54 @@
+"""`looktwice data show`: samples as the model will see them, in the terminal or as a page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from looktwice.cli.arguments import MODEL, argument, prepare_file, read_command
+from looktwice.config import ShowConfig, check_data_file
+from looktwice.model.location import locate
+
+
+def run(words: Sequence[str]) -> None:
+    """Show samples as the model will see them: looktwice data show FILE -n 3 --html samples.html."""
+    given, config = read_command(
+        run,
+        "data show",
+        "FILE",
+        words,
+        ShowConfig,
+        argument("file", metavar="FILE", type=Path, help="training file to look into"),
+        argument("--html", metavar="FILE", type=Path, help="also write a page with the pictures to this file"),
+        argument("-n", dest="num_samples", metavar="N", default=argparse.SUPPRESS, help="short for --num_samples"),
+        MODEL,
+    )
+    check_data_file(given["file"])
+    prepare_file(given["html"], "--html", [given["file"]])
+    locate(config.model_name)
+    from rich.console import Console
+
+    from looktwice.errors import counted
+    from looktwice.formats.sample_file import SampleFile
+    from looktwice.processing.processor import load_processor
+    from looktwice.report.data_page import write_samples_page
+    from looktwice.report.sample_view import view_file
+    from looktwice.report.terminal import sample_lines
+
+    file = SampleFile.of(given["file"], config)
+    processor = load_processor(config.model_name, config)
+    found = f"format {file.format.name} ({file.format.description}), {counted(len(file), 'row')}"
+    lead = f"{file.path}: {found}, as {config.model_name} sees them"
+    console = Console()
+    console.print(lead, markup=False, highlight=False, soft_wrap=True)
+    views = []
+    for view in view_file(file, processor, config):
+        console.print()
+        for line in sample_lines(view):
+            console.print(line)
+        if given["html"]:
+            views.append(view)
+    if given["html"]:
+        write_samples_page(given["html"], title=file.path.name, lead=lead, views=views)
+        console.print(f"\npage: {given['html']}", markup=False, highlight=False, soft_wrap=True)

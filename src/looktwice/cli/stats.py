@@ -1,0 +1,60 @@
+"""`looktwice data stats`: tokens, pictures, crops and turns of data files in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from looktwice.cli.arguments import MODEL, argument, prepare_file, read_command
+from looktwice.config import StatsConfig, check_data_file
+from looktwice.errors import DataError
+from looktwice.model.location import locate
+
+
+def run(words: Sequence[str]) -> None:
+    """Measure data files: looktwice data stats FILE... --html stats.html."""
+    given, config = read_command(
+        run,
+        "data stats",
+        "FILE...",
+        words,
+        StatsConfig,
+        argument("files", metavar="FILE", nargs="+", type=Path, help="training files to measure"),
+        argument("--html", metavar="FILE", type=Path, help="also write a page with charts to this file"),
+        MODEL,
+    )
+    for path in given["files"]:
+        check_data_file(path)
+    prepare_file(given["html"], "--html", given["files"])
+    locate(config.model_name)
+    from rich.console import Console
+    from rich.progress import track
+
+    from looktwice.checking.statistics import Statistics, rows_to_measure
+    from looktwice.errors import counted
+    from looktwice.formats.sample_file import SampleFile
+    from looktwice.processing.processor import load_processor
+    from looktwice.report.data_page import statistics_charts, write_statistics_page
+    from looktwice.report.tables import statistics_tables
+    from looktwice.report.terminal import titled
+
+    processor = load_processor(config.model_name, config)
+    statistics, console, notices = Statistics(), Console(), Console(stderr=True)
+    leads = []
+    for path in given["files"]:
+        file = SampleFile.of(path, config)
+        rows = rows_to_measure(len(file), config.num_rows, config.seed)
+        leads.append(f"{path}: format {file.format.name}, {len(rows):,} of {counted(len(file), 'row')}")
+        console.print(leads[-1], markup=False, highlight=False, soft_wrap=True)
+        statistics.read(file, track(rows, description="measuring", console=notices, transient=True), processor)
+    tables = statistics_tables(statistics, config)
+    for part in titled(tables):
+        console.print(part)
+    if not statistics.measures:
+        raise DataError("no sample could be measured; see the table above and `looktwice data check`")
+    if given["html"]:
+        title = ", ".join(path.name for path in given["files"])
+        lead = f"{'; '.join(leads)}. Tokens and pixels as {config.model_name} has them."
+        charts = statistics_charts(statistics)
+        write_statistics_page(given["html"], title=title, lead=lead, tables=tables, charts=charts)
+        console.print(f"\npage: {given['html']}", markup=False, highlight=False, soft_wrap=True)

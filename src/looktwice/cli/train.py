@@ -1,0 +1,108 @@
+"""`looktwice train`: stage 1 (SFT), stage 2 (R-GRPO) or both; settings from defaults, files and flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from looktwice.cli.arguments import Parser, add_flags
+from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, flag_of
+from looktwice.errors import ConfigError
+from looktwice.training.start import check_request
+
+FILE_FLAGS: dict[str, type[Config]] = {
+    "model_config": ModelConfig,
+    "data_config": DataConfig,
+    "sft_config": SFTConfig,
+    "grpo_config": GRPOConfig,
+}
+STAGE_1_ONLY = ("num_train_epochs", "learning_rate", "resume_from_checkpoint")
+"""With `--stage both`, these flags without a `grpo_` prefix belong to stage 1 ..."""
+GRPO_LEARNING_RATE_SHARE = 0.25
+"""... but a learning rate given for stage 1 also sets stage 2's, at a quarter."""
+
+
+def run(words: Sequence[str]) -> None:
+    """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
+    stage, model, data, sft, grpo = train_configs(words)
+    if stage == "grpo":
+        check_request(str(grpo.sft_checkpoint_path), model, data, grpo)
+    else:
+        check_request(model.model_name, model, data, sft)
+    if stage == "both":
+        from looktwice.processing.processor import load_processor
+        from looktwice.rewards import load_reward
+        from looktwice.training.run import load_sets, prepare_output
+
+        # what stage 2 cannot use should not wait for stage 1 to end
+        load_reward(grpo.reward)
+        load_sets(data, load_processor(model.model_name, data), "grpo")
+        prepare_output(grpo)
+    if stage != "grpo":
+        from looktwice.training.sft import train_sft
+
+        final = train_sft(model, data, sft)
+        print(f"stage 1 done: {final}")
+        grpo = grpo.model_copy(update={"sft_checkpoint_path": final})
+    if stage != "sft":
+        from looktwice.training.grpo import train_grpo
+
+        print(f"stage 2 done: {train_grpo(model, data, grpo)}")
+
+
+def train_configs(arguments: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, SFTConfig, GRPOConfig]:
+    """Stage and settings of a `train` command: defaults, then config files, then flags."""
+    parser = Parser(
+        "looktwice train",
+        usage="looktwice train [--stage STAGE] [options]",
+        description=run.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--stage", choices=["sft", "grpo", "both"], default="both", help="what to run (both)")
+    for flag, config_class in FILE_FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar="FILE", help=f"{config_class.__name__} as JSON or YAML; flags win")
+    shared = [name for name in StageConfig.model_fields if name != "output_dir"]
+    for config_class in FILE_FLAGS.values():
+        own = [name for name in config_class.model_fields if config_class is not GRPOConfig or name not in shared]
+        add_flags(parser, config_class, own)
+    add_flags(parser, GRPOConfig, shared, prefix="grpo_", title="For stage 2 alone")
+    flags = parser.parse_strictly(arguments)
+    stage = flags["stage"]
+    refuse_idle_flags(stage, flags, shared)
+    values: dict[str, dict[str, Any]] = {}
+    for file_flag, config_class in FILE_FLAGS.items():
+        values[file_flag] = config_class.read(flags[file_flag]) if flags.get(file_flag) else {}
+        for name in config_class.model_fields:
+            flag = flag_of(config_class, name)
+            is_for_stage_1 = config_class is GRPOConfig and stage == "both" and name in STAGE_1_ONLY
+            if flag in flags and not is_for_stage_1:
+                values[file_flag][name] = flags[flag]
+    grpo_values = values["grpo_config"]
+    if stage == "both" and "learning_rate" in flags and "learning_rate" not in grpo_values:
+        grpo_values["learning_rate"] = GRPO_LEARNING_RATE_SHARE * number_of("learning_rate", flags["learning_rate"])
+    for name in shared:
+        if (flag := f"grpo_{flag_of(GRPOConfig, name)}") in flags:
+            grpo_values[name] = flags[flag]
+    model, data, sft, grpo = (config_class(**values[flag]) for flag, config_class in FILE_FLAGS.items())
+    return stage, model, data, sft, grpo  # type: ignore[return-value]
+
+
+def refuse_idle_flags(stage: str, flags: Mapping[str, Any], shared: Sequence[str]) -> None:
+    """Raise ConfigError for a flag that the stage to run would not read; `shared` are the fields of both stages."""
+    of_stage_2 = [flag_of(GRPOConfig, name) for name in GRPOConfig.model_fields if name not in shared]
+    of_stage_2 += [f"grpo_{flag_of(GRPOConfig, name)}" for name in shared]
+    idle = {
+        "sft": dict.fromkeys(of_stage_2, "it belongs to stage 2"),
+        "grpo": {"sft_output_dir": "it belongs to stage 1", "model_name": "stage 2 starts from --sft_checkpoint"},
+        "both": {"sft_checkpoint": "stage 2 starts from the model of stage 1"},
+    }[stage]
+    for flag, reason in idle.items():
+        if flag in flags:
+            raise ConfigError(f"--{flag} does nothing with --stage {stage}: {reason}; leave it out")
+
+
+def number_of(flag: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ConfigError(f"--{flag} is {value!r}; it must be a number") from error

@@ -1,0 +1,59 @@
+"""What a run is refused for before anything heavy is imported: what is not there, and settings that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from looktwice.config import LORA_KNOBS, DataConfig, ModelConfig, StageConfig, check_data_file
+from looktwice.errors import ConfigError
+from looktwice.model.location import base_quantization, local_adapter, locate
+
+T = TypeVar("T")
+
+
+def check_request(name: str, model: ModelConfig, data: DataConfig, config: StageConfig) -> None:
+    """Refuse a stage that cannot start from the model `name`, or lacks its data.
+
+    Raises ConfigError, DataError or CheckpointError.
+    """
+    for path in (required(data.train_data_path, "--train_data"), data.val_data_path):
+        if path is not None:
+            check_data_file(path)
+    data.check_image_folder()
+    folder = locate(name)
+    if Path(folder).is_dir():  # of a hub name it is known later whether it is an adapter
+        check_start(name, local_adapter(folder), model, config)
+
+
+def check_start(name: str, adapter: Path | None, model_config: ModelConfig, config: StageConfig) -> None:
+    """Refuse settings that do not go with the model to start from, an adapter or a whole one. Raises ConfigError."""
+    quantization = model_config.quantization
+    is_lora_off = "use_lora" in config.model_fields_set and not config.use_lora
+    if adapter is None:
+        if quantization != "none" and not config.use_lora:
+            raise ConfigError(f"quantization {quantization} trains adapters alone; add --use_lora")
+        idle = [knob for knob in LORA_KNOBS.values() if knob in config.model_fields_set]
+        if idle and not config.use_lora and not is_lora_off:
+            raise ConfigError(
+                f"{', '.join(idle)}: all weights are trained, without LoRA; add --use_lora, or leave it out"
+            )
+        return
+    if is_lora_off:
+        raise ConfigError(
+            f"use_lora is off, but {name} is an adapter, which goes on; leave it out, or train all weights of the "
+            f"merged model: looktwice export {name} FOLDER"
+        )
+    trained_over = base_quantization(adapter)
+    if trained_over != quantization and "quantization" not in model_config.model_fields_set:
+        raise ConfigError(
+            f"{name} was trained over a base in {trained_over}; add --quantization {trained_over}, or "
+            f"--quantization {quantization} to go on over the whole base"
+        )
+
+
+def required(value: T | None, flag: str) -> T:
+    """The value of a setting that has no default. Raises ConfigError naming its flag."""
+    if value is None:
+        raise ConfigError(f"{flag} is missing; give it on the command line or in a config file")
+    return value
