@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -18,15 +19,14 @@ from PIL import Image
 import looktwice
 from looktwice.checking.check import judge
 from looktwice.config import CheckConfig
-from looktwice.data.examples import encode_sample
-from looktwice.data.loader import Loader
+from looktwice.data.examples import Encoder, Packer
+from looktwice.data.loader import prepared
 from looktwice.data.order import BatchOrder
 from looktwice.formats.files import RowFile
 from looktwice.formats.sample_file import SampleFile
 from looktwice.geometry import Size
 from looktwice.processing.image_processor import Ovis2_5ImageProcessor
 from looktwice.processing.images import open_image
-from looktwice.processing.packing import pack
 from looktwice.processing.processor import Ovis2_5Processor
 
 TINY_MODEL = Path(looktwice.__file__).parent / "demo" / "tiny_model"
@@ -84,12 +84,13 @@ def memory_mb(name: str) -> float:
 def first_batch(path: str) -> None:
     samples = SampleFile(path, Path(path).parent)
     order = BatchOrder(samples.num_samples, samples_per_step=SAMPLES_PER_STEP, num_epochs=1, max_steps=None, seed=0)
-    encode = partial(encode_sample, processor=Ovis2_5Processor.from_pretrained(TINY_MODEL), max_length=4096)
-    tasks = (samples.sample(number) for step in range(order.total_steps) for number in order[step])
-    with Loader(encode, tasks, num_workers=2, ahead=2 * SAMPLES_PER_STEP, where=lambda sample: sample.where) as loader:
-        batch = pack([next(loader) for _ in range(SAMPLES_PER_STEP)])
+    processor = Ovis2_5Processor.from_pretrained(TINY_MODEL)
+    encoder = Encoder(processor=processor, max_length=4096, length_policy="error")
+    steps = ([samples.sample(number) for number in order[step]] for step in range(order.total_steps))
+    with closing(prepared(encoder, steps, join=Packer(max_tokens_per_row=16384), num_workers=2)) as batches:
+        batch = next(batches)
         finished = time.time()
-    assert batch.num_loss_tokens
+    assert sum(row.num_loss_tokens for row in batch.rows)
     print(json.dumps({"finished": finished}))
 
 

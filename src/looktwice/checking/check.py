@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from looktwice.checking.rows import Brief, Examiner, Findings, FrameEvidence, Rows
 from looktwice.config import CheckConfig
-from looktwice.data.loader import Loader
+from looktwice.data.loader import prepared
 from looktwice.data.problems import Problem
 from looktwice.data.reasons import REASONS
 from looktwice.errors import DataError, counted
@@ -19,8 +21,6 @@ from looktwice.processing.processor import Ovis2_5Processor
 
 CHUNK = 256
 """Rows that are examined at a time."""
-CHUNKS_AHEAD = 4
-"""Of each worker."""
 ROWS_FOR_WORKERS, MOST_WORKERS = 50_000, 16
 """Rows of a file from which on workers are worth their start, and how many there are by default at the most."""
 
@@ -179,9 +179,9 @@ class Judge:
             is_worth_it = len(file) >= ROWS_FOR_WORKERS and not file.rows.is_packed
             num_workers = min(os.cpu_count() or 1, MOST_WORKERS) if is_worth_it else 0
         starts = range(0, len(file), CHUNK)
-        tasks = (Rows(file.path, start, min(start + CHUNK, len(file))) for start in starts)
-        with Loader(self.examiner, tasks, num_workers=num_workers, ahead=CHUNKS_AHEAD * max(1, num_workers)) as loader:
-            yield from loader
+        chunks = ([Rows(file.path, start, min(start + CHUNK, len(file)))] for start in starts)
+        with closing(prepared(self.examiner, chunks, join=itemgetter(0), num_workers=num_workers)) as findings:
+            yield from findings
 
     def is_new(self, problem: Problem) -> bool:
         """Whether the same was not told before: of a picture once a row, or once at all where it is no error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from looktwice.data.problems import View, refuse
 from looktwice.data.reasons import REASONS
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, ImageError
+from looktwice.processing.packing import PackedBatch, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_pictures
 
@@ -47,9 +49,28 @@ class Encoded(NamedTuple):
     refit: Refit | None
 
 
+class PackedSamples(NamedTuple):
+    """A batch of samples as packed rows, and what the length of some led to."""
+
+    rows: list[PackedBatch]
+    refits: list[Refit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packer:
+    """Encoded samples of one batch to packed rows: what a worker does last."""
+
+    max_tokens_per_row: int
+
+    def __call__(self, samples: Sequence[Encoded]) -> PackedSamples:
+        examples = [sample.example for sample in samples if sample.example]
+        refits = [sample.refit for sample in samples if sample.refit]
+        return PackedSamples(pack_rows(examples, self.max_tokens_per_row), refits)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """`encode_sample` under a length policy: what the workers of a Loader run."""
+    """`encode_sample` under a length policy: what a worker does with each sample."""
 
     processor: Ovis2_5Processor
     max_length: int

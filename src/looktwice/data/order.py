@@ -34,6 +34,11 @@ class BatchOrder:
         epoch, place = divmod(step, self.steps_per_epoch)
         return self._of_epoch(epoch)[place * self.samples_per_step : (place + 1) * self.samples_per_step].tolist()
 
+    def batches(self, step: int, batch_size: int) -> list[list[int]]:
+        """The samples of the step in batches, of which only the last may be short."""
+        samples = self[step]
+        return [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
+
     def share(self, step: int, *, rank: int, world_size: int) -> list[int]:
         """The samples of the step that fall to one of `world_size` processes.
 

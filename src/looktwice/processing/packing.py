@@ -5,11 +5,12 @@ Legend: T tokens of the row, S sequences, P patches, I distinct pictures, J plac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,9 +48,27 @@ class PackedBatch:
         return numbers[self.loss_mask[0]]
 
     def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Keyword arguments of the model's forward, on `device`."""
+        """Keyword arguments of the model's forward, on `device`; from pinned memory the copy does not wait."""
         tensors = {name: value for name, value in vars(self).items() if name != "examples"}
-        return {name: None if value is None else value.to(device) for name, value in tensors.items()}
+        return {name: None if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+    def pin_memory(self) -> PackedBatch:
+        """The same in page-locked memory; torch's DataLoader calls this."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned)
+
+    def __reduce__(self) -> tuple[Callable[[dict[str, Any]], PackedBatch], tuple[dict[str, Any]]]:
+        """How it travels between processes: as arrays, because torch would send tensors over /dev/shm, whose size
+        containers limit. The examples stay where they were packed."""
+        arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return _arrived, ({**arrays, "examples": ()},)
+
+
+def _arrived(arrays: dict[str, Any]) -> PackedBatch:
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items() if isinstance(value, np.ndarray)}
+    return PackedBatch(**{**arrays, **tensors})
 
 
 def pack(examples: Sequence[Example]) -> PackedBatch:
@@ -72,6 +91,12 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         image_index=torch.tensor([distinct[id(image)] for image in shown]) if images else None,
         examples=tuple(examples),
     )
+
+
+def pack_rows(examples: Sequence[Example], max_tokens: int) -> list[PackedBatch]:
+    """The examples in as many rows as the limit asks for, in order; see `split_by_tokens`."""
+    places = split_by_tokens([len(example) for example in examples], max_tokens)
+    return [pack([examples[place] for place in row]) for row in places]
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from looktwice.model.weights import (
     write_model,
     written_whole,
 )
-from looktwice.processing.packing import PackedBatch, pack, split_by_tokens
+from looktwice.processing.packing import PackedBatch, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.training.start import check_start
 
@@ -113,11 +113,14 @@ class Learner:
     def base(self) -> Ovis2_5ForConditionalGeneration:
         return base_of(self.model)
 
+    @property
+    def max_tokens_per_row(self) -> int:
+        """Tokens of one packed row at the most; a longer sample has a row of its own."""
+        return 1 if self.config.memory_efficient else self.config.max_tokens_per_row
+
     def rows(self, examples: Sequence[Example]) -> list[PackedBatch]:
         """The examples in as many packed rows as the token limit asks for, in order."""
-        limit = 1 if self.config.memory_efficient else self.config.max_tokens_per_row
-        places = split_by_tokens([len(example) for example in examples], limit)
-        return [pack([examples[place] for place in row]) for row in places]
+        return pack_rows(examples, self.max_tokens_per_row)
 
     def precision(self) -> torch.autocast:
         """The precision of every forward, in training and in sampling alike."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from itertools import chain, islice
 from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
-from looktwice.data.examples import Encoder
-from looktwice.data.loader import Loader, warm_up
+from looktwice.data.examples import Encoder, Packer
+from looktwice.data.loader import prepared, warm_up
 from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
 from looktwice.model.weights import pick_device
-from looktwice.processing.processor import Example, load_processor
+from looktwice.processing.packing import PackedBatch
+from looktwice.processing.processor import load_processor
 from looktwice.training.learner import Learner
 from looktwice.training.run import (
     LengthReport,
@@ -30,15 +33,13 @@ from looktwice.training.run import (
 )
 
 WORKERS_BESIDE_A_GPU = 4
-STEPS_AHEAD = 2
-"""Steps whose samples the workers may prepare before they are needed."""
 SHOWN = ("loss", "eval/loss", "optim/lr", "perf/tokens_per_s")
 
 
 def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     """Fine-tune and give back the folder of the final model. Everything a user can get wrong is checked first."""
     # a CPU has no time to spare for them
-    default = 0 if pick_device(model.device) == "cpu" else WORKERS_BESIDE_A_GPU
+    default = 0 if pick_device(model.device) == "cpu" else min(WORKERS_BESIDE_A_GPU, os.cpu_count() or 1)
     workers = default if config.num_workers is None else config.num_workers
     if workers:
         warm_up()
@@ -54,25 +55,23 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
         learner.resume(config.resume_from_checkpoint)
     resolved = (model, data, config)
     encoder = Encoder(processor=processor, max_length=data.max_length, length_policy=data.length_policy)
+    batches = (
+        [train[number] for number in batch]
+        for step in range(learner.step, order.total_steps)
+        for batch in order.batches(step, config.train_batch_size)
+    )
     with (
         Recorder(
             config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="SFT", append=learner.step > 0
         ) as recorder,
-        Loader(
-            encoder,
-            (train[number] for step in range(learner.step, order.total_steps) for number in order[step]),
-            num_workers=workers,
-            ahead=STEPS_AHEAD * order.samples_per_step,
-            where=attrgetter("where"),
-        ) as prepared,
+        closing(packed(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
     ):
         recorder.console.print(trained_table(learner))
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:
-            encoded = list(islice(prepared, len(order[learner.step])))
-            lengths.note(each.refit for each in encoded if each.refit)
-            examples = [each.example for each in encoded if each.example]
-            metrics = train_step(learner, examples) if examples else {}
+            num_batches = len(order.batches(learner.step, config.train_batch_size))
+            rows = [row for batch in islice(rows_of_batches, num_batches) for row in batch]
+            metrics = train_step(learner, rows) if rows else {}
             learner.step += 1
             metrics["epoch"] = order.epoch(learner.step)
             if held_out and is_due(learner, eval_every):
@@ -83,10 +82,33 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     return save_final(learner, resolved)
 
 
-def train_step(learner: Learner, examples: Sequence[Example]) -> dict[str, float]:
-    """One optimizer step on the mean loss per trained token of all its examples, whatever the rows."""
+def packed(
+    learner: Learner,
+    batches: Iterable[Sequence[Sample]],
+    encoder: Encoder,
+    lengths: LengthReport,
+    *,
+    num_workers: int,
+) -> Generator[list[PackedBatch]]:
+    """The packed rows of each batch, prepared ahead by the workers; samples that are too long are noted."""
+    with closing(
+        prepared(
+            encoder,
+            batches,
+            join=Packer(max_tokens_per_row=learner.max_tokens_per_row),
+            num_workers=num_workers,
+            where=attrgetter("where"),
+            pin_memory=learner.base.device.type == "cuda",
+        )
+    ) as samples:
+        for rows, refits in samples:
+            lengths.note(refits)
+            yield rows
+
+
+def train_step(learner: Learner, rows: Sequence[PackedBatch]) -> dict[str, float]:
+    """One optimizer step on the mean loss per trained token of all its samples, whatever the rows."""
     started = time.perf_counter()
-    rows = learner.rows(examples)
     num_loss_tokens = sum(row.num_loss_tokens for row in rows)
     update = learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_loss_tokens)
     seconds = time.perf_counter() - started
@@ -107,12 +129,9 @@ def evaluation_loss(
     learner.model.eval()
     total, num_tokens = 0.0, 0
     size = learner.config.train_batch_size
-    with Loader(
-        encoder, samples, num_workers=num_workers, ahead=STEPS_AHEAD * size, where=attrgetter("where")
-    ) as prepared:
-        while encoded := list(islice(prepared, size)):
-            lengths.note(each.refit for each in encoded if each.refit)
-            for row in learner.rows([each.example for each in encoded if each.example]):
-                total -= float(learner.score(row).logprobs.sum())
-                num_tokens += row.num_loss_tokens
+    batches = (samples[first : first + size] for first in range(0, len(samples), size))
+    with closing(packed(learner, batches, encoder, lengths, num_workers=num_workers)) as rows_of_batches:
+        for row in chain.from_iterable(rows_of_batches):
+            total -= float(learner.score(row).logprobs.sum())
+            num_tokens += row.num_loss_tokens
     return total / num_tokens
