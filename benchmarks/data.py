@@ -32,7 +32,7 @@ from looktwice.processing.processor import Ovis2_5Processor
 TINY_MODEL = Path(looktwice.__file__).parent / "demo" / "tiny_model"
 NUM_ROWS = 1_000_000
 NUM_ROWS_OF_SET = 100_000
-NUM_PICTURES = 8
+NUM_IMAGES = 8
 NUM_ROWS_CHECKED = 2_000
 REPEATS_OF_CHECK = 5
 SAMPLES_PER_STEP = 16
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         opened = in_fresh_process("open_rows", write_set(folder / "rows.jsonl", NUM_ROWS))
-        for number in range(NUM_PICTURES):
+        for number in range(NUM_IMAGES):
             write_photo(folder / f"{number}.jpg", Size(640, 480))
         first_batch = in_fresh_process("first_batch", write_set(folder / "set.jsonl", NUM_ROWS_OF_SET))
         publish(
@@ -124,7 +124,7 @@ def check_rows_per_s(folder: Path) -> dict[str, float]:
     photo = (folder / "0.jpg").read_bytes()
     for number in range(NUM_ROWS_CHECKED):
         (folder / f"checked{number}.jpg").write_bytes(photo)
-    path = write_set(folder / "checked.jsonl", NUM_ROWS_CHECKED, picture="checked{}.jpg")
+    path = write_set(folder / "checked.jsonl", NUM_ROWS_CHECKED, image_name="checked{}.jpg")
     config = CheckConfig(image_base_path=folder)
     figures = {}
     for name, processor in (
@@ -136,12 +136,12 @@ def check_rows_per_s(folder: Path) -> dict[str, float]:
             started = time.process_time()  # of all threads, and what else runs here does not count
             verdict = judge([path], config, processor)
             seconds.append(time.process_time() - started)
-        assert verdict.num_pictures == NUM_ROWS_CHECKED and not verdict.counts
+        assert verdict.num_images == NUM_ROWS_CHECKED and not verdict.counts
         figures[name] = NUM_ROWS_CHECKED / statistics.median(seconds)
     return figures
 
 
-def write_set(path: Path, num_rows: int, picture: str | None = None) -> Path:
+def write_set(path: Path, num_rows: int, image_name: str | None = None) -> Path:
     """Rows of the documented form, about 500 bytes each, that share a few pictures, or have their own."""
     thought = "The cup stands on the left. " * 8
     answer = f"<think>\n{thought}{{Crop cup 1 [40, 60, 200, 220]}} It is red.\n</think>\n\n<answer>red</answer>"
@@ -153,7 +153,7 @@ def write_set(path: Path, num_rows: int, picture: str | None = None) -> Path:
                 "A3": answer.replace("The cup", f"Cup {number}"),
             }
             row = {
-                "image_path": picture.format(number) if picture else f"{number % NUM_PICTURES}.jpg",
+                "image_path": image_name.format(number) if image_name else f"{number % NUM_IMAGES}.jpg",
                 "image_id": f"{number:012}",
                 "QnA": [question],
             }

@@ -67,9 +67,9 @@ def draw_examples(processor: Ovis2_5Processor) -> list[Example]:
     sizes = [(96, 64), (64, 128), (200, 150), (48, 48), (160, 160), (300, 90), (64, 64), None]
     examples = []
     for number, size in enumerate(sizes):
-        pictures = [] if size is None else [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))]
+        images = [] if size is None else [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))]
         question = "What digit is on the red tile of this board? " * (1 + number % 3)
-        conversation = Conversation(messages=(user(question, *pictures),))
+        conversation = Conversation(messages=(user(question, *images),))
         example = processor.encode(conversation, purpose="prompt")
         example.loss_mask[-20:] = [True] * 20
         examples.append(example)
@@ -91,8 +91,8 @@ def golden_difference(dtype: torch.dtype) -> float:
         ids = stored["input_ids"]
         for theirs, ours in VISUAL_IDS.items():
             ids = torch.where(ids == theirs, ours, ids)
-        pictures = {"pixel_values": stored.get("pixel_values"), "image_grid_thw": stored.get("grid_thws")}
-        worst = max(worst, relative(model(ids[None], **pictures).logits[0], stored["logits"]))
+        images = {"pixel_values": stored.get("pixel_values"), "image_grid_thw": stored.get("grid_thws")}
+        worst = max(worst, relative(model(ids[None], **images).logits[0], stored["logits"]))
     return worst
 
 
@@ -112,13 +112,13 @@ def padded_difference(model: Ovis2_5ForConditionalGeneration, examples: list[Exa
     longest = max(len(example) for example in examples)
     ids = torch.tensor([[0] * (longest - len(example)) + example.input_ids for example in examples])
     mask = torch.tensor([[0] * (longest - len(example)) + [1] * len(example) for example in examples])
-    pictures = [image for example in examples for image in example.images]
+    images = [image for example in examples for image in example.images]
     padded = model(
         ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        pixel_values=torch.cat([image.pixel_values for image in pictures]),
-        image_grid_thw=torch.tensor([image.grid_thw for image in pictures]),
+        pixel_values=torch.cat([image.pixel_values for image in images]),
+        image_grid_thw=torch.tensor([image.grid_thw for image in images]),
     ).logits
     worst = 0.0
     for row, example in enumerate(examples):

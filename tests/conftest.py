@@ -54,7 +54,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetFiles:
 
 
 @pytest.fixture(scope="session")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """160 x 120 pixels of noise: every region differs from every other."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8))
 
@@ -100,15 +100,15 @@ PlayScripts = Callable[..., tuple[list[Episode], ScriptedEngine]]
 
 
 @pytest.fixture(scope="session")
-def play_scripts(processor: Ovis2_5Processor, picture: Image.Image) -> PlayScripts:
-    """Plays sibling episodes about `picture` (or the `image` given), one for each script, to their end."""
+def play_scripts(processor: Ovis2_5Processor, image: Image.Image) -> PlayScripts:
+    """Plays sibling episodes about `image` (or what is `shown` instead), one for each script, to their end."""
 
     def run(
-        *scripts: str, image: Image.Image | Path | None = picture, question: str = "What is it?", **options: object
+        *scripts: str, shown: Image.Image | Path | None = image, question: str = "What is it?", **options: object
     ) -> tuple[list[Episode], ScriptedEngine]:
         look = options.pop("look", None)
         rules = EpisodeRules(**options)  # type: ignore[arg-type]
-        prompt = question_about(question, *([] if image is None else [image]))
+        prompt = question_about(question, *([] if shown is None else [shown]))
         episodes = start_episodes(prompt, processor, rules, count=len(scripts), look=look)  # type: ignore[arg-type]
         engine = ScriptedEngine(processor, scripts)
         play(engine, [episodes])

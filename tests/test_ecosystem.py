@@ -39,17 +39,17 @@ def trained(model: Ovis2_5ForConditionalGeneration) -> Ovis2_5ForConditionalGene
 
 
 @pytest.fixture(scope="module")
-def pictures(picture: Image.Image) -> list[Image.Image]:
-    return [picture, picture.crop((10, 0, 100, 120)), picture.rotate(90, expand=True), picture.crop((0, 0, 60, 60))]
+def images(image: Image.Image) -> list[Image.Image]:
+    return [image, image.crop((10, 0, 100, 120)), image.rotate(90, expand=True), image.crop((0, 0, 60, 60))]
 
 
 @pytest.fixture(scope="module")
-def messages(picture: Image.Image, pictures: list[Image.Image]) -> list[list[dict[str, Any]]]:
+def messages(image: Image.Image, images: list[Image.Image]) -> list[list[dict[str, Any]]]:
     """Four conversations as Hugging Face writes them: with a crop in the answer, plain, of two turns, text alone."""
     return [
-        [turn("user", pictures[0], "Which?"), turn("assistant", CALL, picture.crop((0, 0, 40, 40)), AFTER)],
-        [turn("user", pictures[1], "What is it?"), turn("assistant", "noise")],
-        [turn("user", pictures[2], "And"), turn("assistant", "A1"), turn("user", "then?"), turn("assistant", "A2")],
+        [turn("user", images[0], "Which?"), turn("assistant", CALL, image.crop((0, 0, 40, 40)), AFTER)],
+        [turn("user", images[1], "What is it?"), turn("assistant", "noise")],
+        [turn("user", images[2], "And"), turn("assistant", "A1"), turn("user", "then?"), turn("assistant", "A2")],
         [turn("user", "Hi"), turn("assistant", "Hello")],
     ]
 
@@ -106,14 +106,14 @@ def logged_losses(trainer: Trainer) -> list[float]:
 
 def without_images(turns: list[dict[str, Any]]) -> dict[str, Any]:
     """A row of a data set as TRL reads it: the pictures in a column of their own, their places in the messages."""
-    pictures = [part["image"] for written in turns for part in written["content"] if part["type"] == "image"]
+    images = [part["image"] for written in turns for part in written["content"] if part["type"] == "image"]
     emptied = [
         [{name: value for name, value in part.items() if name != "image"} for part in written["content"]]
         for written in turns
     ]
     return {
         "messages": [{"role": written["role"], "content": parts} for written, parts in zip(turns, emptied)],
-        "images": pictures,
+        "images": images,
     }
 
 
@@ -278,8 +278,8 @@ def test_trl_s_sft_trainer_trains_the_answers_of_plain_messages(
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["whole", "lora"])
-def test_trl_s_grpo_trainer_takes_a_step_about_a_picture(
-    model_folder: Path, picture: Image.Image, tmp_path: Path, with_lora: bool
+def test_trl_s_grpo_trainer_takes_a_step_about_an_image(
+    model_folder: Path, image: Image.Image, tmp_path: Path, with_lora: bool
 ) -> None:
     """The processor is found by TRL itself. A KL reference needs LoRA: TRL would load a whole one from classes of
     transformers' own only."""
@@ -308,7 +308,7 @@ def test_trl_s_grpo_trainer_takes_a_step_about_a_picture(
         AutoModelForImageTextToText.from_pretrained(model_folder),
         reward,
         arguments,
-        train_dataset=datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": "Q?"}], "image": picture}]),
+        train_dataset=datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": "Q?"}], "image": image}]),
         peft_config=LoraConfig(r=4, target_modules=LORA_TARGETS["llm"]) if with_lora else None,
     )
     assert isinstance(trainer.processing_class, Ovis2_5Processor)

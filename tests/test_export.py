@@ -365,7 +365,7 @@ def test_an_id_that_is_not_the_best_is_refused(model: Ovis2_5ForConditionalGener
         compare_answers(model, prompt, ids, [second])
 
 
-def test_a_picture_is_one_placeholder_in_the_prompt_of_vllm(processor: Ovis2_5Processor, prompt: Example) -> None:
+def test_an_image_is_one_placeholder_in_the_prompt_of_vllm(processor: Ovis2_5Processor, prompt: Example) -> None:
     ids = with_placeholder(prompt.input_ids, processor.config)
     assert ids.count(processor.config.image_placeholder_id) == 1
     assert len(ids) == len(prompt) - prompt.images[0].num_tokens - 1

@@ -91,7 +91,7 @@ side = st.integers(1, 10**6)
 
 @given(side, side, st.integers(1, 10**7))
 @settings(max_examples=200, deadline=None)
-def test_a_resized_picture_has_whole_tokens_and_stays_within_the_limit(width: int, height: int, limit: int) -> None:
+def test_a_resized_image_has_whole_tokens_and_stays_within_the_limit(width: int, height: int, limit: int) -> None:
     resized = smart_resize(Size(width, height), factor=32, min_pixels=0, max_pixels=limit)
     assert min(resized) >= 32
     assert resized.width % 32 == resized.height % 32 == 0
@@ -100,7 +100,7 @@ def test_a_resized_picture_has_whole_tokens_and_stays_within_the_limit(width: in
 
 @given(side, side, st.integers(1, 10**7))
 @settings(max_examples=200, deadline=None)
-def test_a_resized_picture_reaches_the_fewest_pixels(width: int, height: int, fewest: int) -> None:
+def test_a_resized_image_reaches_the_fewest_pixels(width: int, height: int, fewest: int) -> None:
     resized = smart_resize(Size(width, height), factor=32, min_pixels=fewest, max_pixels=10**15)
     assert resized.width * resized.height >= fewest
 
@@ -137,7 +137,7 @@ def test_a_box_is_cut_and_enlarged_as_in_the_worked_examples(
     assert (cut, crop_size(cut, original=original, factor=28, policy=policy)) == (rectangle, final)
 
 
-def test_the_size_of_a_crop_does_not_depend_on_the_bounds_for_whole_pictures() -> None:
+def test_the_size_of_a_crop_does_not_depend_on_the_bounds_for_whole_images() -> None:
     policy = PixelPolicy(image_min_pixels=32**2, image_max_pixels=32**2, crop_min_pixels=64**2, crop_max_pixels=128**2)
     assert crop_size((0, 0, 64, 64), original=Size(640, 480), factor=32, policy=policy) == Size(128, 128)
 
@@ -150,7 +150,7 @@ def test_crop_rectangle_keeps_whole_pixels_as_they_are() -> None:
     assert crop_rectangle(Box(10, 20, 50, 60), original=Size(100, 100), min_side=8) == (10, 20, 50, 60)
 
 
-def test_crop_rectangle_clamps_to_the_picture() -> None:
+def test_crop_rectangle_clamps_to_the_image() -> None:
     assert crop_rectangle(Box(-5.5, -1e299, 1e299, 40), original=Size(100, 80), min_side=8) == (0, 0, 100, 40)
 
 
@@ -165,7 +165,7 @@ def test_an_enlarged_side_is_shifted_inside(box: Box, rectangle: tuple[int, int,
     assert crop_rectangle(box, original=Size(100, 80), min_side=8) == rectangle
 
 
-def test_a_picture_smaller_than_the_least_side_is_cut_whole() -> None:
+def test_an_image_smaller_than_the_least_side_is_cut_whole() -> None:
     assert crop_rectangle(Box(1, 1, 2, 2), original=Size(5, 4), min_side=8) == (0, 0, 5, 4)
 
 
@@ -173,7 +173,7 @@ def test_a_picture_smaller_than_the_least_side_is_cut_whole() -> None:
     "box",
     [Box(100, 10, 120, 20), Box(10, 80, 20, 90), Box(-20, 10, 0, 20), Box(10, -20, 20, 0), Box(200, 200, 300, 300)],
 )
-def test_a_box_that_does_not_touch_the_picture_is_outside(box: Box) -> None:
+def test_a_box_that_does_not_touch_the_image_is_outside(box: Box) -> None:
     with pytest.raises(BoxError, match="100x80") as caught:
         crop_rectangle(box, original=Size(100, 80), min_side=8)
     assert caught.value.reason == "outside"
@@ -194,19 +194,19 @@ numbers = st.floats(-5000, 5000, allow_nan=False)
 
 
 @given(numbers, numbers, st.floats(0.01, 5000), st.floats(0.01, 5000), st.integers(1, 3000), st.integers(1, 3000))
-def test_a_rectangle_is_inside_the_picture_and_at_least_the_least_side(
-    x: float, y: float, width: float, height: float, picture_width: int, picture_height: int
+def test_a_rectangle_is_inside_the_image_and_at_least_the_least_side(
+    x: float, y: float, width: float, height: float, image_width: int, image_height: int
 ) -> None:
     box = Box(x, y, x + width, y + height)
     try:
-        left, top, right, bottom = crop_rectangle(box, original=Size(picture_width, picture_height), min_side=32)
+        left, top, right, bottom = crop_rectangle(box, original=Size(image_width, image_height), min_side=32)
     except BoxError as error:
         assert error.reason in ("outside", "too_thin")
         return
-    assert 0 <= left < right <= picture_width
-    assert 0 <= top < bottom <= picture_height
-    assert right - left >= min(32, picture_width)
-    assert bottom - top >= min(32, picture_height)
+    assert 0 <= left < right <= image_width
+    assert 0 <= top < bottom <= image_height
+    assert right - left >= min(32, image_width)
+    assert bottom - top >= min(32, image_height)
 
 
 # -- frames
@@ -326,6 +326,6 @@ def test_the_frames_of_a_video_have_the_model_card_s_bounds() -> None:
     assert PixelPolicy(image_max_pixels=1792**2).frame_bounds == (448**2, 896**2)
 
 
-def test_a_frame_never_gets_more_pixels_than_a_picture() -> None:
+def test_a_frame_never_gets_more_pixels_than_an_image() -> None:
     assert PixelPolicy(image_min_pixels=64**2, image_max_pixels=96**2).frame_bounds == (64**2, 96**2)
     assert PixelPolicy().override(image_max_pixels=128**2).frame_bounds == (128**2, 128**2)

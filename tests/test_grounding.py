@@ -76,7 +76,7 @@ def test_other_writings_of_a_box_are_read(written):
         "(0.1,0.2),(0.3,0.4)",
     ],
 )
-def test_what_is_no_place_in_the_picture_is_left_out(written):
+def test_what_is_no_place_in_the_image_is_left_out(written):
     assert parse_grounding(written, SIZE) == []
 
 
@@ -88,7 +88,7 @@ fractions = st.floats(0, 1).map(lambda value: round(value, 3))
 
 
 @given(fractions, fractions, fractions, fractions, st.text())
-def test_every_written_box_lies_in_the_picture(x1, y1, x2, y2, around):
+def test_every_written_box_lies_in_the_image(x1, y1, x2, y2, around):
     around = around.replace("<", "")
     places = parse_grounding(f"{around}<box>({x1},{y1}),({x2},{y2})</box>{around}", SIZE)
     assert places == [box(min(x1, x2) * 1000, min(y1, y2) * 500, max(x1, x2) * 1000, max(y1, y2) * 500)]

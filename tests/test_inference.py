@@ -35,12 +35,12 @@ def ask(model_folder: Path):
 
 
 @pytest.fixture
-def questions(picture: Image.Image) -> list[tuple[Image.Image | None, str]]:
-    return [(picture, "What is it?"), (None, "And without a picture?"), (picture.crop((0, 0, 50, 90)), "Which digit?")]
+def questions(image: Image.Image) -> list[tuple[Image.Image | None, str]]:
+    return [(image, "What is it?"), (None, "And without a picture?"), (image.crop((0, 0, 50, 90)), "Which digit?")]
 
 
-def test_an_answer_has_the_documented_keys(ask, picture) -> None:
-    answer = ask().generate(image=picture, question="What is it?")
+def test_an_answer_has_the_documented_keys(ask, image) -> None:
+    answer = ask().generate(image=image, question="What is it?")
     assert set(answer) == {"response", "parsed", "crops", "stop_reason", "picture"}
     assert set(answer["parsed"]) == {"think_content", "answer_content", "grounding"}
     assert answer["stop_reason"] == "max_tokens" and answer["response"]
@@ -83,10 +83,10 @@ def test_greedy_answers_of_a_batch_are_those_given_one_by_one(batch_size, ask, q
     assert together == [alone.generate(image, question) for image, question in questions]
 
 
-def test_a_picture_can_be_a_path_or_a_decoded_one(ask, picture, tmp_path) -> None:
-    picture.save(tmp_path / "picture.png")
+def test_an_image_can_be_a_path_or_a_decoded_one(ask, image, tmp_path) -> None:
+    image.save(tmp_path / "picture.png")
     inference = ask()
-    answers = [inference.generate(image, "What?") for image in (picture, tmp_path / "picture.png")]
+    answers = [inference.generate(source, "What?") for source in (image, tmp_path / "picture.png")]
     assert answers[0] == answers[1]
     assert answers[0] != inference.generate(None, "What?")
 
@@ -99,9 +99,9 @@ def test_sampled_answers_repeat_with_the_seed(ask, questions) -> None:
 # -- what was shown
 
 
-def test_an_answer_says_at_which_size_the_picture_was_seen(ask, picture) -> None:
+def test_an_answer_says_at_which_size_the_image_was_seen(ask, image) -> None:
     inference = ask(max_new_tokens=1)
-    assert inference.generate(picture, "What?")["picture"] == {
+    assert inference.generate(image, "What?")["picture"] == {
         "original": [160, 120],
         "seen": [96, 80],
         "num_tokens": 30,
@@ -112,64 +112,64 @@ def test_an_answer_says_at_which_size_the_picture_was_seen(ask, picture) -> None
 @pytest.mark.parametrize(
     ("size", "seen"), [((1, 5000), [16, 576]), ((5000, 1), [576, 16]), ((9, 400), [16, 576]), ((1, 100_000), [16, 576])]
 )
-def test_a_picture_of_an_extreme_shape_is_clamped_and_answered(ask, size, seen) -> None:
+def test_an_image_of_an_extreme_shape_is_clamped_and_answered(ask, size, seen) -> None:
     answer = ask(max_new_tokens=2).generate(Image.new("RGB", size, "red"), "What?")
     assert answer["picture"] == {"original": list(size), "seen": seen, "num_tokens": 36}
     assert answer["response"]
 
 
-def test_a_video_is_seen_with_all_its_frames(ask, picture) -> None:
-    frames = [picture.rotate(90 * turns) for turns in range(3)]
+def test_a_video_is_seen_with_all_its_frames(ask, image) -> None:
+    frames = [image.rotate(90 * turns) for turns in range(3)]
     answer = ask(max_new_tokens=1).generate(video=frames, question="What happens?")
     assert answer["picture"] == {"original": [160, 120], "seen": [96, 80], "num_tokens": 90, "frames": 3}
     assert json.loads(json.dumps(answer)) == answer
 
 
-def test_the_order_of_frames_and_the_kind_of_what_is_shown_matter(ask, picture) -> None:
+def test_the_order_of_frames_and_the_kind_of_what_is_shown_matter(ask, image) -> None:
     inference = ask(max_new_tokens=1)
-    other = picture.rotate(180)
+    other = image.rotate(180)
 
-    def first_logprob(image: Image.Image | VideoPart) -> float:
-        [trajectory] = inference.play([(image, "What?")])
+    def first_logprob(shown: Image.Image | VideoPart) -> float:
+        [trajectory] = inference.play([(shown, "What?")])
         return trajectory.sampling_logprobs[0]
 
-    seen = [picture, *(VideoPart(source=frames) for frames in ([picture], [picture, other], [other, picture]))]
-    assert len({first_logprob(image) for image in seen}) == 4
+    seen = [image, *(VideoPart(source=frames) for frames in ([image], [image, other], [other, image]))]
+    assert len({first_logprob(shown) for shown in seen}) == 4
 
 
-def test_a_batch_mixes_pictures_and_videos(ask, questions, picture) -> None:
-    video = [picture, picture.rotate(180)]
+def test_a_batch_mixes_images_and_videos(ask, questions, image) -> None:
+    video = [image, image.rotate(180)]
     together = ask().generate_batch([*questions, (VideoPart(source=video), "What happens?")])
     alone = ask()
     assert together[-1] == alone.generate(video=video, question="What happens?")
-    assert together[:-1] == [alone.generate(image, question) for image, question in questions]
+    assert together[:-1] == [alone.generate(shown, question) for shown, question in questions]
 
 
-def test_a_picture_beside_a_video_is_refused(ask, picture) -> None:
+def test_an_image_beside_a_video_is_refused(ask, image) -> None:
     with pytest.raises(ConfigError, match="a picture and a video are both given"):
-        ask().generate(picture, "What?", video=[picture])
+        ask().generate(image, "What?", video=[image])
 
 
-def test_a_question_is_needed(ask, picture) -> None:
+def test_a_question_is_needed(ask, image) -> None:
     with pytest.raises(ConfigError, match="there is no question"):
-        ask().generate(picture)
+        ask().generate(image)
 
 
 def test_no_questions_have_no_answers(ask) -> None:
     assert ask().generate_batch([]) == []
 
 
-def test_settings_reach_the_episode(ask, picture) -> None:
+def test_settings_reach_the_episode(ask, image) -> None:
     inference = ask(max_new_tokens=5, enable_thinking=False, max_pixels=64 * 64)
-    [trajectory] = inference.play([(picture, "What?")])
+    [trajectory] = inference.play([(image, "What?")])
     assert sum(trajectory.is_sampled) == 5
     assert inference.processor.decode(trajectory.prompt_ids).endswith("<think>\n\n</think>\n\n")
-    size = inference.processor.overview_size(Size(*picture.size))
+    size = inference.processor.overview_size(Size(*image.size))
     assert size.width * size.height <= 64 * 64
     assert trajectory.prompt_ids.count(inference.processor.config.image_token_id) == size.width * size.height // 16**2
 
 
-def test_an_adapter_folder_answers_as_the_model_under_training(ask, model_folder, picture, tmp_path) -> None:
+def test_an_adapter_folder_answers_as_the_model_under_training(ask, model_folder, image, tmp_path) -> None:
     processor = Ovis2_5Processor.from_pretrained(model_folder)
     config = SFTConfig(use_lora=True, lora_r=4)
     learner = Learner.load(str(model_folder), ModelConfig(device="cpu"), config, processor, total_steps=1)
@@ -179,16 +179,16 @@ def test_an_adapter_folder_answers_as_the_model_under_training(ask, model_folder
             parameter.normal_(0, 0.2)
     learner.save(tmp_path, [], with_optimizer=False)
     adapted = ask(model_path=str(tmp_path))
-    answer = adapted.generate(picture, "What is it?")
+    answer = adapted.generate(image, "What is it?")
     adapted.model = learner.base
-    assert adapted.generate(picture, "What is it?") == answer
-    assert ask().generate(picture, "What is it?") != answer
+    assert adapted.generate(image, "What is it?") == answer
+    assert ask().generate(image, "What is it?") != answer
 
 
-def test_bfloat16_answers(ask, picture) -> None:
+def test_bfloat16_answers(ask, image) -> None:
     inference = ask(bf16=True)
     assert inference.model.lm_head.weight.dtype == torch.bfloat16
-    assert inference.generate(picture, "What is it?")["response"]
+    assert inference.generate(image, "What is it?")["response"]
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
@@ -201,7 +201,7 @@ def test_a_model_spread_over_gpus_is_bfloat16(model_folder, monkeypatch: pytest.
     assert (asked["device"], asked["dtype"]) == ("auto", torch.bfloat16 if has_gpu else torch.float32)
 
 
-def test_a_missing_picture_or_model_is_named(ask) -> None:
+def test_a_missing_image_or_model_is_named(ask) -> None:
     with pytest.raises(ImageError, match=r"none\.png: no such picture"):
         ask().generate("none.png", "What?")
     with pytest.raises(CheckpointError, match="no such model folder"):
@@ -233,9 +233,9 @@ def run_script(name: str, arguments: list[object], monkeypatch: pytest.MonkeyPat
 
 
 def test_the_inference_script_prints_the_answer_and_writes_it_as_json(
-    model_folder, picture, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder, image, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture.save(tmp_path / "picture.png")
+    image.save(tmp_path / "picture.png")
     flags = {
         "model_path": model_folder,
         "image_path": tmp_path / "picture.png",
@@ -256,7 +256,7 @@ def test_the_inference_script_prints_the_answer_and_writes_it_as_json(
 
 
 def test_the_inference_script_looks_at_a_video_file(
-    model_folder, picture, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder, image, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     av = pytest.importorskip("av")
     path = tmp_path / "clip.mp4"
@@ -264,7 +264,7 @@ def test_the_inference_script_looks_at_a_video_file(
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
         for _ in range(10):
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
     arguments = [path, "What happens?", "--model_path", model_folder, "--max_new_tokens", 2, "--device", "cpu"]
     assert run_script("inference.py", arguments, monkeypatch) == 0
@@ -287,13 +287,13 @@ def test_the_training_scripts_are_the_train_command(
 @pytest.mark.parametrize(
     "settings", [{"attn_implementation": "eager"}, {"quantization": "nf4"}, {"quantization": "int8"}, {"bf16": True}]
 )
-def test_the_tiny_model_reads_a_card_however_it_computes(settings, picture: Image.Image) -> None:
+def test_the_tiny_model_reads_a_card_however_it_computes(settings, image: Image.Image) -> None:
     if "quantization" in settings:
         pytest.importorskip("bitsandbytes")
     question = "What digit is on the red tile?"
     plain, other = (
         OvisInference(InferenceConfig(model_path="tiny", device="cpu", max_new_tokens=8, **chosen)).generate(
-            picture, question
+            image, question
         )
         for chosen in ({}, settings)
     )

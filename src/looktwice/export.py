@@ -165,7 +165,7 @@ def describe(exported: Exported) -> str:
     return "\n".join(lines)
 
 
-def fixed_picture() -> Image.Image:
+def fixed_image() -> Image.Image:
     """A picture that is the same everywhere."""
     rows, columns = np.indices((240, 320))
     pixels = np.stack([rows % 256, columns % 256, (rows * columns) // 64 % 256], axis=-1)
@@ -173,7 +173,7 @@ def fixed_picture() -> Image.Image:
 
 
 def fixed_prompt(processor: Ovis2_5Processor) -> Example:
-    return processor.encode(Conversation(messages=(user(QUESTION, fixed_picture()),)), purpose="prompt")
+    return processor.encode(Conversation(messages=(user(QUESTION, fixed_image()),)), purpose="prompt")
 
 
 @torch.no_grad()
@@ -316,8 +316,8 @@ def compare_logits(exported: Exported, before: SourceLogits, device: str) -> flo
     """
     folder = exported.folder
     again = fixed_prompt(Ovis2_5Processor.from_pretrained(folder))
-    is_same_picture = torch.equal(again.images[0].pixel_values, before.probe.images[0].pixel_values)
-    if again.input_ids != before.probe.input_ids or not is_same_picture:
+    is_same_image = torch.equal(again.images[0].pixel_values, before.probe.images[0].pixel_values)
+    if again.input_ids != before.probe.input_ids or not is_same_image:
         raise CheckpointError(f"{folder.name}: the saved processor writes another prompt than the one it came from")
     after = probe_logits(base_of(load_model(str(folder), dtype="auto", device=device)), before.probe)
     difference = relative_difference(after, before.logits)
@@ -363,7 +363,7 @@ def compare_with_vllm(folder: Path, config: ExportConfig, dtype: torch.dtype) ->
     prompt = fixed_prompt(processor)
     with tempfile.TemporaryDirectory() as scratch:
         request, answer, shown = (Path(scratch) / name for name in ("request.json", "answer.json", "picture.png"))
-        resize(fixed_picture(), prompt.images[0].size).save(shown)
+        resize(fixed_image(), prompt.images[0].size).save(shown)
         fields = {
             "input_ids": with_placeholder(prompt.input_ids, processor.config),
             "pictures": [str(shown)],

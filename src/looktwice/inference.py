@@ -20,7 +20,7 @@ from looktwice.model.weights import load_model, pick_device
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.builtin_engine import BuiltinEngine
-from looktwice.rollout.conversation import open_pictures
+from looktwice.rollout.conversation import open_images
 from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory
@@ -107,7 +107,7 @@ class OvisInference:
         if not isinstance(asked, Conversation):
             shown, text = asked
             asked = question_about(text, *([] if shown is None else [shown]))
-        return open_pictures(asked, num_frames=self.config.num_frames)
+        return open_images(asked, num_frames=self.config.num_frames)
 
 
 def report(trajectory: Trajectory, seen: PatchedImage | None = None) -> dict[str, Any]:

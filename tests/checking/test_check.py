@@ -43,7 +43,7 @@ GOOD = {"Q": "What is it?", "A3": "<think>Hm. {Crop cup [10, 10, 90, 90]}</think
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pictures whose bytes matter, and some whose size does."""
     folder = tmp_path_factory.mktemp("pictures")
     shutil.copytree(BAD / "pictures", folder, dirs_exist_ok=True)
@@ -80,9 +80,9 @@ def files_of(tmp_path: Path) -> Callable[[dict[str, Any]], tuple[Path, Path | No
 
 
 @pytest.fixture
-def judged(tmp_path: Path, pictures: Path, processor: Ovis2_5Processor) -> Callable[..., Verdict]:
+def judged(tmp_path: Path, image_folder: Path, processor: Ovis2_5Processor) -> Callable[..., Verdict]:
     def judged(*rows: object, with_processor: bool = True, **options: object) -> Verdict:
-        config = CheckConfig(image_base_path=pictures, **options)
+        config = CheckConfig(image_base_path=image_folder, **options)
         return judge([write(tmp_path / "d.jsonl", list(rows))], config, processor if with_processor else None)
 
     return judged
@@ -104,10 +104,10 @@ def said(content: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_bad_row_and_picture_gets_its_verdict(name, files_of, pictures, processor) -> None:
+def test_each_bad_row_and_image_gets_its_verdict(name, files_of, image_folder, processor) -> None:
     case = CASES[name]
     path, held_out = files_of(case)
-    config = CheckConfig(image_base_path=pictures, val_data_path=held_out, **case.get("options", {}))
+    config = CheckConfig(image_base_path=image_folder, val_data_path=held_out, **case.get("options", {}))
     verdict = judge([path], config, placed(processor, case))
     assert dict(verdict.counts) == case["expect"], verdict.first
     assert verdict.would_train == (not any(REASONS[reason].is_fatal for reason in case["expect"]))
@@ -116,7 +116,7 @@ def test_each_bad_row_and_picture_gets_its_verdict(name, files_of, pictures, pro
 @pytest.mark.parametrize("num_checked_at_start", [2000, 0])
 @pytest.mark.parametrize("name", CASES)
 def test_training_refuses_what_is_fatal_and_nothing_else(
-    name, num_checked_at_start, files_of, pictures, processor, monkeypatch
+    name, num_checked_at_start, files_of, image_folder, processor, monkeypatch
 ) -> None:
     """Both ways: the whole set before the start, and a large one sample by sample."""
     if name in AT_START and not num_checked_at_start:
@@ -126,7 +126,7 @@ def test_training_refuses_what_is_fatal_and_nothing_else(
     options = dict(case.get("options", {}))
     stage = options.pop("stage", "sft")
     options.pop("decode", None)
-    data = DataConfig(train_data_path=path, val_data_path=held_out, image_base_path=pictures, **options)
+    data = DataConfig(train_data_path=path, val_data_path=held_out, image_base_path=image_folder, **options)
     ready = placed(processor, case)
     monkeypatch.setattr(run, "CHECKED_AT_START", num_checked_at_start)
 
@@ -140,7 +140,7 @@ def test_training_refuses_what_is_fatal_and_nothing_else(
                 fitted([sample], ready, data, None)
 
     judged = judge(
-        [path], CheckConfig(image_base_path=pictures, val_data_path=held_out, **case.get("options", {})), ready
+        [path], CheckConfig(image_base_path=image_folder, val_data_path=held_out, **case.get("options", {})), ready
     )
     fatal = [problem for reason in judged.reasons for problem in judged.first[reason] if problem.is_fatal]
     refusals = []
@@ -160,16 +160,16 @@ def test_every_reason_has_a_bad_row_and_every_bad_row_a_reason() -> None:
     assert len(CASES) >= 60
 
 
-def test_every_picture_and_file_of_the_set_is_used() -> None:
+def test_every_image_and_file_of_the_set_is_used() -> None:
     text = (BAD / "cases.jsonl").read_text()
     kept = [path.name for folder in ("files", "pictures") for path in (BAD / folder).iterdir()]
     assert [name for name in kept if name not in text] == []
 
 
 @pytest.mark.parametrize("name", BY_DECODING)
-def test_a_header_alone_does_not_tell(name, files_of, pictures, processor) -> None:
+def test_a_header_alone_does_not_tell(name, files_of, image_folder, processor) -> None:
     path, _ = files_of(CASES[name])
-    assert judge([path], CheckConfig(image_base_path=pictures), processor).would_train
+    assert judge([path], CheckConfig(image_base_path=image_folder), processor).would_train
 
 
 def test_codes_of_boxes_are_in_the_table() -> None:
@@ -177,7 +177,7 @@ def test_codes_of_boxes_are_in_the_table() -> None:
 
 
 @pytest.mark.skipif(not REAL_SAMPLE.exists(), reason="the sample file lies beside the repository")
-def test_the_documented_sample_lacks_its_pictures_and_nothing_else(processor, tmp_path) -> None:
+def test_the_documented_sample_lacks_its_images_and_nothing_else(processor, tmp_path) -> None:
     verdict = judge([REAL_SAMPLE], CheckConfig(image_base_path=tmp_path), processor)
     assert dict(verdict.counts) == {"picture_missing": verdict.num_samples}
     assert len(RowFile(REAL_SAMPLE)) == verdict.num_rows
@@ -188,7 +188,7 @@ def test_the_documented_sample_lacks_its_pictures_and_nothing_else(processor, tm
 
 def test_a_good_set_has_no_findings(judged) -> None:
     verdict = judged(row(), row(Q="Where?"))
-    assert (verdict.num_rows, verdict.num_samples, verdict.num_pictures) == (2, 2, 1)
+    assert (verdict.num_rows, verdict.num_samples, verdict.num_images) == (2, 2, 1)
     assert not verdict.counts and verdict.would_train
     assert str(verdict) == "training would run: 2 samples in 2 rows, and nothing was found"
     assert set(verdict.formats.values()) == {"documented"}
@@ -213,23 +213,23 @@ def test_what_is_not_checked_without_a_flag_is_said(judged) -> None:
     assert judged(row(), decode=True).unchecked == {}
 
 
-def test_a_picture_is_known_again_under_another_path_and_its_copy_when_decoded(judged, pictures) -> None:
-    (pictures / "link.png").symlink_to(pictures / "good.png")
-    shutil.copy(pictures / "good.png", pictures / "copy.png")
-    names = ("good.png", str(pictures / "good.png"), "link.png", "copy.png")
+def test_an_image_is_known_again_under_another_path_and_its_copy_when_decoded(judged, image_folder) -> None:
+    (image_folder / "link.png").symlink_to(image_folder / "good.png")
+    shutil.copy(image_folder / "good.png", image_folder / "copy.png")
+    names = ("good.png", str(image_folder / "good.png"), "link.png", "copy.png")
     rows = [{**row(), "image_path": name} for name in names]
     assert judged(*rows).counts == {"duplicate": 2}
     assert judged(*rows, decode=True).counts == {"duplicate": 3}
 
 
-def test_workers_find_what_one_process_finds(tmp_path, pictures, processor) -> None:
+def test_workers_find_what_one_process_finds(tmp_path, image_folder, processor) -> None:
     cases = [one for one in CASES.values() if "file" not in one and "options" not in one and "val" not in one]
     rows = [one for case in cases for one in case["rows"] if "QnA" in one]
     training = write(tmp_path / "d.jsonl", [*rows, *({**row(Q=f"Number {n}?"), "anwser": n} for n in range(2 * CHUNK))])
     held_out = write(tmp_path / "val.jsonl", [row(), row(Q="Another?")])
 
     def found(num_workers: int) -> dict[str, object]:
-        config = CheckConfig(image_base_path=pictures, val_data_path=held_out, num_workers=num_workers)
+        config = CheckConfig(image_base_path=image_folder, val_data_path=held_out, num_workers=num_workers)
         return judge([training], config, processor).as_json()
 
     alone = found(0)
@@ -237,12 +237,12 @@ def test_workers_find_what_one_process_finds(tmp_path, pictures, processor) -> N
     assert {"leaked_question", "leaked_picture", "duplicate", "picture_missing"} <= alone["reasons"].keys()
 
 
-def test_what_workers_saw_is_known_again_in_a_small_file(tmp_path, pictures, processor, monkeypatch) -> None:
+def test_what_workers_saw_is_known_again_in_a_small_file(tmp_path, image_folder, processor, monkeypatch) -> None:
     monkeypatch.setattr(check_module, "ROWS_FOR_WORKERS", 3)
     training = write(tmp_path / "d.jsonl", [row(Q=f"Number {n}?") for n in range(3)])
     held_out = write(tmp_path / "val.jsonl", [row(Q="Number 1?")])
     for decode in (False, True):
-        config = CheckConfig(image_base_path=pictures, val_data_path=held_out, decode=decode)
+        config = CheckConfig(image_base_path=image_folder, val_data_path=held_out, decode=decode)
         assert judge([training], config, processor).counts == {"leaked_question": 1, "leaked_picture": 1}
 
 
@@ -274,7 +274,7 @@ def test_the_machine_readable_form_holds_counts_and_places(judged) -> None:
     json.dumps(found)
 
 
-def test_a_picture_is_opened_once_for_all_its_questions(judged, monkeypatch) -> None:
+def test_an_image_is_opened_once_for_all_its_questions(judged, monkeypatch) -> None:
     opened = []
     read_header = image_files.read_header
     monkeypatch.setattr(
@@ -291,17 +291,17 @@ def check(*arguments: object) -> int:
     return cli.main(["data", "check", *map(str, arguments)])
 
 
-def test_the_command_ends_with_0_when_training_would_run(tmp_path, pictures, capsys) -> None:
+def test_the_command_ends_with_0_when_training_would_run(tmp_path, image_folder, capsys) -> None:
     report = tmp_path / "report.json"
     path = write(tmp_path / "d.jsonl", [row()])
-    assert check(path, "--image_base_path", pictures, "--model_name", "tiny", "--json", report) == 0
+    assert check(path, "--image_base_path", image_folder, "--model_name", "tiny", "--json", report) == 0
     assert capsys.readouterr().out.endswith("training would run: 1 sample in 1 row, and nothing was found\n")
     assert json.loads(report.read_text())["would_train"] is True
 
 
-def test_the_command_ends_with_1_when_training_would_stop(tmp_path, pictures, capsys) -> None:
+def test_the_command_ends_with_1_when_training_would_stop(tmp_path, image_folder, capsys) -> None:
     path = write(tmp_path / "d.jsonl", [row(), row(A3="{Crop [1]}")])
-    assert check(path, "--image_base_path", pictures) == 1
+    assert check(path, "--image_base_path", image_folder) == 1
     out, error = capsys.readouterr()
     assert "box_wrong_length" in out and "not checked without --model_name" in out
     verdict = "training would stop: 1 place to mend or leave out, in 2 rows with 1 readable sample\n"
@@ -310,9 +310,9 @@ def test_the_command_ends_with_1_when_training_would_stop(tmp_path, pictures, ca
 
 @pytest.mark.parametrize("flag", ["--json", "--fix"])
 @pytest.mark.parametrize("name", ["d.jsonl", "val.jsonl"])
-def test_a_result_is_written_over_no_file_that_is_read(flag, name, tmp_path, pictures, capsys) -> None:
+def test_a_result_is_written_over_no_file_that_is_read(flag, name, tmp_path, image_folder, capsys) -> None:
     path, held_out = write(tmp_path / "d.jsonl", [row()]), write(tmp_path / "val.jsonl", [row()])
-    words = (path, "--val_data", held_out, "--image_base_path", pictures, flag, tmp_path / name)
+    words = (path, "--val_data", held_out, "--image_base_path", image_folder, flag, tmp_path / name)
     assert check(*words) == 1
     assert f"{flag} {tmp_path / name}: a file that is read; give another path" in capsys.readouterr().err
     assert [one.values for one in RowFile(tmp_path / name)] == [row()]
@@ -327,9 +327,9 @@ DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-
 COMMANDS = re.findall(r"^looktwice (data check .*)$", DOCS, re.MULTILINE)
 
 
-def test_the_documented_commands_work(tmp_path, pictures, monkeypatch) -> None:
+def test_the_documented_commands_work(tmp_path, image_folder, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(pictures, "pictures")
+    shutil.copytree(image_folder, "pictures")
     write(Path("train.jsonl"), [row()])
     write(Path("val.jsonl"), [{**row(), "image_path": "b.png"}])
     write(Path("broken.jsonl"), [row(), row(A3="{Crop [1]}")])
@@ -348,8 +348,10 @@ def test_every_reason_is_documented_as_it_is() -> None:
 # -- the cleaned copy
 
 
-def fixed_rows(rows: list[object], tmp_path: Path, pictures: Path, processor: Ovis2_5Processor) -> list[dict[str, Any]]:
-    config = CheckConfig(image_base_path=pictures)
+def fixed_rows(
+    rows: list[object], tmp_path: Path, image_folder: Path, processor: Ovis2_5Processor
+) -> list[dict[str, Any]]:
+    config = CheckConfig(image_base_path=image_folder)
     fixed(write(tmp_path / "d.jsonl", rows), tmp_path / "out.jsonl", config, processor)
     assert judge([tmp_path / "out.jsonl"], config, processor).would_train
     return [one.values for one in RowFile(tmp_path / "out.jsonl")]
@@ -365,18 +367,18 @@ def report_of(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "out.jsonl.report.json").read_text())
 
 
-def test_bad_rows_are_left_out_and_reported(tmp_path, pictures, processor) -> None:
+def test_bad_rows_are_left_out_and_reported(tmp_path, image_folder, processor) -> None:
     rows = [row(), '{"image_path": ', {**row(), "image_path": "absent.png"}, row(Q="Where?")]
-    assert fixed_rows(rows, tmp_path, pictures, processor) == [rows[0], rows[3]]
+    assert fixed_rows(rows, tmp_path, image_folder, processor) == [rows[0], rows[3]]
     report = report_of(tmp_path)
     assert (report["rows"], report["rows_written"], report["mended"]) == (4, 2, [])
     assert [one["reason"] for one in report["left_out"]] == ["broken_json", "picture_missing"]
 
 
-def test_a_bad_question_leaves_its_row_and_the_others_stay(tmp_path, pictures, processor) -> None:
+def test_a_bad_question_leaves_its_row_and_the_others_stay(tmp_path, image_folder, processor) -> None:
     other = {**GOOD, "Q": "Where?"}
     bad = {**GOOD, "A3": "{Crop cup [500, 500, 600, 600]} <answer>a</answer>"}
-    [kept] = fixed_rows([{"image_path": "good.png", "QnA": [GOOD, bad, other]}], tmp_path, pictures, processor)
+    [kept] = fixed_rows([{"image_path": "good.png", "QnA": [GOOD, bad, other]}], tmp_path, image_folder, processor)
     assert kept["QnA"] == [GOOD, other]
     assert [one["field"] for one in report_of(tmp_path)["left_out"]] == ["QnA[1].A3"]
 
@@ -392,9 +394,9 @@ def test_a_bad_question_leaves_its_row_and_the_others_stay(tmp_path, pictures, p
     ],
 )
 def test_corners_that_can_be_read_in_no_other_way_are_put_in_order(
-    written, mended, tmp_path, pictures, processor
+    written, mended, tmp_path, image_folder, processor
 ) -> None:
-    [kept] = fixed_rows([row(**written)], tmp_path, pictures, processor)
+    [kept] = fixed_rows([row(**written)], tmp_path, image_folder, processor)
     assert kept["QnA"][0][next(iter(written))] == mended
     [mend] = report_of(tmp_path)["mended"]
     assert mend["what"].startswith("corners put in order")
@@ -403,9 +405,9 @@ def test_corners_that_can_be_read_in_no_other_way_are_put_in_order(
 @pytest.mark.parametrize(
     "box", ["[100, 50, 30, 40]", "[120, 80, 100, 90]", "[190, 140, 190, 100]", "[390, 140, 150, 100]"]
 )
-def test_a_box_with_another_reading_is_left_out(box, tmp_path, pictures, processor) -> None:
+def test_a_box_with_another_reading_is_left_out(box, tmp_path, image_folder, processor) -> None:
     rows = [row(A3=f"{{Crop cup {box}}} <answer>a</answer>"), row()]
-    assert fixed_rows(rows, tmp_path, pictures, processor) == [rows[1]]
+    assert fixed_rows(rows, tmp_path, image_folder, processor) == [rows[1]]
 
 
 REVERSED = "<tool_call>[190, 140, 150, 100]</tool_call>"
@@ -431,71 +433,73 @@ SORTED = "<tool_call>[150, 100, 190, 140]</tool_call>"
     ],
 )
 def test_corners_are_put_in_order_in_calls_alone_wherever_they_stand(
-    bad, mended, tmp_path, pictures, processor
+    bad, mended, tmp_path, image_folder, processor
 ) -> None:
-    assert fixed_rows([bad], tmp_path, pictures, processor) == [mended]
+    assert fixed_rows([bad], tmp_path, image_folder, processor) == [mended]
 
 
-def test_a_row_whose_box_can_be_mended_and_whose_picture_is_missing_is_left_out(tmp_path, pictures, processor) -> None:
+def test_a_row_whose_box_can_be_mended_and_whose_image_is_missing_is_left_out(
+    tmp_path, image_folder, processor
+) -> None:
     bad = said(f"{REVERSED} <answer>a</answer>")
     bad["messages"][0]["content"].append({"type": "image", "image": "absent.png"})
     good = said("<answer>a</answer>")
-    assert fixed_rows([bad, good], tmp_path, pictures, processor) == [good]
+    assert fixed_rows([bad, good], tmp_path, image_folder, processor) == [good]
 
 
-def test_a_box_is_read_in_the_frame_of_its_own_question(tmp_path, pictures, processor) -> None:
+def test_a_box_is_read_in_the_frame_of_its_own_question(tmp_path, image_folder, processor) -> None:
     in_thousandths = {**GOOD, "Q": "Where?", "A3": f"{REVERSED} <answer>a</answer>", "box_frame": "norm1000"}
     rows = [{"image_path": "good.png", "QnA": [GOOD, in_thousandths]}]
     # as thousandths the numbers fit as corner and size too
-    assert fixed_rows(rows, tmp_path, pictures, processor) == [row()]
+    assert fixed_rows(rows, tmp_path, image_folder, processor) == [row()]
     assert report_of(tmp_path)["mended"] == []
 
 
 @pytest.mark.parametrize("other", [None, 5, [1], [None, "a"], True])
-def test_what_is_no_text_beside_a_box_stops_no_mending(other, tmp_path, pictures, processor) -> None:
+def test_what_is_no_text_beside_a_box_stops_no_mending(other, tmp_path, image_folder, processor) -> None:
     box = '{"bbox_2d": [190, 140, 150, 100]} <answer>a</answer>'
     rows = [{"image_path": "good.png", "question": "What?", "response_list": some} for some in ([other, box], [box])]
-    [kept] = fixed_rows(rows, tmp_path, pictures, processor)
+    [kept] = fixed_rows(rows, tmp_path, image_folder, processor)
     assert kept["response_list"] == ['{"bbox_2d": [150, 100, 190, 140]} <answer>a</answer>']
 
 
-def test_a_box_in_a_field_with_a_dot_in_its_name_is_left_as_it_is(tmp_path, pictures, processor) -> None:
-    config = CheckConfig(image_base_path=pictures, answer_key="a.1")
+def test_a_box_in_a_field_with_a_dot_in_its_name_is_left_as_it_is(tmp_path, image_folder, processor) -> None:
+    config = CheckConfig(image_base_path=image_folder, answer_key="a.1")
     rows = [{"image_path": "good.png", "QnA": [{"Q": "What?", "a.1": text}]} for text in (REVERSED, "A cup.")]
     done = fixed(write(tmp_path / "d.jsonl", rows), tmp_path / "out.jsonl", config, processor)
     assert (done.num_written, len(done.mended)) == (1, 0)
 
 
-def test_a_question_that_is_left_out_counts_as_that_alone(tmp_path, pictures, processor) -> None:
+def test_a_question_that_is_left_out_counts_as_that_alone(tmp_path, image_folder, processor) -> None:
     both = {**GOOD, "Q": "Where?", "A3": f"{REVERSED} <answer>", "box": [190, 140, 150, 100]}
     mendable = {**GOOD, "Q": "Whose?", "A3": f"{REVERSED} <answer>a</answer>"}
-    [kept] = fixed_rows([{"image_path": "good.png", "QnA": [both, mendable]}], tmp_path, pictures, processor)
+    [kept] = fixed_rows([{"image_path": "good.png", "QnA": [both, mendable]}], tmp_path, image_folder, processor)
     assert kept["QnA"] == [{**mendable, "A3": f"{SORTED} <answer>a</answer>"}]
     report = report_of(tmp_path)
     assert [one["field"] for one in report["mended"]] == ["QnA[1].A3"]
     assert {one["field"] for one in report["left_out"]} == {"QnA[0].A3", "QnA[0].box"}
 
 
-def test_a_copy_that_lost_the_sign_of_its_format_says_how_to_read_it(tmp_path, pictures) -> None:
+def test_a_copy_that_lost_the_sign_of_its_format_says_how_to_read_it(tmp_path, image_folder) -> None:
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "<answer>a cup</answer>"}]
     rows = [{"image": "good.png", "conversations": turns}, {"images": ["absent.png"], "conversations": turns}]
     path = write(tmp_path / "d.jsonl", rows)
-    done = fixed(path, tmp_path / "out.jsonl", CheckConfig(image_base_path=pictures))
+    done = fixed(path, tmp_path / "out.jsonl", CheckConfig(image_base_path=image_folder))
     assert str(done).endswith("; read it with --from sharegpt")
-    config = CheckConfig(image_base_path=pictures, source_format="sharegpt")
+    config = CheckConfig(image_base_path=image_folder, source_format="sharegpt")
     assert judge([tmp_path / "out.jsonl"], config).would_train
 
 
-def test_a_byte_order_mark_and_blank_lines_are_not_copied(tmp_path, pictures, processor) -> None:
-    config = CheckConfig(image_base_path=pictures)
+def test_a_byte_order_mark_and_blank_lines_are_not_copied(tmp_path, image_folder, processor) -> None:
+    config = CheckConfig(image_base_path=image_folder)
     fixed(BAD / "files" / "byte_order_mark_and_blank_lines.jsonl", tmp_path / "out.jsonl", config, processor)
     text = (tmp_path / "out.jsonl").read_bytes()
     assert text.startswith(b"{") and b"\n\n" not in text and text.count(b"\n") == 2
 
 
-def test_nothing_is_written_when_no_row_is_left(tmp_path, pictures, processor) -> None:
+def test_nothing_is_written_when_no_row_is_left(tmp_path, image_folder, processor) -> None:
     with pytest.raises(DataError, match="no row would be left"):
-        fixed_rows([row(A3="{Crop [1]}")], tmp_path, pictures, processor)
+        fixed_rows([row(A3="{Crop [1]}")], tmp_path, image_folder, processor)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -505,16 +509,16 @@ def test_a_sample_too_long_for_both_stages_counts_once(judged) -> None:
     assert dict(verdict.counts) == {"over_length": 2}
 
 
-def test_a_set_that_is_too_long_as_a_whole_is_not_fixed(tmp_path, pictures, processor) -> None:
-    config = CheckConfig(image_base_path=pictures, max_length=5, length_policy="drop")
+def test_a_set_that_is_too_long_as_a_whole_is_not_fixed(tmp_path, image_folder, processor) -> None:
+    config = CheckConfig(image_base_path=image_folder, max_length=5, length_policy="drop")
     with pytest.raises(DataError, match=r"no row would be left: .*every sample is longer than max_length 5"):
         fixed(write(tmp_path / "d.jsonl", [row()]), tmp_path / "out.jsonl", config, processor)
 
 
-def test_the_file_itself_is_not_overwritten(tmp_path, pictures) -> None:
+def test_the_file_itself_is_not_overwritten(tmp_path, image_folder) -> None:
     path = write(tmp_path / "d.jsonl", [row()])
     with pytest.raises(DataError, match="name another one"):
-        fixed(path, path, CheckConfig(image_base_path=pictures))
+        fixed(path, path, CheckConfig(image_base_path=image_folder))
 
 
 def test_a_file_that_cannot_be_read_is_not_fixed(tmp_path) -> None:

@@ -32,13 +32,13 @@ def row(*contents: object, train: bool = True) -> dict[str, object]:
     return {"messages": messages}
 
 
-def question(picture: str = "a.png") -> list[dict[str, str]]:
-    return [{"type": "image", "image": picture}, {"type": "text", "text": "Wo?"}]
+def question(image: str = "a.png") -> list[dict[str, str]]:
+    return [{"type": "image", "image": image}, {"type": "text", "text": "Wo?"}]
 
 
 @pytest.fixture
-def file(tmp_path: Path, picture: Image.Image) -> SampleFile:
-    picture.save(tmp_path / "a.png")
+def file(tmp_path: Path, image: Image.Image) -> SampleFile:
+    image.save(tmp_path / "a.png")
     rows = [
         row(question(), f"Look {CALL}{CALL} <answer>hier</answer>"),
         row(question(), f"Ich weiß {CALL}", "Sicher?", "<think>ja</think>Ja.", train=False),
@@ -69,11 +69,11 @@ def test_each_sample_is_measured_as_it_is_encoded(
     assert [one.num_visual_tokens for one in statistics.measures] == visual
 
 
-def test_turns_crops_and_pictures_are_counted(statistics: Statistics) -> None:
+def test_turns_crops_and_images_are_counted(statistics: Statistics) -> None:
     assert [one.num_turns for one in statistics.measures] == [2, 4, 2]
     assert [one.crops_per_answer for one in statistics.measures] == [(2,), (1, 0), (0,)]
     assert statistics.crops_per_answer == [2, 1, 0, 0]
-    assert statistics.pictures == [Size(160, 120)] * 2
+    assert statistics.image_sizes == [Size(160, 120)] * 2
 
 
 def test_what_cannot_be_measured_is_counted_by_cause_with_its_place(statistics: Statistics, file: SampleFile) -> None:
@@ -85,7 +85,7 @@ def test_what_cannot_be_measured_is_counted_by_cause_with_its_place(statistics: 
     ]
 
 
-def test_no_picture_is_decoded(file: SampleFile, processor: Ovis2_5Processor, tmp_path: Path) -> None:
+def test_no_image_is_decoded(file: SampleFile, processor: Ovis2_5Processor, tmp_path: Path) -> None:
     data = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
     found = Statistics()

@@ -28,8 +28,8 @@ def answered(path: Path, response: str) -> Sample:
 
 
 @pytest.fixture
-def path(tmp_path: Path, picture: Image.Image) -> Path:
-    picture.save(tmp_path / "picture.png")
+def path(tmp_path: Path, image: Image.Image) -> Path:
+    image.save(tmp_path / "picture.png")
     return tmp_path / "picture.png"
 
 
@@ -61,7 +61,7 @@ def test_the_crop_stands_right_behind_its_call(sample, processor) -> None:
     assert not any(example.loss_mask[place : place + len(crop)])
 
 
-def test_an_answer_without_calls_has_one_picture(path, processor) -> None:
+def test_an_answer_without_calls_has_one_image(path, processor) -> None:
     example = encode_sample(answered(path, "<answer>red</answer>"), processor, max_length=1000)
     assert len(example.images) == 1
     assert text_of(example, processor, is_trained=True) == "<answer>red</answer><|im_end|>"
@@ -100,7 +100,7 @@ def test_a_sample_of_just_max_length_tokens_is_taken_and_a_longer_one_refused(sa
         encode_sample(sample, processor, max_length=length - 1)
 
 
-def test_a_picture_that_turns_out_to_be_cut_short_is_named(sample, path, processor) -> None:
+def test_an_image_that_turns_out_to_be_cut_short_is_named(sample, path, processor) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ImageError, match=r"picture\.png"):
         encode_sample(sample, processor, max_length=1000)
@@ -113,10 +113,10 @@ def talk(*messages: Message, box_frame: BoxFrame | None = None) -> Sample:
 CALL = "<tool_call>[0, 0, 48, 48]</tool_call>"
 
 
-def test_every_assistant_turn_is_trained_and_each_call_followed_by_its_crop(path, picture, processor) -> None:
+def test_every_assistant_turn_is_trained_and_each_call_followed_by_its_crop(path, image, processor) -> None:
     sample = talk(
         system("Be brief."),
-        user("Q", path, picture.rotate(180)),
+        user("Q", path, image.rotate(180)),
         assistant(f"{CALL} A"),
         user("R", path),
         assistant(CALL),
@@ -132,7 +132,7 @@ def test_every_assistant_turn_is_trained_and_each_call_followed_by_its_crop(path
     assert torch.equal(first.pixel_values, third.pixel_values) and not torch.equal(
         first.pixel_values, second.pixel_values
     )
-    assert torch.equal(crop.pixel_values, CropTool(processor).look(CALL, picture).image.pixel_values)
+    assert torch.equal(crop.pixel_values, CropTool(processor).look(CALL, image).image.pixel_values)
     assert torch.equal(again.pixel_values, crop.pixel_values)
 
 

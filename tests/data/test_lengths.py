@@ -17,7 +17,7 @@ from looktwice.errors import DataError
 from looktwice.geometry import BOX_FRAMES, PixelPolicy
 from looktwice.messages import Conversation, ImagePart, Message, TextPart, system
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_pictures
+from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_images
 from looktwice.rollout.episode import EpisodeRules, start_episodes
 
 SCALES = {"original_px": 100, "resized_px": 50, "unit": 1, "norm1000": 1000}
@@ -35,7 +35,7 @@ def calls(draw: st.DrawFn, frame: str) -> str:
 
 
 @st.composite
-def pictures(draw: st.DrawFn, folder: Path) -> Path:
+def images(draw: st.DrawFn, folder: Path) -> Path:
     size = draw(st.tuples(st.integers(1, 400), st.integers(1, 400)))
     exif = Image.Exif()
     exif[0x0112] = draw(st.integers(1, 8))
@@ -47,10 +47,10 @@ def pictures(draw: st.DrawFn, folder: Path) -> Path:
 @st.composite
 def samples(draw: st.DrawFn, folder: Path) -> Sample:
     frame = draw(st.sampled_from(BOX_FRAMES))
-    shown = ImagePart(source=draw(pictures(folder)))
+    shown = ImagePart(source=draw(images(folder)))
     messages = [system(draw(TEXTS))] if draw(st.booleans()) else []
     for turn in range(draw(st.integers(1, 3))):
-        more = [ImagePart(source=draw(pictures(folder)))] if draw(st.booleans()) else []
+        more = [ImagePart(source=draw(images(folder)))] if draw(st.booleans()) else []
         parts = [*([] if turn else [shown]), *more, TextPart(text=draw(TEXTS))]
         messages.append(Message(role="user", parts=tuple(parts)))
         pieces = draw(st.lists(TEXTS | calls(frame), max_size=4))
@@ -84,7 +84,7 @@ def test_the_length_of_a_prompt_counts_the_crops_of_earlier_answers(data, proces
         [length] = sequence_lengths([sample], processor, purpose="prompt")
     except DataError:
         return
-    prompt = open_pictures(in_model_frame(sample.prompt, sample.box_frame, processor))
+    prompt = open_images(in_model_frame(sample.prompt, sample.box_frame, processor))
     assert length == len(encode_conversation(prompt, processor, purpose="prompt"))
 
 
@@ -97,7 +97,7 @@ def sample(tmp_path: Path) -> Sample:
     return Sample(conversation=Conversation(messages=(question, reply)), where="a.jsonl:1", field="A3")
 
 
-def test_a_picture_is_not_decoded(sample: Sample, processor: Ovis2_5Processor) -> None:
+def test_an_image_is_not_decoded(sample: Sample, processor: Ovis2_5Processor) -> None:
     [path] = sample.image_paths
     length = sequence_length(sample, processor)
     whole = Path(path).read_bytes()

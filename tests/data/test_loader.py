@@ -127,7 +127,7 @@ def test_a_tensor_arrives_as_it_was_and_may_be_written(item: torch.Tensor, load:
     arrived.detach().fill_(1)
 
 
-def test_one_picture_shown_twice_arrives_as_one(load: Load) -> None:
+def test_one_image_shown_twice_arrives_as_one(load: Load) -> None:
     [[first, second]] = load(["same twice"])
     assert first is second
 

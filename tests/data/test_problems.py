@@ -18,7 +18,7 @@ from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import Box, BoxFrame, PixelPolicy
 from looktwice.messages import Conversation, assistant, user
-from looktwice.processing.images import PictureHeader, read_header
+from looktwice.processing.images import ImageHeader, read_header
 
 ORIENTATION, ROTATED = 0x0112, 6
 
@@ -48,12 +48,12 @@ def upright(tmp_path: Path) -> Path:
     return tmp_path / "upright.jpg"
 
 
-def test_boxes_at_least_partly_inside_the_rotated_picture_are_good(upright: Path) -> None:
+def test_boxes_at_least_partly_inside_the_rotated_image_are_good(upright: Path) -> None:
     good = sample(upright, "[150, 5, 190, 20]", "[-50, -50, 5, 5]", gold_box=Box(190, 30, 400, 400))
     check(good, good)
 
 
-def test_boxes_outside_the_rotated_picture_are_named(upright: Path) -> None:
+def test_boxes_outside_the_rotated_image_are_named(upright: Path) -> None:
     with pytest.raises(DataError) as caught:
         check(sample(upright, "[1, 2, 30, 40]", "[0, 50, 30, 180]", gold_box=Box(200, 0, 300, 40)))
     head, call, gold = str(caught.value).splitlines()
@@ -81,7 +81,7 @@ def test_boxes_are_read_in_the_frame_of_the_model(upright: Path) -> None:
         check(sample(upright, "[18, 5, 20, 6]"), box_frame="resized_px", factor=1)
 
 
-def test_pictures_that_cannot_be_used_are_named_with_the_cause(tmp_path: Path) -> None:
+def test_images_that_cannot_be_used_are_named_with_the_cause(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not a picture")
     (tmp_path / "empty.png").touch()
     # a header that promises 40,000 x 40,000 pixels, which is all that is read of it
@@ -111,18 +111,18 @@ def test_headers_that_are_slow_to_come_are_waited_for_together(tmp_path: Path, m
         Image.new("L", (width, 1)).save(path)
     together = threading.Barrier(4, timeout=30)  # never passed by one thread
 
-    def slow(path: Path, *, is_doubted: bool = True) -> PictureHeader:
+    def slow(path: Path, *, is_doubted: bool = True) -> ImageHeader:
         if int(path.stem) >= NUM_PROBED:
             together.wait()
         time.sleep(2 * SLOW_S)
         return read_header(path)
 
     monkeypatch.setattr(image_files, "read_header", slow)
-    pictures = inspect_all(paths, inspected)
-    assert [picture.header.size.width for picture in pictures if picture.header] == list(range(1, 41))
+    facts = inspect_all(paths, inspected)
+    assert [one.header.size.width for one in facts if one.header] == list(range(1, 41))
 
 
-def test_a_picture_that_is_decoded_anyway_is_decoded_once(upright: Path, monkeypatch) -> None:
+def test_an_image_that_is_decoded_anyway_is_decoded_once(upright: Path, monkeypatch) -> None:
     Image.new("RGB", (30, 20)).save(upright.with_name("a.bmp"))
     monkeypatch.setattr("looktwice.processing.images.open_image", None)
     refuse([sample(upright.with_name("a.bmp"))], "d", stage="sft", view=View(policy=PixelPolicy()))

@@ -16,7 +16,7 @@ def board_of(size: Size, seed: int = 0) -> task.Board:
 
 
 @pytest.mark.parametrize("size", task.SIZES)
-def test_each_cell_has_its_own_gold_box_inside_the_picture(size: Size) -> None:
+def test_each_cell_has_its_own_gold_box_inside_the_image(size: Size) -> None:
     boxes = [task.gold_box(size, cell) for cell in range(9)]
     assert len(set(boxes)) == 9
     for x1, y1, x2, y2 in boxes:
@@ -83,8 +83,8 @@ def test_rows_are_in_the_documented_form_and_agree_with_themselves(tmp_path) -> 
     assert [row["image_path"] for row in rows] == [f"{number:04d}.png" for number in range(1, 9)]
     for row in rows:
         (qna,) = row["QnA"]
-        with Image.open(tmp_path / row["image_path"]) as picture:
-            assert f"The picture is {picture.width} x {picture.height}." in qna["Q"]
+        with Image.open(tmp_path / row["image_path"]) as image:
+            assert f"The picture is {image.width} x {image.height}." in qna["Q"]
         colour = qna["Q"].split(" tile?")[0].split()[-1]
         assert f"{{Crop {colour} tile {task.box_text(tuple(qna['box']))}}}" in qna["A3"]
         assert qna["A3"].endswith(f"It says {qna['answer']}.\n</think>\n\n<answer>{qna['answer']}</answer>")

@@ -51,8 +51,8 @@ def test_the_model_is_tiny_and_runs_on_a_prompt(tokenizer) -> None:
     assert 1_000_000 < sum(weight.numel() for weight in model.parameters()) < 2_500_000
     processor = tiny.build_processor(tokenizer, config)
     board = task.Board(size=task.SIZES[0], colours=tuple(task.COLOURS), digits=tuple(range(9)))
-    picture = task.draw_board(board, tiny.np.random.default_rng(0))
-    conversation = Conversation(messages=(user(task.question(board, "red"), picture),))
+    image = task.draw_board(board, tiny.np.random.default_rng(0))
+    conversation = Conversation(messages=(user(task.question(board, "red"), image),))
     inputs = pack([processor.encode(conversation, purpose="prompt")]).model_inputs()
     inputs.pop("loss_mask")
     with torch.no_grad():

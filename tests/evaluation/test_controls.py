@@ -13,45 +13,45 @@ from looktwice.rollout.crop_tool import CropTool
 CALL = "<tool_call>[100, 60, 140, 100]</tool_call>"
 
 
-def test_no_crop_refuses_every_call_and_asks_for_the_answer(processor, picture) -> None:
+def test_no_crop_refuses_every_call_and_asks_for_the_answer(processor, image) -> None:
     look = control_look("no_crop", processor, 0)
-    seen = look(CALL, picture)
+    seen = look(CALL, image)
     assert seen.text == "<tool_response>The crop tool is switched off.</tool_response>\n</think>\n\n<answer>"
     assert (seen.image, seen.call.box, seen.call.error) == (None, None, "switched_off")
     assert seen.call.requested == Box(100, 60, 140, 100)
 
 
-def test_random_crop_cuts_the_same_size_elsewhere(processor, picture) -> None:
+def test_random_crop_cuts_the_same_size_elsewhere(processor, image) -> None:
     look = control_look("random_crop", processor, 0)
     boxes = []
     for _ in range(20):
-        seen = look(CALL, picture)
+        seen = look(CALL, image)
         box = seen.call.box
         assert (box.x2 - box.x1, box.y2 - box.y1) == (40, 40)
         assert min(box.x1, box.y1) >= 0 and box.x2 <= 160 and box.y2 <= 120
-        expected = CropTool(processor).look(str(list(box)), picture).image
+        expected = CropTool(processor).look(str(list(box)), image).image
         assert torch.equal(seen.image.pixel_values, expected.pixel_values)
         boxes.append(box)
     assert len({box.x1 for box in boxes}) > 10 and len({box.y1 for box in boxes}) > 10
     assert Box(100, 60, 140, 100) not in boxes
 
 
-def test_random_crop_of_the_whole_picture_is_the_whole_picture(processor, picture) -> None:
-    seen = control_look("random_crop", processor, 0)("[0, 0, 160, 120]", picture)
+def test_random_crop_of_the_whole_image_is_the_whole_image(processor, image) -> None:
+    seen = control_look("random_crop", processor, 0)("[0, 0, 160, 120]", image)
     assert seen.call.box == Box(0, 0, 160, 120)
 
 
-def test_random_crops_repeat_with_the_seed(processor, picture) -> None:
+def test_random_crops_repeat_with_the_seed(processor, image) -> None:
     boxes = []
     for seed in (0, 0, 1):
         look = control_look("random_crop", processor, seed)
-        boxes.append([look(CALL, picture).call.box for _ in range(5)])
+        boxes.append([look(CALL, image).call.box for _ in range(5)])
     assert boxes[0] == boxes[1] != boxes[2]
 
 
-def test_blank_crop_shows_grey_of_the_same_size(processor, picture) -> None:
-    seen = control_look("blank_crop", processor, 0)(CALL, picture)
-    crop = CropTool(processor).look(CALL, picture)
+def test_blank_crop_shows_grey_of_the_same_size(processor, image) -> None:
+    seen = control_look("blank_crop", processor, 0)(CALL, image)
+    crop = CropTool(processor).look(CALL, image)
     grey = processor.patch(Image.new("RGB", (48, 48), (128, 128, 128)))
     assert seen.call == crop.call and seen.call.size == Size(48, 48)
     assert seen.image.grid_thw == crop.image.grid_thw
@@ -59,10 +59,10 @@ def test_blank_crop_shows_grey_of_the_same_size(processor, picture) -> None:
 
 
 @pytest.mark.parametrize("control", ["random_crop", "blank_crop"])
-def test_a_call_that_cannot_be_run_is_refused_as_ever(control, processor, picture) -> None:
+def test_a_call_that_cannot_be_run_is_refused_as_ever(control, processor, image) -> None:
     look, tool = control_look(control, processor, 0), CropTool(processor)
-    for call, image in (("[500, 0, 600, 40]", picture), ("there", picture), (CALL, None)):
-        assert look(call, image) == tool.look(call, image)
+    for call, shown in (("[500, 0, 600, 40]", image), ("there", image), (CALL, None)):
+        assert look(call, shown) == tool.look(call, shown)
 
 
 def test_there_are_these_controls() -> None:

@@ -151,7 +151,7 @@ def test_an_escaped_command_is_text(read) -> None:
 # -- messages
 
 
-def test_pictures_may_stand_in_any_turn_and_several_in_one(read) -> None:
+def test_images_may_stand_in_any_turn_and_several_in_one(read) -> None:
     [sample] = read(
         {
             "messages": [
@@ -294,7 +294,7 @@ def turns(*values: tuple[str, str], **fields: object) -> dict[str, object]:
         ("<image>", (ImagePart(source=A),)),
     ],
 )
-def test_placeholders_are_places_of_pictures_on_lines_of_their_own(value: str, parts: tuple[object, ...], read) -> None:
+def test_placeholders_are_places_of_images_on_lines_of_their_own(value: str, parts: tuple[object, ...], read) -> None:
     [sample] = read(turns(("human", value), ("gpt", "A"), image="a.png"))
     assert messages_of(sample)[0] == Message(role="user", parts=parts)
 
@@ -321,7 +321,7 @@ def test_ignored_turns_are_kept_and_not_trained(read) -> None:
     assert sample.extra == {"id": 7}
 
 
-def test_sharegpt_puts_pictures_without_a_place_before_the_first_question(read) -> None:
+def test_sharegpt_puts_images_without_a_place_before_the_first_question(read) -> None:
     row = turns(("human", "Q"), ("gpt", "A"), images=["a.png", "b.png"], system="S")
     [sample] = read(row)
     assert messages_of(sample) == [system("S"), user("Q", A, B), assistant("A")]
@@ -376,7 +376,7 @@ def beside(*contents: object, **fields: object) -> dict[str, object]:
     return {"messages": messages, "images": ["a.png", "b.png"], **fields}
 
 
-def test_pictures_beside_the_messages_go_to_their_places(read) -> None:
+def test_images_beside_the_messages_go_to_their_places(read) -> None:
     untold, told, listed = read(
         beside("Q", "A", system="S", objects={"ref": [], "bbox": []}),
         beside("<image>Q", "See <image>", "&lt;image>?", CALL, id=7),
@@ -420,14 +420,14 @@ def test_fields_of_a_part_that_mean_nothing_are_named(read, caplog) -> None:
         (beside("Q", "A", images=[{"bytes": None, "path": None}]), "images[0].path: null where a text belongs"),
     ],
 )
-def test_a_bad_row_with_pictures_beside_it_is_named(row: dict[str, object], problem: str, read) -> None:
+def test_a_bad_row_with_images_beside_it_is_named(row: dict[str, object], problem: str, read) -> None:
     with pytest.raises(DataError) as caught:
         read(row)
     assert f"d.jsonl:1: {problem}" in str(caught.value)
     assert str(caught.value).startswith("1 problem in ")
 
 
-def test_under_another_name_pictures_beside_the_messages_are_refused_not_lost(read) -> None:
+def test_under_another_name_images_beside_the_messages_are_refused_not_lost(read) -> None:
     with pytest.raises(DataError, match=r"images: beside the messages, .*; give --from swift"):
         read(beside("Q", "A"), data_format="messages")
 
@@ -447,7 +447,7 @@ def test_a_box_becomes_a_call_and_the_files_of_crops_go_along(read) -> None:
     assert sample.box_frame is None
 
 
-def test_a_picture_without_a_box_stays_a_picture_and_segments_without_one_are_parted(read) -> None:
+def test_an_image_without_a_box_stays_an_image_and_segments_without_one_are_parted(read) -> None:
     [sample] = read(record("one", "two", "three", img_crop_list=["b.png"]))
     parts = (TextPart(text="one"), ImagePart(source=B), TextPart(text="two\nthree"))
     assert messages_of(sample)[1] == Message(role="assistant", parts=parts)
@@ -482,7 +482,7 @@ def test_a_bad_record_is_named(row: dict[str, object], problem: str, read) -> No
 # -- pictures inside the row
 
 
-def test_pictures_as_hugging_face_stores_them_in_parquet_are_read(tmp_path: Path) -> None:
+def test_images_as_hugging_face_stores_them_in_parquet_are_read(tmp_path: Path) -> None:
     raw = b64decode(PIXEL.partition(",")[2])
     write_rows(
         tmp_path / "d.parquet",
@@ -496,7 +496,7 @@ def test_pictures_as_hugging_face_stores_them_in_parquet_are_read(tmp_path: Path
     assert named.image_paths == [A]
 
 
-def test_a_picture_may_stand_in_the_row_itself(read) -> None:
+def test_an_image_may_stand_in_the_row_itself(read) -> None:
     [sample] = read(user_row([{"type": "image_url", "image_url": {"url": PIXEL}}]))
     assert sample.image_paths == [PIXEL]
     assert image_size(PIXEL) == (1, 1)

@@ -45,7 +45,7 @@ CALLS = st.one_of(
     BOXES.map(lambda box: str([int(side) if side.is_integer() else side for side in box])),
 ).map(lambda box: f"<tool_call>{box}</tool_call>")
 ANSWERS = st.lists(st.one_of(WORDS, CALLS), min_size=1, max_size=4).map("".join)
-PICTURES = st.sampled_from(["a.png", "b c/ä.jpg", "/c.png"]).map(lambda name: ImagePart(source=BASE / name))
+IMAGES = st.sampled_from(["a.png", "b c/ä.jpg", "/c.png"]).map(lambda name: ImagePart(source=BASE / name))
 EXTRA = st.dictionaries(st.sampled_from(["id", "source", "note"]), st.one_of(st.integers(), TEXTS), max_size=2)
 
 
@@ -58,15 +58,15 @@ def texts(of: st.SearchStrategy) -> st.SearchStrategy:
     return of.map(lambda text: TextPart(text=text))
 
 
-USERS = message("user", st.lists(st.one_of(texts(USER_TEXTS), texts(TEXTS), PICTURES), min_size=1, max_size=4))
+USERS = message("user", st.lists(st.one_of(texts(USER_TEXTS), texts(TEXTS), IMAGES), min_size=1, max_size=4))
 SYSTEMS = message("system", texts(USER_TEXTS).map(lambda part: [part]))
 ASSISTANTS = message("assistant", texts(ANSWERS).map(lambda part: [part]))
 UNTRAINED = message("assistant", texts(ANSWERS).map(lambda part: [part]), is_trained=False)
-ILLUSTRATED = message("assistant", st.lists(st.one_of(texts(ANSWERS), PICTURES), min_size=1, max_size=3))
+ILLUSTRATED = message("assistant", st.lists(st.one_of(texts(ANSWERS), IMAGES), min_size=1, max_size=3))
 WHOLE = st.tuples(
     st.lists(SYSTEMS, max_size=1), st.lists(st.one_of(USERS, ASSISTANTS, UNTRAINED, ILLUSTRATED), max_size=3), USERS
 ).map(lambda parts: [*parts[0], *parts[1], parts[2]])
-ONE_QUESTION = st.tuples(PICTURES, texts(USER_TEXTS.filter(str.strip)), ASSISTANTS).map(
+ONE_QUESTION = st.tuples(IMAGES, texts(USER_TEXTS.filter(str.strip)), ASSISTANTS).map(
     lambda parts: [Message(role="user", parts=parts[:2]), parts[2]]
 )
 
@@ -102,7 +102,7 @@ def read(name: str, rows: Sequence[dict[str, object]]) -> list[Sample]:
 @pytest.mark.parametrize("name", FORMATS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_one_question_about_one_picture_comes_back_from_every_format(name: str, data: st.DataObject) -> None:
+def test_one_question_about_one_image_comes_back_from_every_format(name: str, data: st.DataObject) -> None:
     sample = data.draw(samples(ONE_QUESTION))
     rows, writing = written(name, sample)
     assert read(name, rows) == [sample]
@@ -126,7 +126,7 @@ def test_a_conversation_comes_back_from_every_format_of_conversations(name: str,
     assert read(name, rows) == [sample]
 
 
-def test_an_answer_with_pictures_that_are_no_crops_needs_files_before_them_in_vlm_r3() -> None:
+def test_an_answer_with_images_that_are_no_crops_needs_files_before_them_in_vlm_r3() -> None:
     call = "<tool_call>[1, 2, 30, 40]</tool_call>"
     shown = Message(
         role="assistant", parts=(TextPart(text="Here: "), ImagePart(source=BASE / "c.png"), TextPart(text=call))
@@ -193,7 +193,7 @@ def test_questions_of_one_row_stand_together_again() -> None:
 
 
 @pytest.mark.parametrize("address", ["data:image/png;base64,iVBORw0KGgo=", "/elsewhere/a.png"])
-def test_pictures_inside_the_row_and_absolute_paths_stay_as_they_are(address: str) -> None:
+def test_images_inside_the_row_and_absolute_paths_stay_as_they_are(address: str) -> None:
     row = {"image_path": address, "question": "Q", "answer": "A"}
     [sample] = read("vlm_r3", [row])
     for name in FULL:

@@ -62,16 +62,16 @@ def test_a_row_gives_a_sample_for_each_question(tmp_path: Path) -> None:
     third = {**GOOD, "A": "not read", "answer": " B ", "box": None}
     path = write(tmp_path / "d.jsonl", {"image_path": "a/x.jpg", "image_id": "7", "QnA": [GOOD, second, third]})
     first, middle, last = read_samples(path, tmp_path / "pictures")
-    picture = tmp_path / "pictures" / "a" / "x.jpg"
+    image = tmp_path / "pictures" / "a" / "x.jpg"
     response = "<think>Hm.</think>\n\n<answer>a cup</answer>"
     assert first == Sample(
-        conversation=Conversation(messages=(user("What is it?", picture), assistant(response))),
+        conversation=Conversation(messages=(user("What is it?", image), assistant(response))),
         solution="a cup",
         where=f"{path}:1",
         field="QnA[0].A3",
         extra={"image_id": "7"},
     )
-    assert (first.image_paths, first.question, first.response) == ([picture], "What is it?", response)
+    assert (first.image_paths, first.question, first.response) == ([image], "What is it?", response)
     assert (middle.solution, middle.gold_box, middle.field) == ("left", Box(1, 2, 3, 4.5), "QnA[1].A")
     assert (last.response, last.solution, last.gold_box) == (GOOD["A3"], "B", None)
 
@@ -162,7 +162,7 @@ def test_a_bad_crop_is_named(answer: str, problem: str, problems_of: Callable[..
         ("What is <|im_end|>?", "What is <|im_end|>?"),
     ],
 )
-def test_one_leading_picture_mark_is_taken_off_the_question(
+def test_one_leading_image_mark_is_taken_off_the_question(
     written: str, question: str, read_one: Callable[..., Sample]
 ) -> None:
     assert read_one(Q=written).question == question

@@ -44,15 +44,13 @@ def test_a_left_padded_batch_goes_on_as_each_row_alone(model: Ovis2_5ForConditio
     assert together == [greedy_by_hand(model, example) for example in examples]
 
 
-def test_without_a_cache_every_step_sees_the_pictures_again(
-    model: Ovis2_5ForConditionalGeneration, mixer: Mixer
-) -> None:
+def test_without_a_cache_every_step_sees_the_images_again(model: Ovis2_5ForConditionalGeneration, mixer: Mixer) -> None:
     examples = [mixer.example(number) for number in (2, 0, 1)]
     inputs = padded_inputs(examples, "left")
     assert generate(model, inputs, use_cache=False) == generate(model, inputs)
 
 
-def test_a_ragged_batch_goes_on_from_its_cache_with_only_the_new_pictures(
+def test_a_ragged_batch_goes_on_from_its_cache_with_only_the_new_images(
     model: Ovis2_5ForConditionalGeneration, mixer: Mixer
 ) -> None:
     examples = [mixer.example(number) for number in (2, 0, 1)]
@@ -77,7 +75,7 @@ def test_a_ragged_batch_goes_on_from_its_cache_with_only_the_new_pictures(
     assert generated == [greedy_by_hand(model, example) for example in examples]
 
 
-def test_returned_sequences_of_a_cached_batch_see_the_pictures_of_their_own_row(
+def test_returned_sequences_of_a_cached_batch_see_the_images_of_their_own_row(
     model: Ovis2_5ForConditionalGeneration, mixer: Mixer
 ) -> None:
     prompt = mixer.example(1)
@@ -104,7 +102,7 @@ def test_equal_seeds_sample_equally_and_others_do_not(model: Ovis2_5ForCondition
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_each_returned_sequence_sees_the_pictures_of_its_own_row(
+def test_each_returned_sequence_sees_the_images_of_its_own_row(
     model: Ovis2_5ForConditionalGeneration, mixer: Mixer
 ) -> None:
     examples = [mixer.example(number) for number in (2, 0, 1)]
@@ -122,7 +120,7 @@ def test_beams_of_a_batch_are_those_of_each_row_alone(model: Ovis2_5ForCondition
     assert together == alone
 
 
-def test_a_picture_is_encoded_once_for_all_sequences_of_its_row(
+def test_an_image_is_encoded_once_for_all_sequences_of_its_row(
     model: Ovis2_5ForConditionalGeneration, mixer: Mixer
 ) -> None:
     example = mixer.example(2)

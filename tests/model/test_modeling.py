@@ -55,7 +55,7 @@ SMALL_VIT: dict[str, Any] = {
 }
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
-ALL_CASES, CASES_WITH_PICTURES = range(3), range(2)
+ALL_CASES, CASES_WITH_IMAGES = range(3), range(2)
 
 # the golden vocabulary of 512 has no free ids, so visual positions get ids behind it
 OUR_IDS = {-300: 514, -301: 515, -302: 516}
@@ -108,8 +108,8 @@ def assert_equal_to_golden(actual: Tensor, wanted: Tensor) -> None:
 # -- equal to the released implementation
 
 
-@pytest.mark.parametrize("case", CASES_WITH_PICTURES)
-def test_pictures_become_the_golden_pixels(case: int) -> None:
+@pytest.mark.parametrize("case", CASES_WITH_IMAGES)
+def test_images_become_the_golden_pixels(case: int) -> None:
     wanted = expected(case)
     record = CASES[case]
     patched = []
@@ -125,7 +125,7 @@ def test_pictures_become_the_golden_pixels(case: int) -> None:
     torch.testing.assert_close(pixels, wanted["pixel_values"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("case", CASES_WITH_PICTURES)
+@pytest.mark.parametrize("case", CASES_WITH_IMAGES)
 @torch.no_grad()
 def test_the_tower_gives_the_golden_features(golden: Ovis2_5ForConditionalGeneration, case: int) -> None:
     wanted = expected(case)
@@ -133,7 +133,7 @@ def test_the_tower_gives_the_golden_features(golden: Ovis2_5ForConditionalGenera
     assert_equal_to_golden(features, wanted["vit_features"])
 
 
-@pytest.mark.parametrize("case", CASES_WITH_PICTURES)
+@pytest.mark.parametrize("case", CASES_WITH_IMAGES)
 @torch.no_grad()
 def test_features_become_the_golden_visual_tokens(golden: Ovis2_5ForConditionalGeneration, case: int) -> None:
     wanted = expected(case)
@@ -141,9 +141,9 @@ def test_features_become_the_golden_visual_tokens(golden: Ovis2_5ForConditionalG
     assert_equal_to_golden(F.pad(visual_tokens, (0, 4)), wanted["visual_probs"])
 
 
-@pytest.mark.parametrize("case", CASES_WITH_PICTURES)
+@pytest.mark.parametrize("case", CASES_WITH_IMAGES)
 @torch.no_grad()
-def test_ids_and_pictures_merge_into_the_golden_embeddings(golden: Ovis2_5ForConditionalGeneration, case: int) -> None:
+def test_ids_and_images_merge_into_the_golden_embeddings(golden: Ovis2_5ForConditionalGeneration, case: int) -> None:
     inputs = golden_inputs(case)
     features = golden.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     embeds = golden.model.embed(inputs["input_ids"], features)
@@ -241,7 +241,7 @@ def test_padded_rows_give_the_logits_they_give_alone(
     torch.testing.assert_close(padded[inputs["attention_mask"].bool()], alone, atol=2e-5, rtol=1e-5)
 
 
-def test_a_picture_shown_in_two_sequences_needs_to_be_stored_only_once(model: Ovis2_5ForConditionalGeneration) -> None:
+def test_an_image_shown_in_two_sequences_needs_to_be_stored_only_once(model: Ovis2_5ForConditionalGeneration) -> None:
     mixer = Mixer(model.config, seed=0)
     shared, other = mixer.image(), mixer.image()
     first, second = Example(), Example()
@@ -622,7 +622,7 @@ def test_going_back_to_sdpa_packs_again() -> None:
 # -- what is refused, and what is allowed
 
 
-def test_more_visual_tokens_than_pictures_give_is_an_error(
+def test_more_visual_tokens_than_images_give_is_an_error(
     model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]]
 ) -> None:
     inputs = without_mask(pack(mix(1)))
@@ -632,7 +632,7 @@ def test_more_visual_tokens_than_pictures_give_is_an_error(
         model(**inputs)
 
 
-def test_visual_tokens_without_pictures_are_an_error(model: Ovis2_5ForConditionalGeneration) -> None:
+def test_visual_tokens_without_images_are_an_error(model: Ovis2_5ForConditionalGeneration) -> None:
     with pytest.raises(ValueError, match="1 visual tokens in input_ids, 0 in the pictures"):
         model(input_ids=torch.tensor([[5, model.config.image_token_id, 6]]))
 

@@ -92,13 +92,13 @@ def test_attention_reaches_the_frame_in_full_layers_and_the_window_in_others(ful
 
 
 @torch.no_grad()
-def test_a_picture_wider_than_a_window_comes_out_otherwise_with_windows() -> None:
+def test_an_image_wider_than_a_window_comes_out_otherwise_with_windows() -> None:
     pixels, grid = make_pixels([(1, 8, 14)]), torch.tensor([(1, 8, 14)])
     assert not torch.allclose(make_tower("0")(pixels, grid), make_tower(None)(pixels, grid), atol=1e-2)
 
 
 @torch.no_grad()
-def test_pictures_together_give_the_features_they_give_alone() -> None:
+def test_images_together_give_the_features_they_give_alone() -> None:
     tower, pixels = make_tower(), make_pixels(GRIDS)
     sizes = [t * h * w for t, h, w in GRIDS]
     alone = [tower(part, torch.tensor([grid])) for part, grid in zip(pixels.split(sizes), GRIDS)]
@@ -107,11 +107,11 @@ def test_pictures_together_give_the_features_they_give_alone() -> None:
 
 @pytest.mark.parametrize("fullatt_block_indexes", [None, "0"])
 @torch.no_grad()
-def test_the_frames_of_a_video_are_seen_as_separate_pictures(fullatt_block_indexes: str | None) -> None:
+def test_the_frames_of_a_video_are_seen_as_separate_images(fullatt_block_indexes: str | None) -> None:
     tower, pixels = make_tower(fullatt_block_indexes), make_pixels([(2, 4, 8)])
     as_video = tower(pixels, torch.tensor([(2, 4, 8)]))
-    as_pictures = tower(pixels, torch.tensor([(1, 4, 8), (1, 4, 8)]))
-    torch.testing.assert_close(as_video, as_pictures, atol=1e-4, rtol=1e-4)
+    as_images = tower(pixels, torch.tensor([(1, 4, 8), (1, 4, 8)]))
+    torch.testing.assert_close(as_video, as_images, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from looktwice.messages import Conversation, ImagePart, Message, TextPart, Video
 from looktwice.processing.chat_template import EARLY_STOP, ChatTemplate, Span
 from looktwice.processing.processor import Ovis2_5Processor
 
-PICTURE = ImagePart(source=Image.new("RGB", (16, 16)))
+IMAGE = ImagePart(source=Image.new("RGB", (16, 16)))
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +63,20 @@ def test_past_answers_of_a_prompt_get_no_think_block(template: ChatTemplate) -> 
 
 
 def test_a_user_s_parts_stand_on_lines_of_their_own(template: ChatTemplate) -> None:
-    parts = (PICTURE, TextPart(text="One."), TextPart(text="Two."), PICTURE, PICTURE, TextPart(text="Three."))
+    parts = (IMAGE, TextPart(text="One."), TextPart(text="Two."), IMAGE, IMAGE, TextPart(text="Three."))
     wanted = "user\n<picture 0>\nOne.\nTwo.\n<picture 1>\n<picture 2>\nThree.<|im_end|>"
     assert wanted in prompt(template, Message(role="user", parts=parts))
 
 
-def test_a_video_stands_where_a_picture_would(template: ChatTemplate) -> None:
-    video = VideoPart(source=[PICTURE.source])  # type: ignore[list-item]
+def test_a_video_stands_where_an_image_would(template: ChatTemplate) -> None:
+    video = VideoPart(source=[IMAGE.source])  # type: ignore[list-item]
     parts = (TextPart(text="One."), video, TextPart(text="Two."))
     assert "user\nOne.\n<picture 0>\nTwo.<|im_end|>" in prompt(template, Message(role="user", parts=parts))
 
 
-def test_pictures_are_numbered_through_the_whole_conversation(template: ChatTemplate) -> None:
-    look = Message(role="assistant", parts=(TextPart(text="See "), PICTURE))
-    spans = train(template, user("Q", PICTURE.source), look, user("R", PICTURE.source))
+def test_images_are_numbered_through_the_whole_conversation(template: ChatTemplate) -> None:
+    look = Message(role="assistant", parts=(TextPart(text="See "), IMAGE))
+    spans = train(template, user("Q", IMAGE.source), look, user("R", IMAGE.source))
     assert [span.image_number for span in spans if span.image_number is not None] == [0, 1, 2]
 
 
@@ -102,15 +102,15 @@ def test_an_answer_with_thoughts_is_trained_from_its_first_tag(template: ChatTem
 
 
 def test_a_think_block_around_a_crop_counts_as_one(template: ChatTemplate) -> None:
-    parts = (TextPart(text="<think>\nI look."), PICTURE, TextPart(text="It is red.\n</think>\n\nred"))
+    parts = (TextPart(text="<think>\nI look."), IMAGE, TextPart(text="It is red.\n</think>\n\nred"))
     spans = train(template, user("Q"), Message(role="assistant", parts=parts))
     assert "<think>\n\n</think>" not in written(template, spans)
 
 
 def test_a_crop_stands_right_after_its_call_and_is_not_trained(template: ChatTemplate) -> None:
     call = "<think>\n<tool_call>[1, 2, 3, 4]</tool_call>"
-    parts = (TextPart(text=call), PICTURE, TextPart(text="\nIt is red.\n</think>\n\nred"))
-    spans = train(template, user("Q", PICTURE.source), Message(role="assistant", parts=parts))
+    parts = (TextPart(text=call), IMAGE, TextPart(text="\nIt is red.\n</think>\n\nred"))
+    spans = train(template, user("Q", IMAGE.source), Message(role="assistant", parts=parts))
     assert trained_text(template, spans) == [call, "\nIt is red.\n</think>\n\nred", "<|im_end|>"]
     (crop,) = [span for span in spans if span.image_number == 1]
     assert (crop.ids, crop.is_trained) == ([], False)
@@ -130,7 +130,7 @@ def test_leading_newlines_of_an_answer_are_dropped(template: ChatTemplate, answe
 
 
 def test_leading_newlines_after_a_crop_stay(template: ChatTemplate) -> None:
-    spans = train(template, user("Q"), Message(role="assistant", parts=(PICTURE, TextPart(text="\nA"))))
+    spans = train(template, user("Q"), Message(role="assistant", parts=(IMAGE, TextPart(text="\nA"))))
     assert trained_text(template, spans) == ["\nA", "<|im_end|>"]
 
 

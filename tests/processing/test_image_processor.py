@@ -32,10 +32,10 @@ def as_array(image: Image.Image) -> np.ndarray:
 
 
 def test_patches_are_those_of_our_own_processor_normalised(
-    pixels: Ovis2_5ImageProcessor, processor: Ovis2_5Processor, picture: Image.Image
+    pixels: Ovis2_5ImageProcessor, processor: Ovis2_5Processor, image: Image.Image
 ) -> None:
-    ours = Ovis2_5Processor(processor.tokenizer, processor.config, POLICY).patch_image(picture)
-    out = pixels(picture, return_tensors="pt")
+    ours = Ovis2_5Processor(processor.tokenizer, processor.config, POLICY).patch_image(image)
+    out = pixels(image, return_tensors="pt")
     assert torch.equal(out["pixel_values"], ours.pixel_values / 127.5 - 1)
     assert out["image_grid_thw"].tolist() == [list(ours.grid_thw)]
 
@@ -53,8 +53,8 @@ def test_patches_are_those_of_our_own_processor_normalised(
     ],
     ids=["array", "channels first", "tensor", "floats", "batch", "nested", "with gaps"],
 )
-def test_a_picture_is_the_same_in_every_form(pixels: Ovis2_5ImageProcessor, picture: Image.Image, form: Any) -> None:
-    wanted, out = pixels(picture), pixels(form(picture))
+def test_an_image_is_the_same_in_every_form(pixels: Ovis2_5ImageProcessor, image: Image.Image, form: Any) -> None:
+    wanted, out = pixels(image), pixels(form(image))
     torch.testing.assert_close(out["pixel_values"], wanted["pixel_values"], atol=0.008, rtol=0)  # one step of 8 bits
     assert torch.equal(out["image_grid_thw"], wanted["image_grid_thw"])
 
@@ -67,14 +67,14 @@ def test_a_file_is_opened_upright_on_white(pixels: Ovis2_5ImageProcessor, tmp_pa
     assert pixels(path)["pixel_values"].min() == 1.0
 
 
-def test_a_picture_written_into_an_address_is_read(pixels: Ovis2_5ImageProcessor, picture: Image.Image) -> None:
+def test_an_image_written_into_an_address_is_read(pixels: Ovis2_5ImageProcessor, image: Image.Image) -> None:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     address = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    assert torch.equal(pixels(address)["pixel_values"], pixels(picture)["pixel_values"])
+    assert torch.equal(pixels(address)["pixel_values"], pixels(image)["pixel_values"])
 
 
-def test_pictures_of_different_sizes_are_one_matrix(pixels: Ovis2_5ImageProcessor) -> None:
+def test_images_of_different_sizes_are_one_matrix(pixels: Ovis2_5ImageProcessor) -> None:
     out = pixels([Image.new("RGB", (64, 64)), [Image.new("RGB", (96, 64), "white")]], return_tensors="np")
     assert isinstance(out["pixel_values"], np.ndarray)
     assert out["image_grid_thw"].tolist() == [[1, 8, 8], [1, 8, 12]]
@@ -88,12 +88,12 @@ def test_nesting_is_undone_in_order() -> None:
 
 
 @pytest.mark.parametrize("images", [None, [], [[], None]])
-def test_no_picture_is_refused(pixels: Ovis2_5ImageProcessor, images: Any) -> None:
+def test_no_image_is_refused(pixels: Ovis2_5ImageProcessor, images: Any) -> None:
     with pytest.raises(ImageError, match="no picture"):
         pixels(images)
 
 
-def test_what_is_no_picture_is_refused_by_its_type(pixels: Ovis2_5ImageProcessor) -> None:
+def test_what_is_no_image_is_refused_by_its_type(pixels: Ovis2_5ImageProcessor) -> None:
     with pytest.raises(ImageError, match="a picture is a dict"):
         pixels([{"path": "x.png"}])
 

@@ -78,12 +78,12 @@ def test_the_transparent_value_of_16_bit_grey_becomes_white(save: Save) -> None:
     assert [red for red, _, _ in pixels(open_image(save(image, "x.png", transparency=256)))] == [0, 255, 2]
 
 
-def test_16_bits_in_a_32_bit_picture_are_scaled() -> None:
+def test_16_bits_in_a_32_bit_image_are_scaled() -> None:
     image = Image.fromarray(np.array([[0, 300, 32768, 65535]], dtype=np.int32))
     assert [red for red, _, _ in pixels(to_rgb(image))] == [0, 1, 127, 255]
 
 
-def test_8_bits_in_a_32_bit_picture_stay_as_they_are() -> None:
+def test_8_bits_in_a_32_bit_image_stay_as_they_are() -> None:
     image = Image.fromarray(np.array([[0, 7, 255]], dtype=np.int32))
     assert [red for red, _, _ in pixels(to_rgb(image))] == [0, 7, 255]
 
@@ -153,7 +153,7 @@ def corner_of(image: Image.Image) -> str:
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tiff", "x.webp"])
-def test_pictures_are_turned_upright_and_their_size_agrees(save: Save, name: str, orientation: int) -> None:
+def test_images_are_turned_upright_and_their_size_agrees(save: Save, name: str, orientation: int) -> None:
     image, exif = marked(orientation)
     path = save(image, name, exif=exif)
     corner, is_turned = ORIENTATIONS[orientation]
@@ -177,7 +177,7 @@ def test_exif_behind_the_pixels_of_a_png_turns_it_too(tmp_path: Path) -> None:
     assert open_image(path).size == image_size(path) == (20, 40)
 
 
-def test_the_size_of_a_turned_picture_already_in_memory_is_its_upright_size(save: Save) -> None:
+def test_the_size_of_a_turned_image_already_in_memory_is_its_upright_size(save: Save) -> None:
     image, exif = marked(6)
     with Image.open(save(image, "x.png", exif=exif)) as mine:
         assert image_size(mine) == (20, 40)
@@ -197,7 +197,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tiff", "x.webp", "x.gif"])
-def test_a_truncated_picture_is_damaged(save: Save, name: str) -> None:
+def test_a_truncated_image_is_damaged(save: Save, name: str) -> None:
     path = save(noise(40, 30), name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ImageError, match=f"{path}: "):
@@ -253,27 +253,27 @@ def test_a_damaged_avif_is_refused(save: Save, damaged: str) -> None:
 
 
 @pytest.mark.parametrize("read", [open_image, image_size])
-def test_a_missing_picture_is_named(read: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_missing_image_is_named(read: Callable[[Path], object], tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"gone\.png: no such picture"):
         read(tmp_path / "gone.png")
 
 
 @pytest.mark.parametrize("read", [open_image, image_size])
 @pytest.mark.parametrize("content", [b"", b"hello, I am text", b"\x89PNG\r\n\x1a\n"])
-def test_a_file_that_is_no_picture_is_refused(read: Callable[[Path], object], content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_refused(read: Callable[[Path], object], content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=r"x\.png: not a readable picture"):
         read(path)
 
 
-def test_a_folder_is_no_picture(tmp_path: Path) -> None:
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="not a readable picture"):
         open_image(tmp_path)
 
 
 @pytest.mark.parametrize("read", [open_image, image_size])
-def test_a_picture_with_too_many_pixels_is_refused_with_its_size(
+def test_an_image_with_too_many_pixels_is_refused_with_its_size(
     read: Callable[[Path], object], save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(looktwice.processing.images, "MAX_SOURCE_PIXELS", 1199)
@@ -301,7 +301,7 @@ def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [open_image, image_size])
-def test_a_picture_given_open_stays_open_and_as_it_was(read: Callable[[Image.Image], object], save: Save) -> None:
+def test_an_image_given_open_stays_open_and_as_it_was(read: Callable[[Image.Image], object], save: Save) -> None:
     image, exif = marked(6)
     with Image.open(save(image, "x.png", exif=exif)) as mine:
         read(mine)
@@ -339,7 +339,7 @@ def test_a_rectangle_of_the_right_size_keeps_its_pixels() -> None:
     assert pixels(resize(image, Size(10, 20), (5, 6, 15, 26))) == pixels(image.crop((5, 6, 15, 26)))
 
 
-def test_a_constant_picture_has_its_own_bytes() -> None:
+def test_a_constant_image_has_its_own_bytes() -> None:
     patched = patchify(Image.new("RGB", (64, 32), (128, 128, 128)), patch_size=16, stride=2)
     assert torch.equal(patched.pixel_values, torch.full((8, 768), 128, dtype=torch.uint8))
 
@@ -364,7 +364,7 @@ def test_a_patch_runs_over_columns_then_rows_then_channels() -> None:
     assert by_channel[2].unique().tolist() == [255]
 
 
-def test_frames_follow_each_other_in_the_block_order_of_a_picture() -> None:
+def test_frames_follow_each_other_in_the_block_order_of_an_image() -> None:
     frames = [encoding_places(), encoding_places().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     patched = patchify(*frames, patch_size=16, stride=2, is_video=True)
     alone = [patchify(frame, patch_size=16, stride=2).pixel_values for frame in frames]
@@ -373,6 +373,6 @@ def test_frames_follow_each_other_in_the_block_order_of_a_picture() -> None:
     assert patched.is_video
 
 
-def test_a_patched_picture_knows_its_grid_size_and_tokens() -> None:
+def test_a_patched_image_knows_its_grid_size_and_tokens() -> None:
     patched = patchify(encoding_places(), patch_size=16, stride=2)
     assert (patched.grid_thw, patched.size, patched.num_tokens) == ((1, 4, 6), Size(96, 64), 6)

@@ -49,12 +49,12 @@ def test_every_trained_token_knows_its_sequence() -> None:
     assert batch.loss_sequence().tolist() == [0, 0, 2]
 
 
-def test_text_alone_has_no_pictures() -> None:
+def test_text_alone_has_no_images() -> None:
     batch = pack([example([1], [0])])
     assert (batch.pixel_values, batch.image_grid_thw, batch.image_index) == (None, None, None)
 
 
-def test_the_pictures_of_all_examples_are_one_matrix() -> None:
+def test_the_images_of_all_examples_are_one_matrix() -> None:
     first, second = image(1, 2, 2), image(2, 2, 4)
     batch = pack([example([1], [0], first), example([2], [0]), example([3], [0], second)])
     assert batch.pixel_values is not None and batch.image_grid_thw is not None and batch.image_index is not None
@@ -63,12 +63,12 @@ def test_the_pictures_of_all_examples_are_one_matrix() -> None:
     assert batch.image_index.tolist() == [0, 1]
 
 
-def test_packed_pictures_stay_bytes() -> None:
+def test_packed_images_stay_bytes() -> None:
     inputs = pack([example([1], [0], image(1, 2, 2), image(2, 2, 4))]).model_inputs()
     assert inputs["pixel_values"].dtype == torch.uint8
 
 
-def test_a_shared_picture_is_stored_once_and_shown_wherever_it_belongs() -> None:
+def test_a_shared_image_is_stored_once_and_shown_wherever_it_belongs() -> None:
     shared, own = image(1, 2, 2), image(2, 2, 4)
     batch = pack([example([1], [0], shared, own), example([2], [0], shared)])
     assert batch.image_grid_thw is not None and batch.image_index is not None
@@ -76,7 +76,7 @@ def test_a_shared_picture_is_stored_once_and_shown_wherever_it_belongs() -> None
     assert batch.image_index.tolist() == [0, 1, 0]
 
 
-def test_two_pictures_that_look_alike_are_both_stored() -> None:
+def test_two_images_that_look_alike_are_both_stored() -> None:
     batch = pack([example([1], [0], image(1, 2, 2)), example([2], [0], image(1, 2, 2))])
     assert batch.image_index is not None
     assert batch.image_index.tolist() == [0, 1]
@@ -97,7 +97,7 @@ def test_a_collated_row_is_the_pack_with_labels_for_its_marks() -> None:
     assert inputs["cu_seqlens"].tolist() == [0, 3, 5]
 
 
-def test_a_collated_row_of_text_names_no_pictures() -> None:
+def test_a_collated_row_of_text_names_no_images() -> None:
     assert set(collate_packed([example([1, 2], [0, 1])])) == {"input_ids", "position_ids", "cu_seqlens", "labels"}
 
 

@@ -47,7 +47,7 @@ def prompt_ids(processor: Ovis2_5Processor, *parts: TextPart | ImagePart) -> lis
     return processor.encode(conversation, purpose="prompt").input_ids
 
 
-def picture(width: int = 448, height: int = 448) -> Image.Image:
+def grey_image(width: int = 448, height: int = 448) -> Image.Image:
     return Image.new("RGB", (width, height), "gray")
 
 
@@ -83,8 +83,8 @@ def test_conversations_become_the_golden_ids_and_labels(released: Ovis2_5Process
 
 
 @needs_released_files
-def test_a_prompt_with_a_picture_has_the_golden_ids(released: Ovis2_5Processor) -> None:
-    conversation = Conversation(messages=(user("Describe this image.", picture()),))
+def test_a_prompt_with_an_image_has_the_golden_ids(released: Ovis2_5Processor) -> None:
+    conversation = Conversation(messages=(user("Describe this image.", grey_image()),))
     example = released.encode(conversation, purpose="prompt", thinking=False)
     question = [198, 74785, 419, 2168, 13, 151645, 198]
     assistant_opener = [151644, 77091, 198]
@@ -97,7 +97,7 @@ def test_a_prompt_with_a_picture_has_the_golden_ids(released: Ovis2_5Processor) 
 @needs_released_files
 def test_a_conversation_of_two_turns_has_the_golden_ids_and_labels(released: Ovis2_5Processor) -> None:
     messages = (
-        user("Q1", picture()),
+        user("Q1", grey_image()),
         assistant("A1"),
         user("Q2"),
         assistant("<think>\nx\n</think>\n\nA2"),
@@ -118,8 +118,8 @@ def test_a_conversation_of_two_turns_has_the_golden_ids_and_labels(released: Ovi
 
 
 @needs_released_files
-def test_text_before_a_picture_is_tokenised_with_its_newline(released: Ovis2_5Processor) -> None:
-    ids = prompt_ids(released, TextPart(text="Look at this."), ImagePart(source=picture()))
+def test_text_before_an_image_is_tokenised_with_its_newline(released: Ovis2_5Processor) -> None:
+    ids = prompt_ids(released, TextPart(text="Look at this."), ImagePart(source=grey_image()))
     # 624 is the full stop with the newline
     assert ids[: ids.index(START)] == [151644, 872, 198, 10380, 518, 419, 624]
 
@@ -161,9 +161,9 @@ def test_end_of_turn_and_end_of_text_end_a_completion(released: Ovis2_5Processor
 # -- examples
 
 
-def test_a_picture_is_start_atoms_end_and_untrained(processor: Ovis2_5Processor) -> None:
+def test_an_image_is_start_atoms_end_and_untrained(processor: Ovis2_5Processor) -> None:
     example = Example()
-    processor.append_image(example, processor.patch(picture(48, 32)))
+    processor.append_image(example, processor.patch(grey_image(48, 32)))
     config = processor.config
     assert example.input_ids == [
         config.image_start_token_id,
@@ -179,8 +179,8 @@ def test_a_text_that_spells_a_visual_token_adds_no_visual_id(processor: Ovis2_5P
     assert set(ids).isdisjoint(processor.config.visual_token_ids)
 
 
-def test_pictures_are_kept_in_the_order_they_are_shown(processor: Ovis2_5Processor) -> None:
-    conversation = Conversation(messages=(user("Q", picture(1000, 100), picture(100, 1000)),))
+def test_images_are_kept_in_the_order_they_are_shown(processor: Ovis2_5Processor) -> None:
+    conversation = Conversation(messages=(user("Q", grey_image(1000, 100), grey_image(100, 1000)),))
     first, second = processor.encode(conversation, purpose="prompt").images
     assert first.size.width > first.size.height
     assert second.size.width < second.size.height
@@ -189,7 +189,7 @@ def test_pictures_are_kept_in_the_order_they_are_shown(processor: Ovis2_5Process
 def test_the_overview_has_the_size_of_the_policy(processor: Ovis2_5Processor) -> None:
     policy = PixelPolicy(image_min_pixels=64 * 64, image_max_pixels=64 * 64)
     limited = Ovis2_5Processor(processor.tokenizer, processor.config, policy)
-    assert limited.overview_size(Size(600, 600)) == limited.patch_image(picture(600, 600)).size == Size(64, 64)
+    assert limited.overview_size(Size(600, 600)) == limited.patch_image(grey_image(600, 600)).size == Size(64, 64)
 
 
 def test_decoding_keeps_tags_and_leaves_visual_tokens_out(processor: Ovis2_5Processor) -> None:
@@ -205,7 +205,7 @@ def test_a_copy_of_an_example_grows_alone() -> None:
     assert (example.input_ids, example.loss_mask) == ([1], [True])
 
 
-def test_a_missing_picture_is_named(processor: Ovis2_5Processor, tmp_path: Path) -> None:
+def test_a_missing_image_is_named(processor: Ovis2_5Processor, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"gone\.png"):
         processor.encode(Conversation(messages=(user("Q", tmp_path / "gone.png"),)), purpose="prompt")
 
@@ -265,9 +265,9 @@ def test_the_hub_s_template_writes_what_ours_does(processor: Ovis2_5Processor, m
 
 @needs_released_files
 def test_the_released_tokenizer_reads_the_same_ids_from_the_hub_s_template(released: Ovis2_5Processor) -> None:
-    look = (TextPart(text="<think>\nSee <tool_call>[1]</tool_call>"), ImagePart(source=picture(64, 64)))
+    look = (TextPart(text="<think>\nSee <tool_call>[1]</tool_call>"), ImagePart(source=grey_image(64, 64)))
     answer = Message(role="assistant", parts=(*look, TextPart(text="\n\n It is.\n</think>\n\nred\n")))
-    messages = (system("S\n"), user(" Q1\n", picture(), picture()), answer, user("\nQ2 "), assistant("\n\nA2"))
+    messages = (system("S\n"), user(" Q1\n", grey_image(), grey_image()), answer, user("\nQ2 "), assistant("\n\nA2"))
     assert_same_as_ours(released, Conversation(messages=messages))
 
 
@@ -290,8 +290,8 @@ def test_the_hub_s_template_names_what_it_cannot_write(
         processor.apply_chat_template([message])
 
 
-def test_each_placeholder_becomes_the_next_picture(processor: Ovis2_5Processor) -> None:
-    wide, tall = picture(160, 64), picture(64, 160)
+def test_each_placeholder_becomes_the_next_image(processor: Ovis2_5Processor) -> None:
+    wide, tall = grey_image(160, 64), grey_image(64, 160)
     for images in ([wide, tall, wide], [[wide, tall], [wide]]):
         out = processor(images, ["<image> and <image>", "or <image>"], return_tensors="pt", padding=True)
         shown = [processor.patch_image(image) for image in (wide, tall, wide)]
@@ -307,42 +307,46 @@ def test_shorter_texts_are_padded_on_the_left(processor: Ovis2_5Processor) -> No
     assert out["attention_mask"][:, -1].tolist() == [1, 1]
 
 
-def test_pictures_alone_give_no_ids(processor: Ovis2_5Processor) -> None:
-    assert set(processor(picture())) == {"pixel_values", "image_grid_thw"}
+def test_images_alone_give_no_ids(processor: Ovis2_5Processor) -> None:
+    assert set(processor(grey_image())) == {"pixel_values", "image_grid_thw"}
 
 
 @pytest.mark.parametrize(
     ("images", "texts", "message"),
     [
         (None, ["<image>"], r'text 0: 1 "<image>" for 0 pictures'),
-        ([picture()], ["a", "b"], r'2 texts: 0 "<image>" for 1 pictures'),
-        ([[picture(), picture()], [picture()]], ["<image>", "<image><image>"], r'text 0: 1 "<image>" for 2 pictures'),
-        ([[picture()]], ["<image>", "a"], "1 lists of pictures for 2 texts"),
+        ([grey_image()], ["a", "b"], r'2 texts: 0 "<image>" for 1 pictures'),
+        (
+            [[grey_image(), grey_image()], [grey_image()]],
+            ["<image>", "<image><image>"],
+            r'text 0: 1 "<image>" for 2 pictures',
+        ),
+        ([[grey_image()]], ["<image>", "a"], "1 lists of pictures for 2 texts"),
         (None, ["a", "<ovis_visual_atom>"], r'a text spells the visual token "<ovis_visual_atom>"'),
     ],
 )
-def test_pictures_that_do_not_fit_their_texts_are_refused(
+def test_images_that_do_not_fit_their_texts_are_refused(
     processor: Ovis2_5Processor, images: Any, texts: list[str], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         processor(images, texts)
 
 
-def test_truncation_through_a_picture_is_refused(processor: Ovis2_5Processor) -> None:
+def test_truncation_through_an_image_is_refused(processor: Ovis2_5Processor) -> None:
     with pytest.raises(DataError, match="truncation leaves 3 of 36 visual tokens"):
-        processor(picture(), "<image>", truncation=True, max_length=4)
+        processor(grey_image(), "<image>", truncation=True, max_length=4)
 
 
 def test_a_video_in_the_call_is_refused_with_the_way_that_takes_it(processor: Ovis2_5Processor) -> None:
     with pytest.raises(DataError, match=r"Ovis2_5Processor\.encode"):
-        processor(text="<video>", videos=[[picture()]])  # type: ignore[arg-type]
+        processor(text="<video>", videos=[[grey_image()]])  # type: ignore[arg-type]
 
 
 def test_a_new_policy_holds_for_both_ways_in(processor: Ovis2_5Processor) -> None:
     limited = Ovis2_5Processor(processor.tokenizer, processor.config)
     limited.policy = PixelPolicy(image_min_pixels=64 * 64, image_max_pixels=64 * 64)
-    assert limited.patch_image(picture()).grid_thw == (1, 8, 8)
-    assert limited(picture(), "<image>")["image_grid_thw"].tolist() == [[1, 8, 8]]
+    assert limited.patch_image(grey_image()).grid_thw == (1, 8, 8)
+    assert limited(grey_image(), "<image>")["image_grid_thw"].tolist() == [[1, 8, 8]]
 
 
 def test_ids_of_any_kind_are_decoded(processor: Ovis2_5Processor) -> None:

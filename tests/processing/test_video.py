@@ -170,7 +170,7 @@ def test_a_video_file_is_known_by_its_name(name: str | Path, expected: bool) -> 
 # -- lists
 
 
-def test_a_list_gives_all_its_frames_pictures_and_paths_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_gives_all_its_frames_images_and_paths_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)  # it is not needed for a list
     grey(30).save(tmp_path / "one.png")
     assert levels(open_video([grey(20), tmp_path / "one.png", str(tmp_path / "one.png")])) == [0, 1, 1]
@@ -261,7 +261,7 @@ def test_a_folder_keeps_the_bounds_of_videos(processor: Ovis2_5Processor, tmp_pa
     assert Ovis2_5Processor.from_pretrained(tmp_path).policy == policy
 
 
-def test_a_folder_saved_without_bounds_of_videos_limits_frames_as_pictures(
+def test_a_folder_saved_without_bounds_of_videos_limits_frames_as_images(
     processor: Ovis2_5Processor, tmp_path: Path
 ) -> None:
     policy = PixelPolicy(image_min_pixels=64 * 64, image_max_pixels=96 * 96)

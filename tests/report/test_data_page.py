@@ -20,8 +20,8 @@ from looktwice.formats.sample_file import SampleFile
 from looktwice.geometry import Size
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.report.data_page import shown_width, write_samples_page
-from looktwice.report.html import MAX_PICTURE_BYTES, picture_uri
-from looktwice.report.sample_view import PictureView, SampleView, view_file
+from looktwice.report.html import MAX_IMAGE_BYTES, image_uri
+from looktwice.report.sample_view import ImageView, SampleView, view_file
 
 CALL = "<tool_call>[0, 0, 48, 60]</tool_call>"
 
@@ -53,13 +53,13 @@ class Page(HTMLParser):
         return [attributes for tag, attributes, _ in self.elements if tag == name]
 
 
-def picture_of(uri: str) -> Image.Image:
+def image_in(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
 @pytest.fixture
-def file(tmp_path: Path, picture: Image.Image) -> SampleFile:
-    picture.save(tmp_path / "a.png")
+def file(tmp_path: Path, image: Image.Image) -> SampleFile:
+    image.save(tmp_path / "a.png")
     answer = f"<think>1 < 2 & <b> {CALL} dann {CALL}</think><answer>谢</answer>"
     good = {"image_path": "a.png", "QnA": [{"Q": "Wo?", "A3": answer, "box": [10, 20, 50, 80]}]}
     lost = {"image_path": "<gone>.png", "QnA": [{"Q": "Wo?", "A3": "da"}]}
@@ -81,11 +81,11 @@ def page(views: list[SampleView], tmp_path: Path) -> Page:
 # -- data show
 
 
-def test_every_picture_and_crop_is_in_the_page_as_the_model_sees_it(page: Page, views: list[SampleView]) -> None:
-    pictures = [picture for turn in views[0].turns for picture in turn.pictures]
+def test_every_image_and_crop_is_in_the_page_as_the_model_sees_it(page: Page, views: list[SampleView]) -> None:
+    images = [image for turn in views[0].turns for image in turn.images]
     shown = page.of_tag("img")
-    assert [picture_of(one["src"]).size for one in shown] == [picture.seen for picture in pictures]
-    assert np.array_equal(np.asarray(picture_of(shown[0]["src"])), np.asarray(pictures[0].image))
+    assert [image_in(one["src"]).size for one in shown] == [image.seen for image in images]
+    assert np.array_equal(np.asarray(image_in(shown[0]["src"])), np.asarray(images[0].image))
     assert len(page.of_class("crop")) == 2
 
 
@@ -94,7 +94,7 @@ def test_the_page_needs_nothing_else(page: Page) -> None:
     assert "http" not in page.text and "url(" not in page.text
 
 
-def test_calls_and_gold_box_stand_on_the_first_picture_where_they_are(page: Page) -> None:
+def test_calls_and_gold_box_stand_on_the_first_image_where_they_are(page: Page) -> None:
     calls = [attributes for attributes, _ in page.of_class("call")]
     assert [(one["x"], one["y"], one["width"], one["height"]) for one in calls] == [("0", "0", "48", "60")] * 2
     [(gold, _)] = [one for one in page.of_class("gold") if "x" in one[0]]
@@ -106,7 +106,7 @@ def test_calls_and_gold_box_stand_on_the_first_picture_where_they_are(page: Page
 def test_tokens_joined_are_the_text_and_trained_ones_are_marked(page: Page, views: list[SampleView]) -> None:
     legend, tokens = page.of_class("token")[:4], page.of_class("token")[4:]
     assert [text for _, text in legend] == ["trai", "ned", "se", "en"]
-    pieces = [part for turn in views[0].turns for part in turn.parts if not isinstance(part, PictureView)]
+    pieces = [part for turn in views[0].turns for part in turn.parts if not isinstance(part, ImageView)]
     assert [text for _, text in tokens] == [piece.shown for piece in pieces]
     assert [attributes["title"] for attributes, _ in tokens] == [" ".join(map(str, piece.ids)) for piece in pieces]
     assert ["trained" in attributes["class"] for attributes, _ in tokens] == [piece.is_trained for piece in pieces]
@@ -123,12 +123,12 @@ def test_a_sample_that_cannot_be_trained_stands_there_with_its_reason(page: Page
 
 
 @pytest.mark.parametrize("mode", ["noise", "plain"])
-def test_a_picture_in_a_page_is_limited_in_bytes(mode: str) -> None:
+def test_an_image_in_a_page_is_limited_in_bytes(mode: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (896, 896, 3), dtype=np.uint8)
-    uri = picture_uri(Image.fromarray(pixels) if mode == "noise" else Image.new("RGB", (896, 896), "red"))
-    assert len(base64.b64decode(uri.partition(",")[2])) <= MAX_PICTURE_BYTES
+    uri = image_uri(Image.fromarray(pixels) if mode == "noise" else Image.new("RGB", (896, 896), "red"))
+    assert len(base64.b64decode(uri.partition(",")[2])) <= MAX_IMAGE_BYTES
     assert uri.startswith(f"data:image/{'jpeg' if mode == 'noise' else 'png'};base64,")
-    assert picture_of(uri).size == ((448, 448) if mode == "noise" else (896, 896))
+    assert image_in(uri).size == ((448, 448) if mode == "noise" else (896, 896))
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,11 @@ def test_a_picture_in_a_page_is_limited_in_bytes(mode: str) -> None:
         (Size(16, 16000), True, 1),
     ],
 )
-def test_pictures_are_fitted_to_the_page(seen: Size, is_crop: bool, width: int) -> None:
+def test_images_are_fitted_to_the_page(seen: Size, is_crop: bool, width: int) -> None:
     rectangle = (0, 0, 1, 1) if is_crop else None
     image = Image.new("RGB", seen)
-    picture = PictureView(number=1, original=seen, rectangle=rectangle, num_tokens=3, image=image)
-    assert shown_width(picture) == width
+    view = ImageView(number=1, original=seen, rectangle=rectangle, num_tokens=3, image=image)
+    assert shown_width(view) == width
 
 
 # -- the commands
@@ -185,7 +185,7 @@ def test_stats_prints_tables_and_writes_the_page(
     assert "http" not in page.text
 
 
-def test_stats_of_a_set_without_any_picture_say_so(
+def test_stats_of_a_set_without_any_image_say_so(
     dataset: DatasetFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["data", "stats", str(dataset.train), "--model_name", "tiny", "--image_base_path", str(tmp_path)]

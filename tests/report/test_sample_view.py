@@ -23,7 +23,7 @@ from looktwice.messages import Conversation, Message, TextPart, assistant, syste
 from looktwice.processing.images import patchify, resize
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.report.sample_view import (
-    PictureView,
+    ImageView,
     Piece,
     SampleView,
     image_of,
@@ -39,9 +39,9 @@ MakeSample = Callable[..., Sample]
 
 
 @pytest.fixture
-def make_sample(tmp_path: Path, picture: Image.Image) -> MakeSample:
+def make_sample(tmp_path: Path, image: Image.Image) -> MakeSample:
     """A sample of these messages after a question about the picture."""
-    picture.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.png")
 
     def make(*messages: Message, **fields: object) -> Sample:
         question = user("What?", tmp_path / "a.png")
@@ -55,8 +55,8 @@ def pieces(view: SampleView) -> list[Piece]:
     return [part for turn in view.turns for part in turn.parts if isinstance(part, Piece)]
 
 
-def pictures(view: SampleView) -> list[PictureView]:
-    return [picture for turn in view.turns for picture in turn.pictures]
+def images(view: SampleView) -> list[ImageView]:
+    return [image for turn in view.turns for image in turn.images]
 
 
 # -- tokens
@@ -116,8 +116,8 @@ def test_turns_have_their_roles_and_tokens_by_kind(make_sample: MakeSample, proc
     sample = make_sample(assistant(f"{CALL}{CALL}"), user("Sure?"), assistant("Yes."))
     view = view_sample(sample, processor, ShowConfig())
     assert [turn.role for turn in view.turns] == ["user", "assistant", "user", "assistant"]
-    tokens = {picture.name: picture.num_tokens for picture in pictures(view)}
-    assert [turn.num_picture_tokens for turn in view.turns] == [tokens["picture 1"], 0, 0, 0]
+    tokens = {image.name: image.num_tokens for image in images(view)}
+    assert [turn.num_image_tokens for turn in view.turns] == [tokens["picture 1"], 0, 0, 0]
     assert [turn.num_crop_tokens for turn in view.turns] == [0, tokens["crop 1"] + tokens["crop 2"], 0, 0]
 
 
@@ -137,7 +137,7 @@ def test_an_assistant_turn_that_is_not_trained_has_no_marks(
     quiet = Message(role="assistant", parts=(TextPart(text=f"No. {CALL}"),), is_trained=False)
     view = view_sample(make_sample(quiet, user("Sure?"), assistant("Yes.")), processor, ShowConfig())
     assert [turn.num_trained > 0 for turn in view.turns] == [False, False, False, True]
-    assert [picture.name for picture in pictures(view)] == ["picture 1", "crop 1"]
+    assert [image.name for image in images(view)] == ["picture 1", "crop 1"]
 
 
 def test_in_stage_2_the_prompt_is_shown_that_rollouts_start_from(
@@ -160,15 +160,15 @@ def test_in_stage_2_the_prompt_is_shown_that_rollouts_start_from(
 
 
 def test_a_crop_says_what_was_cut_and_shows_what_the_model_sees(
-    make_sample: MakeSample, processor: Ovis2_5Processor, picture: Image.Image
+    make_sample: MakeSample, processor: Ovis2_5Processor, image: Image.Image
 ) -> None:
     sample = make_sample(assistant(f"a {CALL} b"), gold_box=Box(1, 2, 3, 4))
     view = view_sample(sample, processor, ShowConfig())
-    whole, crop = pictures(view)
+    whole, crop = images(view)
     assert whole.caption == f"picture 1 {sample.image_paths[0]} 160x120, seen as 96x80: 30 tokens"
     assert crop.rectangle == (0, 0, 48, 60)
     assert crop.caption == "crop 1 0,0-48,60 → 48x60, seen as 48x48: 9 tokens"
-    expected = resize(picture, Size(48, 48), (0, 0, 48, 60))
+    expected = resize(image, Size(48, 48), (0, 0, 48, 60))
     assert np.array_equal(np.asarray(crop.image), np.asarray(expected))
     assert view.gold_box == Box(1, 2, 3, 4)
 
@@ -180,8 +180,8 @@ def test_boxes_in_another_frame_are_shown_in_original_pixels(
     assert view_sample(sample, processor, ShowConfig()).crops[0].rectangle == (0, 0, 48, 60)
 
 
-def test_a_picture_that_a_user_shows_after_the_words_of_a_call_is_no_crop(
-    make_sample: MakeSample, processor: Ovis2_5Processor, picture: Image.Image
+def test_an_image_that_a_user_shows_after_the_words_of_a_call_is_no_crop(
+    make_sample: MakeSample, processor: Ovis2_5Processor, image: Image.Image
 ) -> None:
     sample = make_sample(assistant("Yes."))
     shown, answer = sample.conversation.messages
@@ -189,12 +189,12 @@ def test_a_picture_that_a_user_shows_after_the_words_of_a_call_is_no_crop(
     view = view_sample(
         Sample(conversation=Conversation(messages=(turn, answer)), where="a", field="b"), processor, ShowConfig()
     )
-    assert [one.name for one in pictures(view)] == ["picture 1", "picture 2"]
+    assert [one.name for one in images(view)] == ["picture 1", "picture 2"]
 
 
-def test_patches_are_put_back_where_they_were(picture: Image.Image) -> None:
-    patched = patchify(picture.resize((96, 64)), patch_size=8, stride=2)
-    assert np.array_equal(np.asarray(image_of(patched, 8, 2)), np.asarray(picture.resize((96, 64))))
+def test_patches_are_put_back_where_they_were(image: Image.Image) -> None:
+    patched = patchify(image.resize((96, 64)), patch_size=8, stride=2)
+    assert np.array_equal(np.asarray(image_of(patched, 8, 2)), np.asarray(image.resize((96, 64))))
 
 
 # -- what cannot be trained, and length policies
@@ -212,7 +212,7 @@ def test_a_sample_that_cannot_be_trained_is_shown_with_the_reason(
     assert view.turns == () and view.trained_share == 0
 
 
-def test_pictures_are_shown_as_small_as_the_length_policy_makes_them(
+def test_images_are_shown_as_small_as_the_length_policy_makes_them(
     make_sample: MakeSample, processor: Ovis2_5Processor
 ) -> None:
     sample = make_sample(assistant("Yes."))
@@ -230,9 +230,9 @@ def test_pictures_are_shown_as_small_as_the_length_policy_makes_them(
 
 
 @pytest.fixture
-def file(tmp_path: Path, picture: Image.Image) -> SampleFile:
+def file(tmp_path: Path, image: Image.Image) -> SampleFile:
     """Twelve rows on lines 1 to 13, a blank one between; the third is broken."""
-    picture.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.png")
     lines = [json.dumps({"image_path": "a.png", "QnA": [{"Q": f"{n}?", "A": f"{n}."}]}) for n in range(12)]
     lines[2] = "{"
     lines.insert(4, "")

@@ -15,7 +15,7 @@ def measures(num_tokens: int, *crops: int) -> Measures:
         num_trained_tokens=num_tokens // 4,
         num_turns=2 * len(crops),
         crops_per_answer=crops,
-        pictures=(Size(num_tokens, 480),),
+        image_sizes=(Size(num_tokens, 480),),
     )
 
 

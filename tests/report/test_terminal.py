@@ -9,12 +9,12 @@ from PIL import Image
 from rich.console import Console
 
 from looktwice.geometry import Size
-from looktwice.report.sample_view import PictureView, Piece, SampleView, TurnView
+from looktwice.report.sample_view import ImageView, Piece, SampleView, TurnView
 from looktwice.report.tables import Table
 from looktwice.report.terminal import TRAINED_STYLES, sample_lines, sequence_text, titled
 
-PICTURE = PictureView(number=1, original=Size(64, 48), rectangle=None, num_tokens=14, image=Image.new("RGB", (64, 48)))
-CROP = PictureView(
+IMAGE = ImageView(number=1, original=Size(64, 48), rectangle=None, num_tokens=14, image=Image.new("RGB", (64, 48)))
+CROP = ImageView(
     number=1, original=Size(9, 8), rectangle=(1, 2, 10, 10), num_tokens=6, image=Image.new("RGB", (32, 32))
 )
 VIEW = SampleView(
@@ -25,7 +25,7 @@ VIEW = SampleView(
             role="user",
             parts=(
                 Piece(text="user", ids=(1, 2), is_trained=False),
-                PICTURE,
+                IMAGE,
                 Piece(text="\n[b]?", ids=(3,), is_trained=False),
             ),
         ),

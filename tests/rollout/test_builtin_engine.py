@@ -38,32 +38,32 @@ class Plan:
     def __post_init__(self) -> None:
         self.example = self.prompt.copy()
 
-    def respond(self, segment: Segment, processor: Ovis2_5Processor, picture: Image.Image) -> Continuation | None:
+    def respond(self, segment: Segment, processor: Ovis2_5Processor, image: Image.Image) -> Continuation | None:
         self.example.append(segment.ids, is_trained=True)
         self.logprobs += segment.logprobs
         self.segments.append(segment)
         number = len(self.segments)
         if number == len(self.budgets):
             return None
-        ids, images = observed(CropTool(processor).look(self.calls[number - 1], picture), processor)
+        ids, images = observed(CropTool(processor).look(self.calls[number - 1], image), processor)
         self.example.append(ids, is_trained=False)
         self.example.images += images
         return Continuation(ids=ids, images=images, max_new_tokens=self.budgets[number])
 
 
 @pytest.fixture
-def prompts(processor, picture) -> list[Example]:
+def prompts(processor, image) -> list[Example]:
     """Ragged: a picture, another with a longer question, none."""
     asked = [
-        question_about("What is it?", picture),
-        question_about("Which digit is on the red tile?", picture.crop((0, 0, 60, 120))),
+        question_about("What is it?", image),
+        question_about("Which digit is on the red tile?", image.crop((0, 0, 60, 120))),
         question_about("Hm?"),
     ]
     return [start_episodes(prompt, processor, EpisodeRules())[0].prompt for prompt in asked]
 
 
 @pytest.fixture
-def roll(model, processor, picture, prompts):
+def roll(model, processor, image, prompts):
     """Plays groups of 1, 5 and 2 rollouts with their own plans through the engine."""
 
     def run(sampling: Sampling, *, max_rows: int, stop_ids: tuple[int, ...] = (), seed: int = 0) -> list[Plan]:
@@ -85,7 +85,7 @@ def roll(model, processor, picture, prompts):
             max_rows=max_rows,
             generator=torch.Generator().manual_seed(seed),
         )
-        engine.run(requests, lambda number, segment: plans[number].respond(segment, processor, picture))
+        engine.run(requests, lambda number, segment: plans[number].respond(segment, processor, image))
         return plans
 
     return run
@@ -189,7 +189,7 @@ def test_visual_ids_are_never_sampled_even_where_their_logits_are_largest(
 
 
 def test_a_prompt_is_computed_once_for_its_siblings_and_a_crop_alone(
-    model, processor, prompts, picture, monkeypatch: pytest.MonkeyPatch
+    model, processor, prompts, image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_patches: list[int] = []
     plain = model.get_image_features
@@ -199,8 +199,8 @@ def test_a_prompt_is_computed_once_for_its_siblings_and_a_crop_alone(
     plans = [Plan(budgets=[2, 2], calls=[INSERTS[0]], prompt=prompts[0]) for _ in range(4)]
     engine = BuiltinEngine(model, sampling=GREEDY, stop_ids=[], forbidden_ids=[])
     request = Request(prompt=prompts[0], num_rollouts=4, max_new_tokens=2)
-    engine.run([request], lambda number, segment: plans[number].respond(segment, processor, picture))
-    overview, crop = (len(image.pixel_values) for image in plans[0].example.images)
+    engine.run([request], lambda number, segment: plans[number].respond(segment, processor, image))
+    overview, crop = (len(one.pixel_values) for one in plans[0].example.images)
     assert num_patches == [overview, 4 * crop]
 
 
@@ -262,14 +262,14 @@ def calls_often(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Proces
     return chatty
 
 
-def test_episodes_with_crops_give_the_training_forward_the_logprobs_they_recorded(model, processor, picture) -> None:
+def test_episodes_with_crops_give_the_training_forward_the_logprobs_they_recorded(model, processor, image) -> None:
     chatty, tool = calls_often(model, processor), CropTool(processor)
 
-    def look(call_text: str, image: Image.Image | None) -> Observation:
-        return tool.look(INSERTS[len(call_text) % 3], image)
+    def look(call_text: str, shown: Image.Image | None) -> Observation:
+        return tool.look(INSERTS[len(call_text) % 3], shown)
 
     rules = EpisodeRules(max_turns=4, max_new_tokens=40)
-    asked = [question_about(text, picture) for text in ("What?", "Who?")]
+    asked = [question_about(text, image) for text in ("What?", "Who?")]
     groups = [start_episodes(prompt, processor, rules, count=4, look=look) for prompt in asked]
     engine = BuiltinEngine.for_answers(chatty, processor, Sampling(), max_rows=5, seed=0)
     play(engine, groups)

@@ -37,8 +37,8 @@ def with_frame(processor: Ovis2_5Processor, frame: BoxFrame) -> Ovis2_5Processor
         ("<tool_call>[-20, -20, 0, 10]</tool_call>", "outside", (-20, -20, 0, 10)),
     ],
 )
-def test_a_call_that_cannot_be_run_is_refused_with_its_reason(call, reason, requested, processor, picture) -> None:
-    observation = CropTool(processor).look(call, picture)
+def test_a_call_that_cannot_be_run_is_refused_with_its_reason(call, reason, requested, processor, image) -> None:
+    observation = CropTool(processor).look(call, image)
     assert observation.image is None
     assert observation.text == f"<tool_response>{REFUSALS[reason]}</tool_response>"
     assert (observation.call.error, observation.call.is_valid) == (reason, False)
@@ -49,14 +49,14 @@ def test_a_strip_is_refused_as_too_thin(processor) -> None:
     assert CropTool(processor).look("[0, 0, 2000, 16]", STRIP).call.error == "too_thin"
 
 
-def test_a_call_without_a_picture_is_refused_and_keeps_the_box_as_written(processor) -> None:
+def test_a_call_without_an_image_is_refused_and_keeps_the_box_as_written(processor) -> None:
     call = CropTool(processor).look("[1, 2, 30, 40]", None).call
     assert (call.error, call.requested) == ("no_picture", Box(1, 2, 30, 40))
 
 
-def test_a_call_about_a_video_is_refused_and_keeps_the_box_as_written(processor, picture) -> None:
+def test_a_call_about_a_video_is_refused_and_keeps_the_box_as_written(processor, image) -> None:
     tool = CropTool(processor, is_video=True)
-    call = tool.look("[1, 2, 30, 40]", picture).call
+    call = tool.look("[1, 2, 30, 40]", image).call
     assert (call.error, call.requested, call.box) == ("video", Box(1, 2, 30, 40), None)
     assert tool.look("[1, 2]", None).call.error == "wrong_length"
 
@@ -90,44 +90,44 @@ def test_a_refusal_is_inserted_as_its_text(processor) -> None:
         ("norm1000", "[250, 200, 750, 800]"),
     ],
 )
-def test_the_same_region_is_cut_in_every_box_frame(frame, call, processor, picture) -> None:
-    assert processor.overview_size(Size(*picture.size)) == Size(96, 80)
+def test_the_same_region_is_cut_in_every_box_frame(frame, call, processor, image) -> None:
+    assert processor.overview_size(Size(*image.size)) == Size(96, 80)
     tool = CropTool(with_frame(processor, frame))
-    observation = tool.look(call, picture)
+    observation = tool.look(call, image)
     assert observation.call.box == Box(40, 24, 120, 96)
-    expected = CropTool(processor).look("[40, 24, 120, 96]", picture).image
+    expected = CropTool(processor).look("[40, 24, 120, 96]", image).image
     assert torch.equal(observation.image.pixel_values, expected.pixel_values)
 
 
-def test_a_crop_has_the_pixels_of_the_original(processor, picture) -> None:
+def test_a_crop_has_the_pixels_of_the_original(processor, image) -> None:
     # 48 x 48 pixels are cut and, at this policy, shown at 48 x 48: not one pixel is interpolated
-    observation = CropTool(processor).look("<tool_call>Crop it [90, 50, 138, 98]</tool_call>", picture)
-    expected = processor.patch(picture.crop((90, 50, 138, 98)))
+    observation = CropTool(processor).look("<tool_call>Crop it [90, 50, 138, 98]</tool_call>", image)
+    expected = processor.patch(image.crop((90, 50, 138, 98)))
     assert torch.equal(observation.image.pixel_values, expected.pixel_values)
     assert observation.image.grid_thw == (1, 6, 6)
     assert observation.call.size == Size(48, 48)
 
 
-def test_a_box_is_rounded_outwards_and_clamped_to_the_picture(processor, picture) -> None:
-    call = CropTool(processor).look("[100.6, -7, 1e9, 60.2]", picture).call
+def test_a_box_is_rounded_outwards_and_clamped_to_the_image(processor, image) -> None:
+    call = CropTool(processor).look("[100.6, -7, 1e9, 60.2]", image).call
     assert (call.requested, call.box) == (Box(100.6, -7, 1e9, 60.2), Box(100, 0, 160, 61))
 
 
-def test_a_tiny_box_is_enlarged_to_one_visual_token(processor, picture) -> None:
-    assert CropTool(processor).look("[158, 50, 159, 51]", picture).call.box == Box(144, 43, 160, 59)
+def test_a_tiny_box_is_enlarged_to_one_visual_token(processor, image) -> None:
+    assert CropTool(processor).look("[158, 50, 159, 51]", image).call.box == Box(144, 43, 160, 59)
 
 
-def test_a_crop_is_sized_by_its_own_bounds(processor, picture) -> None:
+def test_a_crop_is_sized_by_its_own_bounds(processor, image) -> None:
     roomy = Ovis2_5Processor(
         processor.tokenizer, processor.config, PixelPolicy(crop_min_pixels=16 * 16, crop_max_pixels=160 * 160)
     )
-    small = CropTool(roomy).look("[0, 0, 32, 32]", picture).call
-    whole = CropTool(roomy).look("[0, 0, 160, 120]", picture).call
+    small = CropTool(roomy).look("[0, 0, 32, 32]", image).call
+    whole = CropTool(roomy).look("[0, 0, 160, 120]", image).call
     assert (small.size, whole.size) == (Size(64, 64), Size(160, 128))
 
 
-def test_a_crop_is_inserted_between_its_indicators(processor, picture) -> None:
-    observation = CropTool(processor).look("[0, 0, 48, 48]", picture)
+def test_a_crop_is_inserted_between_its_indicators(processor, image) -> None:
+    observation = CropTool(processor).look("[0, 0, 48, 48]", image)
     ids, images = observed(observation, processor)
     config = processor.config
     assert ids == [config.image_start_token_id, *[config.image_token_id] * 9, config.image_end_token_id]
@@ -143,15 +143,15 @@ def test_a_crop_is_inserted_between_its_indicators(processor, picture) -> None:
     ],
 )
 def test_sft_data_and_a_rollout_of_the_same_text_are_the_same_ids_and_pixels(
-    response, thinking, processor, picture, play_scripts, tmp_path: Path
+    response, thinking, processor, image, play_scripts, tmp_path: Path
 ) -> None:
     path = tmp_path / "picture.png"
-    picture.save(path)
+    image.save(path)
     response = response.format("<tool_call>[90, 50, 138, 98]</tool_call>", "<tool_call>[0, 0, 80, 60.5]</tool_call>")
     conversation = Conversation(messages=(user("What is it?", path), assistant(response)))
     sample = Sample(conversation=conversation, solution="7", where="a:1", field="A3")
     trained = encode_sample(sample, processor, max_length=1000)
-    [episode], _ = play_scripts(response + "<|im_end|>", image=path, question="What is it?", thinking=thinking)
+    [episode], _ = play_scripts(response + "<|im_end|>", shown=path, question="What is it?", thinking=thinking)
     assert episode.example.input_ids == trained.input_ids
     assert episode.example.loss_mask == trained.loss_mask
     assert len(trained.images) == 3

@@ -56,7 +56,7 @@ def test_a_script_ends_as_its_rules_say(script, expected, play_scripts) -> None:
 
 def test_a_box_that_is_too_thin_is_refused_and_can_be_mended(play_scripts) -> None:
     strip = Image.new("RGB", (2000, 16))
-    [episode], _ = play_scripts(f"<tool_call>[0, 0, 2000, 16]</tool_call> {CALL} {ANSWER}", image=strip)
+    [episode], _ = play_scripts(f"<tool_call>[0, 0, 2000, 16]</tool_call> {CALL} {ANSWER}", shown=strip)
     assert outcome(episode) == ("answered", 3, ["too_thin", None])
 
 
@@ -126,23 +126,23 @@ def test_max_new_tokens_counts_sampled_ids_and_not_crops(play_scripts, processor
     assert outcome(cut) == ("max_tokens", 2, [None, None])
 
 
-def test_a_call_without_a_picture_is_refused(play_scripts) -> None:
-    [episode], _ = play_scripts(f"{CALL} {ANSWER}", image=None)
+def test_a_call_without_an_image_is_refused(play_scripts) -> None:
+    [episode], _ = play_scripts(f"{CALL} {ANSWER}", shown=None)
     assert outcome(episode) == ("answered", 2, ["no_picture"])
     assert episode.example.images == []
 
 
-def test_a_call_about_a_video_is_refused_and_the_answer_follows(play_scripts, picture) -> None:
-    video = VideoPart(source=[picture, picture.rotate(180)])
-    [episode], engine = play_scripts(f"{CALL} {ANSWER}", image=video)
+def test_a_call_about_a_video_is_refused_and_the_answer_follows(play_scripts, image) -> None:
+    video = VideoPart(source=[image, image.rotate(180)])
+    [episode], engine = play_scripts(f"{CALL} {ANSWER}", shown=video)
     assert outcome(episode) == ("answered", 2, ["video"])
     assert engine.continuations[0][0].images == []
     text = "<tool_response>A video cannot be cropped.</tool_response>"
     assert episode.trajectory.text == f"{CALL}{text} <answer>7</answer>"
 
 
-def test_a_video_is_shown_as_one_span_of_all_its_frames(play_scripts, picture, processor) -> None:
-    [episode], _ = play_scripts(ANSWER, image=VideoPart(source=[picture] * 3))
+def test_a_video_is_shown_as_one_span_of_all_its_frames(play_scripts, image, processor) -> None:
+    [episode], _ = play_scripts(ANSWER, shown=VideoPart(source=[image] * 3))
     [video] = episode.example.images
     assert video.grid_thw[0] == 3
     start = episode.prompt.input_ids.index(processor.config.video_start_token_id)
@@ -265,7 +265,7 @@ def test_the_mask_counts_exactly_the_ids_the_engine_reported(script, play_script
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_visual_atoms_equal_the_rows_of_the_pictures(script, play_scripts, processor) -> None:
+def test_visual_atoms_equal_the_rows_of_the_images(script, play_scripts, processor) -> None:
     episode = played(script, play_scripts)
     num_crops = sum(call.is_valid for call in episode.trajectory.calls)
     assert len(episode.example.images) == 1 + num_crops
@@ -286,10 +286,10 @@ def test_siblings_share_no_state(play_scripts) -> None:
     assert [request.num_rollouts for request in engine.requests] == [2]
 
 
-def test_rollouts_are_numbered_through_the_groups(processor, picture, play_scripts) -> None:
+def test_rollouts_are_numbered_through_the_groups(processor, image, play_scripts) -> None:
     engine = type(play_scripts(ANSWER)[1])(processor, [f"{letter} {ANSWER}" for letter in "abc"])
     groups = [
-        start_episodes(question_about("What?", picture), processor, EpisodeRules(), count=2),
+        start_episodes(question_about("What?", image), processor, EpisodeRules(), count=2),
         start_episodes(question_about("Why?"), processor, EpisodeRules()),
     ]
     play(engine, groups)
@@ -324,14 +324,14 @@ def test_a_limit_below_one_is_refused_by_name(rules) -> None:
         EpisodeRules(**rules)
 
 
-def test_an_episode_goes_on_from_earlier_turns_with_their_crops(processor, picture) -> None:
-    other = picture.rotate(180)
-    earlier = (user("Q", picture, other), assistant(f"{CALL} A"), user("R"))
+def test_an_episode_goes_on_from_earlier_turns_with_their_crops(processor, image) -> None:
+    other = image.rotate(180)
+    earlier = (user("Q", image, other), assistant(f"{CALL} A"), user("R"))
     [episode] = start_episodes(Conversation(messages=earlier), processor, EpisodeRules())
     assert processor.decode(episode.prompt.input_ids) == (
         f"<|im_start|>user\n\n\nQ<|im_end|>\n<|im_start|>assistant\n{CALL} A<|im_end|>\n"
         "<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert [image.size for image in episode.prompt.images[:2]] == [processor.overview_size(Size(160, 120))] * 2
+    assert [one.size for one in episode.prompt.images[:2]] == [processor.overview_size(Size(160, 120))] * 2
     assert len(episode.prompt.images) == 3 and not any(episode.prompt.loss_mask)
-    assert episode.image.tobytes() == picture.tobytes()
+    assert episode.image.tobytes() == image.tobytes()

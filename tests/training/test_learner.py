@@ -314,7 +314,7 @@ def test_lora_trains_over_a_quantised_language_model(kind, layer, load, examples
 
 
 @pytest.mark.usefixtures("bitsandbytes")
-def test_what_pictures_and_words_pass_through_is_not_quantised(load) -> None:
+def test_what_images_and_words_pass_through_is_not_quantised(load) -> None:
     base = load(quantization="nf4", use_lora=True).base
     vision = [layer for layer in base.model.visual_tokenizer.modules() if isinstance(layer, torch.nn.Linear)]
     assert {type(layer) for layer in [*vision, base.lm_head]} == {torch.nn.Linear}

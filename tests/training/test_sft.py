@@ -189,7 +189,7 @@ def test_samples_left_out_for_their_length_are_counted_and_listed(run, capsys) -
     assert f"longer than max_length: {len(left_out)} samples left out" in capsys.readouterr().out
 
 
-def test_samples_whose_pictures_were_shrunk_are_trained_and_listed(run, capsys) -> None:
+def test_samples_whose_images_were_shrunk_are_trained_and_listed(run, capsys) -> None:
     final, lines = run(
         data={"max_length": 145, "length_policy": "shrink_images"}, num_train_epochs=1, train_batch_size=1
     )
@@ -199,7 +199,7 @@ def test_samples_whose_pictures_were_shrunk_are_trained_and_listed(run, capsys) 
     assert "6 samples with smaller pictures" in capsys.readouterr().out
 
 
-def test_a_text_that_is_too_long_by_itself_is_named_when_pictures_may_shrink(run) -> None:
+def test_a_text_that_is_too_long_by_itself_is_named_when_images_may_shrink(run) -> None:
     with pytest.raises(DataError, match="however small its pictures; raise"):
         run(data={"max_length": 60, "length_policy": "shrink_images"})
 

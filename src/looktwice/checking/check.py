@@ -34,7 +34,7 @@ class Verdict:
 
     num_rows: int = 0
     num_samples: int = 0
-    num_pictures: int = 0
+    num_images: int = 0
     formats: dict[str, str] = field(default_factory=dict)
     unchecked: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -73,7 +73,7 @@ class Verdict:
             "would_train": self.would_train,
             "rows": self.num_rows,
             "samples": self.num_samples,
-            "pictures": self.num_pictures,
+            "pictures": self.num_images,
             "formats": self.formats,
             "unchecked": self.unchecked,
             "reasons": {
@@ -111,8 +111,8 @@ class Judge:
         self.questions: dict[int, tuple[int, int]] = {}
         self.files: list[SampleFile] = []
         self.num_training_files = 0
-        self.pictures: set[int] = set()
-        self.training_pictures: frozenset[int] = frozenset()
+        self.images: set[int] = set()
+        self.training_images: frozenset[int] = frozenset()
         self.leaked: set[int] = set()
         self.told: set[int] = set()
         self.evidence = FrameEvidence()
@@ -136,10 +136,10 @@ class Judge:
             yield from self.of_file(path)
         self.num_training_files = len(self.files)
         if self.config.val_data_path:
-            self.training_pictures = frozenset(self.pictures)
+            self.training_images = frozenset(self.images)
             yield from self.of_file(self.config.val_data_path)
         yield from self.evidence.problems()
-        self.verdict.num_pictures = len(self.pictures)
+        self.verdict.num_images = len(self.images)
 
     def of_file(self, path: Path) -> Iterator[Problem]:
         try:
@@ -202,8 +202,8 @@ class Judge:
             what = f"also at {self.files[file].rows.where(earlier)}"
             reason = "leaked_question" if is_leak else "duplicate"
             yield Problem(reason=reason, where=brief.where, field=brief.field, what=what)
-        for identity, name in brief.pictures:
-            if identity in self.training_pictures and identity not in self.leaked:
+        for identity, name in brief.images:
+            if identity in self.training_images and identity not in self.leaked:
                 self.leaked.add(identity)
                 yield Problem(reason="leaked_picture", where=brief.where, field=brief.field, what=name)
-            self.pictures.add(identity)
+            self.images.add(identity)

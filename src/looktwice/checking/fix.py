@@ -197,7 +197,7 @@ class Cleaning:
     def is_certain(self, swap: Swap, sample: Sample) -> bool:
         """Whether four numbers fit as corners in order, and neither as corner nor as centre with width and height."""
         self.examiner.look_at(sample.image_paths)
-        header = self.examiner.picture_of(sample.image_paths[0]).header if sample.image_paths else None
+        header = self.examiner.facts_of(sample.image_paths[0]).header if sample.image_paths else None
         if header is None:
             return False
         is_gold = swap.path[-1] == "box" and "content" not in swap.path

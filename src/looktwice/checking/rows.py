@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from looktwice.calls import TOOL_CALL_OPEN, parse_call
 from looktwice.config import CheckConfig
-from looktwice.data.image_files import Picture, Source, decoded, fingerprint, inspect_all, inspected
+from looktwice.data.image_files import ImageFacts, Source, decoded, fingerprint, inspect_all, inspected
 from looktwice.data.lengths import over_limit, purposes_of, sequence_lengths, shrunk_policy
 from looktwice.data.problems import (
     SLACK_PX,
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 class Brief(NamedTuple):
     """What is kept of a sample to compare it with all others.
 
-    `question` is a number that is the same for the same question about the same pictures; `pictures` are identities
+    `question` is a number that is the same for the same question about the same pictures; `images` are identities
     and names.
     """
 
@@ -56,7 +56,7 @@ class Brief(NamedTuple):
     where: str
     field: str
     question: int
-    pictures: tuple[tuple[int, str], ...]
+    images: tuple[tuple[int, str], ...]
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ class Examiner:
         self.processor = processor
         self.view = View.of(processor) if processor else View.by_default(config)
         self.files: dict[Path, SampleFile] = {}
-        self.pictures: dict[int, Picture] = {}
+        self.facts: dict[int, ImageFacts] = {}
 
     def __reduce__(self) -> tuple[type[Examiner], tuple[CheckConfig, Ovis2_5Processor | None]]:
         return Examiner, (self.config, self.processor)
@@ -109,7 +109,7 @@ class Examiner:
         self.look_at(source for sample in samples for source in sample.image_paths)
         good: list[Sample] = []
         for sample in samples:
-            found = [*sample_problems(sample, stage=self.config.stage, view=self.view, picture_of=self.picture_of)]
+            found = [*sample_problems(sample, stage=self.config.stage, view=self.view, facts_of=self.facts_of)]
             if not any(problem.is_fatal for problem in found):
                 good.append(sample)
             yield from found
@@ -118,23 +118,23 @@ class Examiner:
 
     def look_at(self, sources: Iterable[Source]) -> None:
         """Read the headers of pictures not seen before."""
-        new = {key: source for source in sources if (key := hash(str(source))) not in self.pictures}
+        new = {key: source for source in sources if (key := hash(str(source))) not in self.facts}
         inspect = decoded if self.config.decode else inspected
-        self.pictures.update(zip(new, inspect_all([*new.values()], inspect)))
+        self.facts.update(zip(new, inspect_all([*new.values()], inspect)))
 
-    def picture_of(self, source: Source) -> Picture:
+    def facts_of(self, source: Source) -> ImageFacts:
         """What is known of a picture that was looked at."""
-        return self.pictures[hash(str(source))]
+        return self.facts[hash(str(source))]
 
     def brief(self, row: int, sample: Sample) -> Brief:
-        pictures = tuple((self.picture_of(source).identity, name_of(source)) for source in sample.image_paths)
+        images = tuple((self.facts_of(source).identity, name_of(source)) for source in sample.image_paths)
         asked = [text_of(message) for message in sample.conversation.messages if message.role == "user"]
-        question = fingerprint(*(identity for identity, _ in pictures), *asked)
-        return Brief(row=row, where=sample.where, field=question_field(sample), question=question, pictures=pictures)
+        question = fingerprint(*(identity for identity, _ in images), *asked)
+        return Brief(row=row, where=sample.where, field=question_field(sample), question=question, images=images)
 
     def weigh_boxes(self, sample: Sample, evidence: FrameEvidence) -> None:
         """Add the calls of a sample, whose boxes are declared as pixels, to the evidence."""
-        header = self.picture_of(sample.image_paths[0]).header if sample.image_paths else None
+        header = self.facts_of(sample.image_paths[0]).header if sample.image_paths else None
         if header is None or (sample.box_frame or self.view.box_frame) != "original_px":
             return
         for call in calls_of(sample):
@@ -149,7 +149,7 @@ class Examiner:
         limit = self.config.max_length
 
         def size_of(source: object) -> Size:
-            header = self.picture_of(source).header  # type: ignore[arg-type]
+            header = self.facts_of(source).header  # type: ignore[arg-type]
             assert header is not None
             return header.size
 

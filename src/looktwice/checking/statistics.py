@@ -23,7 +23,7 @@ from looktwice.processing.images import image_size
 from looktwice.processing.packing import split_by_tokens
 from looktwice.processing.processor import Ovis2_5Processor
 
-PICTURES_REMEMBERED = 65_536
+IMAGES_REMEMBERED = 65_536
 """Pictures whose headers are not read again."""
 
 
@@ -36,7 +36,7 @@ class Measures:
     num_trained_tokens: int
     num_turns: int
     crops_per_answer: tuple[int, ...]
-    pictures: tuple[Size, ...]
+    image_sizes: tuple[Size, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -56,8 +56,8 @@ class Statistics:
         return [one.num_tokens for one in self.measures]
 
     @property
-    def pictures(self) -> list[Size]:
-        return [size for one in self.measures for size in one.pictures]
+    def image_sizes(self) -> list[Size]:
+        return [size for one in self.measures for size in one.image_sizes]
 
     @property
     def crops_per_answer(self) -> list[int]:
@@ -65,7 +65,7 @@ class Statistics:
 
     def read(self, file: SampleFile, rows: Iterable[int], processor: Ovis2_5Processor) -> None:
         """Add the samples of these rows. Broken rows, missing pictures and calls without a crop are counted."""
-        size_of = lru_cache(PICTURES_REMEMBERED)(image_size)
+        size_of = lru_cache(IMAGES_REMEMBERED)(image_size)
         rows = iter(rows)
         while chunk := list(islice(rows, CHUNK)):
             self.num_rows += len(chunk)
@@ -95,7 +95,7 @@ def _measures(sample: Sample, laid_out: Layout, num_tokens: dict[str, int], proc
         num_trained_tokens=sum(num_tokens[piece] if isinstance(piece, str) else 1 for piece in laid_out.trained),
         num_turns=len(messages),
         crops_per_answer=tuple(len(split_calls(text_of(answer))) - 1 for answer in answers),
-        pictures=laid_out.pictures,
+        image_sizes=laid_out.image_sizes,
     )
 
 

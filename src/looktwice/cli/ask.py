@@ -63,10 +63,10 @@ def print_answer(result: dict[str, Any]) -> None:
         print(f"(cut by --{'max_turns' if result['stop_reason'] == 'max_turns' else 'max_new_tokens'})")
 
 
-def describe_sizes(picture: dict[str, Any] | None) -> str:
+def describe_sizes(shown: dict[str, Any] | None) -> str:
     """At which size the model saw the picture or video, where that is not the original one."""
-    if picture is None or picture["original"] == picture["seen"]:
+    if shown is None or shown["original"] == shown["seen"]:
         return ""
-    (width, height), (seen_width, seen_height) = picture["original"], picture["seen"]
-    what = f"video: {picture['frames']} frames of" if "frames" in picture else "picture:"
+    (width, height), (seen_width, seen_height) = shown["original"], shown["seen"]
+    what = f"video: {shown['frames']} frames of" if "frames" in shown else "picture:"
     return f"{what} {width}x{height}, seen as {seen_width}x{seen_height}"

@@ -14,7 +14,7 @@ from looktwice.data.sample import Sample
 from looktwice.errors import DataError, ImageError
 from looktwice.processing.packing import PackedBatch, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_pictures
+from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_images
 
 
 def encode_sample(sample: Sample, processor: Ovis2_5Processor, *, max_length: int) -> Example:
@@ -24,7 +24,7 @@ def encode_sample(sample: Sample, processor: Ovis2_5Processor, *, max_length: in
     call that cannot be run, and for a sample longer than `max_length` tokens.
     """
     try:
-        conversation = open_pictures(sample.conversation)
+        conversation = open_images(sample.conversation)
     except ImageError as error:
         raise ImageError(f"{sample.where}: picture: {error}") from error
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from looktwice.errors import ImageError
-from looktwice.processing.images import DATA_URL, PictureHeader, name_of, open_image, read_header
+from looktwice.processing.images import DATA_URL, ImageHeader, name_of, open_image, read_header
 
 NUM_PROBED = 16
 """Headers that are read one by one."""
@@ -22,62 +22,62 @@ NUM_THREADS = 16
 Source = str | Path
 
 
-class Picture(NamedTuple):
+class ImageFacts(NamedTuple):
     """What is known of a picture: its header, or the reason why it cannot be used.
 
     `identity` is the same for the same file under any path, or where it was decoded, for the same bytes.
     """
 
-    header: PictureHeader | None
+    header: ImageHeader | None
     identity: int
     reason: str = ""
     what: str = ""
 
 
-def inspect_all(sources: Sequence[Source], inspect: Callable[[Source], Picture]) -> list[Picture]:
+def inspect_all(sources: Sequence[Source], inspect: Callable[[Source], ImageFacts]) -> list[ImageFacts]:
     """What is known of each picture by `measured`, `inspected` or `decoded`."""
     if inspect is decoded:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
             return list(pool.map(inspect, sources))
     first, others = sources[:NUM_PROBED], sources[NUM_PROBED:]
     started = time.perf_counter()
-    pictures = [inspect(source) for source in first]
+    facts = [inspect(source) for source in first]
     if time.perf_counter() - started < SLOW_S * len(first):
-        return pictures + [inspect(source) for source in others]
+        return facts + [inspect(source) for source in others]
     # on a network every header is waited for; with files at hand threads would only be in each other's way
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return pictures + list(pool.map(inspect, others))
+        return facts + list(pool.map(inspect, others))
 
 
-def measured(source: Source) -> Picture:
+def measured(source: Source) -> ImageFacts:
     """A picture by its header alone, or what is wrong with that."""
     return inspected(source, is_doubted=False)
 
 
-def inspected(source: Source, *, is_doubted: bool = True) -> Picture:
+def inspected(source: Source, *, is_doubted: bool = True) -> ImageFacts:
     """A picture by its header and, if doubted, its end, or what is wrong with it."""
     try:
-        return Picture(read_header(source, is_doubted=is_doubted), _identity(source))
+        return ImageFacts(read_header(source, is_doubted=is_doubted), _identity(source))
     except ImageError as error:
         return _refused(source, error)
 
 
-def decoded(source: Source) -> Picture:
+def decoded(source: Source) -> ImageFacts:
     """A picture decoded to its end, or what is wrong with it."""
-    picture = measured(source)
-    if picture.header is None:
-        return picture
+    facts = measured(source)
+    if facts.header is None:
+        return facts
     try:
         open_image(source)
     except ImageError as error:
         return _refused(source, error)
     is_file = not str(source).startswith(DATA_URL)
-    return picture._replace(identity=fingerprint(Path(source).read_bytes())) if is_file else picture
+    return facts._replace(identity=fingerprint(Path(source).read_bytes())) if is_file else facts
 
 
-def _refused(source: Source, error: ImageError) -> Picture:
+def _refused(source: Source, error: ImageError) -> ImageFacts:
     what, _, _ = str(error).removeprefix(f"{name_of(source)}: ").rpartition("; ")  # its mend is that of the reason
-    return Picture(None, fingerprint(source), f"picture_{error.reason}", what)
+    return ImageFacts(None, fingerprint(source), f"picture_{error.reason}", what)
 
 
 def _identity(source: Source) -> int:

@@ -45,12 +45,12 @@ class Layout:
     num_ids: int
     texts: tuple[str, ...]
     trained: tuple[int | str, ...]
-    pictures: tuple[Size, ...]
+    image_sizes: tuple[Size, ...]
     crops: tuple[tuple[tuple[int, int, int, int], Size], ...]
 
     def num_image_tokens(self, policy: PixelPolicy, factor: int) -> int:
         """Tokens of all pictures and crops under a policy, their marks included."""
-        sizes = [policy.overview_size(size, factor=factor) for size in self.pictures]
+        sizes = [policy.overview_size(size, factor=factor) for size in self.image_sizes]
         sizes += [crop_size(cut, original=size, factor=factor, policy=policy) for cut, size in self.crops]
         return sum(num_visual_tokens(size, factor=factor) + NUM_MARKS for size in sizes)
 
@@ -81,14 +81,14 @@ def layout(
     """The parts of a sample's sequence. Raises DataError for a call that cannot be run."""
     conversation = sample.conversation if purpose == "train" else sample.prompt
     conversation = in_model_frame(conversation, sample.box_frame, processor, size_of)
-    pictures = tuple(map(size_of, conversation.images))
+    image_sizes = tuple(map(size_of, conversation.images))
     cuts: list[tuple[int, int, int, int]] = []
 
     def cut(call: str) -> tuple[int, int, int, int]:
         try:
-            if not pictures:
+            if not image_sizes:
                 raise BoxError("no_picture", "there is no picture to cut from")
-            return cut_of(call, processor, pictures[0])
+            return cut_of(call, processor, image_sizes[0])
         except BoxError as error:
             raise DataError(f"{sample.where}: {sample.field}: crop call refused: {error}; mend its box") from error
 
@@ -120,8 +120,8 @@ def layout(
         num_ids=len(pieces) - len(texts),
         texts=texts,
         trained=tuple(piece for draft in drafts if draft.is_trained for piece in draft.pieces),
-        pictures=pictures,
-        crops=tuple((cut, pictures[0]) for cut in cuts),
+        image_sizes=image_sizes,
+        crops=tuple((cut, image_sizes[0]) for cut in cuts),
     )
 
 
@@ -153,11 +153,11 @@ def shrunk_policy(
     whole = layout(sample, processor, size_of, purpose)
     num_tokens = token_counts(processor, iter(whole.texts))
     room = max_length - whole.num_ids - sum(num_tokens[text] for text in whole.texts)
-    are_pictures_fixed = "resized_px" in (sample.box_frame, processor.box_frame)
+    are_images_fixed = "resized_px" in (sample.box_frame, processor.box_frame)
     policy, area = processor.policy, processor.factor**2
     steps = max(policy.image_max_pixels, policy.crop_max_pixels) // area
     for step in range(steps, 0, -1):
-        image_max_pixels = None if are_pictures_fixed else max(area, policy.image_max_pixels * step // steps)
+        image_max_pixels = None if are_images_fixed else max(area, policy.image_max_pixels * step // steps)
         crop_max_pixels = max(area, policy.crop_max_pixels * step // steps)
         smaller = policy.override(image_max_pixels=image_max_pixels, crop_max_pixels=crop_max_pixels)
         if whole.num_image_tokens(smaller, processor.factor) <= room:
@@ -177,8 +177,8 @@ class Refit:
     def outcome(self) -> str:
         if self.policy is None:
             return "left out"
-        pictures, crops = self.policy.image_max_pixels, self.policy.crop_max_pixels
-        return f"pictures shrunk to at most {pictures} pixels, crops to {crops}"
+        images, crops = self.policy.image_max_pixels, self.policy.crop_max_pixels
+        return f"pictures shrunk to at most {images} pixels, crops to {crops}"
 
     def as_json(self) -> dict[str, object]:
         sample = self.sample

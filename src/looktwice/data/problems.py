@@ -14,14 +14,14 @@ from itertools import takewhile
 from looktwice.answers import find_answer_block
 from looktwice.calls import format_call, parse_call, split_calls
 from looktwice.config import SampleConfig, Stage
-from looktwice.data.image_files import Picture, Source, decoded, inspect_all, measured
+from looktwice.data.image_files import ImageFacts, Source, decoded, inspect_all, measured
 from looktwice.data.reasons import BOX_REASONS, REASONS
 from looktwice.data.sample import Sample, text_of
 from looktwice.errors import BoxError, DataError, counted, short
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
 from looktwice.messages import THINK_CLOSE, THINK_OPEN, ImagePart, Message, TextPart
 from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
-from looktwice.processing.images import PictureHeader, name_of
+from looktwice.processing.images import ImageHeader, name_of
 from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
 
 MAX_PROBLEMS_SHOWN = 20
@@ -154,23 +154,23 @@ def refuse(
     without it headers are believed, since who uses the samples decodes them.
     """
     sources = list(dict.fromkeys(source for sample in samples for source in sample.image_paths))
-    pictures = dict(zip(sources, inspect_all(sources, decoded if decode else measured)))
+    facts = dict(zip(sources, inspect_all(sources, decoded if decode else measured)))
     problems = [
         problem
         for sample in samples
-        for problem in sample_problems(sample, stage=stage, view=view, picture_of=pictures.__getitem__)
+        for problem in sample_problems(sample, stage=stage, view=view, facts_of=facts.__getitem__)
     ]
     raise_if_any([problem for problem in problems if problem.is_fatal], subject)
     return Counter(problem.reason for problem in problems)
 
 
 def sample_problems(
-    sample: Sample, *, stage: Stage, view: View, picture_of: Callable[[Source], Picture]
+    sample: Sample, *, stage: Stage, view: View, facts_of: Callable[[Source], ImageFacts]
 ) -> Iterator[Problem]:
     """All that can be said of one sample, by what its rows are for and what is known of its pictures."""
     yield from turn_problems(sample, stage, view)
-    yield from picture_problems(sample, picture_of)
-    first = picture_of(sample.image_paths[0]).header if sample.image_paths else None
+    yield from image_problems(sample, facts_of)
+    first = facts_of(sample.image_paths[0]).header if sample.image_paths else None
     yield from call_box_problems(sample, view, first)
     if first:
         yield from gold_problems(sample, first)
@@ -212,44 +212,44 @@ def text_problems(sample: Sample, message: Message, view: View) -> Iterator[Prob
             yield problem_of(sample, "think_not_closed", f"{opened} {THINK_OPEN} and {closed} {THINK_CLOSE}")
 
 
-def picture_problems(sample: Sample, picture_of: Callable[[Source], Picture]) -> Iterator[Problem]:
+def image_problems(sample: Sample, facts_of: Callable[[Source], ImageFacts]) -> Iterator[Problem]:
     for source in dict.fromkeys(sample.image_paths):
-        picture = picture_of(source)
-        if picture.header is None:
-            what = f"{name_of(source)}: {picture.what}"
-            yield Problem(reason=picture.reason, where=sample.where, field="picture", what=what)
-        elif picture.header.has_frames:
+        facts = facts_of(source)
+        if facts.header is None:
+            what = f"{name_of(source)}: {facts.what}"
+            yield Problem(reason=facts.reason, where=sample.where, field="picture", what=what)
+        elif facts.header.has_frames:
             yield Problem(reason="picture_frames", where=sample.where, field="picture", what=name_of(source))
 
 
-def call_box_problems(sample: Sample, view: View, picture: PictureHeader | None) -> Iterator[Problem]:
-    """What is wrong with the calls of a sample; `picture` is its first one, None where that cannot be used."""
+def call_box_problems(sample: Sample, view: View, header: ImageHeader | None) -> Iterator[Problem]:
+    """What is wrong with the calls of a sample; `header` is that of its first picture, None where it cannot be used."""
     frame = sample.box_frame or view.box_frame
-    num_blind = num_calls_before_pictures(sample)
+    num_blind = num_calls_before_images(sample)
     for number, segment in enumerate(calls_of(sample), 1):
         if number <= num_blind:
             yield problem_of(sample, "call_without_picture", f"call {number}: there is no picture yet to cut from")
-        elif picture:
+        elif header:
             try:
                 requested = parse_call(segment)
             except BoxError as error:  # a picture stands inside the call
                 yield problem_of(sample, BOX_REASONS[error.reason], f"call {number}: {error}")
                 continue
             name = f"call {number} {format_call(requested)} read as {frame}"
-            for reason, what in _call_faults(requested, frame, picture, view):
+            for reason, what in _call_faults(requested, frame, header, view):
                 yield problem_of(sample, reason, f"{name}: {what}")
 
 
-def gold_problems(sample: Sample, picture: PictureHeader) -> Iterator[Problem]:
+def gold_problems(sample: Sample, header: ImageHeader) -> Iterator[Problem]:
     """What is wrong with the gold box of a sample, if it has one, on its first picture."""
     if sample.gold_box is None:
         return
     field = ".".join(filter(None, (question_field(sample), "box")))
-    for reason, what in _gold_faults(sample.gold_box, picture):
+    for reason, what in _gold_faults(sample.gold_box, header):
         yield Problem(reason=reason, where=sample.where, field=field, what=f"{_written(sample.gold_box)}: {what}")
 
 
-def _call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: View) -> Iterator[tuple[str, str]]:
+def _call_faults(requested: Box, frame: BoxFrame, header: ImageHeader, view: View) -> Iterator[tuple[str, str]]:
     """Code and words of what is wrong with the box of a call."""
     size = header.size
     box = to_original(requested, frame=frame, original=size, resized=view.overview_size(size))
@@ -272,7 +272,7 @@ def _call_faults(requested: Box, frame: BoxFrame, header: PictureHeader, view: V
         yield "box_looks_px", f"a number is above {limit:.0f}, and as pixels the box lies inside {name}"
 
 
-def _gold_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
+def _gold_faults(box: Box, header: ImageHeader) -> Iterator[tuple[str, str]]:
     """Code and words of what is wrong with a gold box, which is in original pixels."""
     size = header.size
     name = f"the picture of {size.width}x{size.height}"
@@ -285,7 +285,7 @@ def _gold_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
         yield "box_looks_unit", "no number is above 1"
 
 
-def _rotation_faults(box: Box, header: PictureHeader) -> Iterator[tuple[str, str]]:
+def _rotation_faults(box: Box, header: ImageHeader) -> Iterator[tuple[str, str]]:
     stored, size = header.stored, header.size
     if stored != size and overhang(box, size) > SLACK_PX >= overhang(box, stored):
         yield (
@@ -299,7 +299,7 @@ def calls_of(sample: Sample) -> list[str]:
     return [segment for part in _answered(sample) if isinstance(part, TextPart) for segment in _calls_in(part)]
 
 
-def num_calls_before_pictures(sample: Sample) -> int:
+def num_calls_before_images(sample: Sample) -> int:
     """Calls that stand before the first picture of the conversation; all of them where it has none."""
     before = takewhile(lambda part: not isinstance(part, ImagePart), _answered(sample))
     return sum(len(_calls_in(part)) for part in before if isinstance(part, TextPart))

@@ -64,16 +64,16 @@ class Teacher:
     def write(self, example: Example, text: str, *, is_trained: bool) -> None:
         example.append(self.processor.template.encode(text), is_trained=is_trained)
 
-    def card(self, picture: Image.Image, cell: int, rng: np.random.Generator) -> PatchedImage:
+    def card(self, image: Image.Image, cell: int, rng: np.random.Generator) -> PatchedImage:
         """The crop around a digit card: half the time by the gold box, else by one a little off."""
-        original = Size(*picture.size)
+        original = Size(*image.size)
         box = np.array(task.gold_box(original, cell))
         if rng.random() < 0.5:
             box = box + np.tile(rng.integers(-MAX_SHIFT_PX, MAX_SHIFT_PX + 1, 2), 2) + rng.integers(-2, 3, 4)
         rectangle = crop_rectangle(Box(*box.tolist()), original=original, min_side=self.processor.factor)
-        image = self.tool.cut(rectangle, picture, None).image
-        assert image is not None
-        return image
+        patched = self.tool.cut(rectangle, image, None).image
+        assert patched is not None
+        return patched
 
     def _newline(self, example: Example) -> list[int]:
         return self.processor.template.encode("\n") if len(example) else []
@@ -82,17 +82,17 @@ class Teacher:
 def cards(teacher: Teacher, rng: np.random.Generator) -> Example:
     """Cut-out cards, one a turn; half the time the board came first."""
     example, board = Example(), task.sample_board(rng)
-    picture = task.draw_board(board, rng)
+    image = task.draw_board(board, rng)
     if rng.random() < 0.3:
-        teacher.ask(example, "List the tiles.", teacher.processor.patch_image(picture))
+        teacher.ask(example, "List the tiles.", teacher.processor.patch_image(image))
         teacher.answer(example, task.list_tiles(board))
     for cell in rng.permutation(9)[:6].tolist():
         reading = task.reading(board.digits[cell])
         if rng.random() < 0.5:
-            teacher.ask(example, "Which digit is this?", teacher.card(picture, cell, rng))
+            teacher.ask(example, "Which digit is this?", teacher.card(image, cell, rng))
             teacher.answer(example, reading)
         else:
-            teacher.ask(example, "Which digit is this? Answer in tags.", teacher.card(picture, cell, rng))
+            teacher.ask(example, "Which digit is this? Answer in tags.", teacher.card(image, cell, rng))
             teacher.answer(example, f"{reading}\n<answer>{board.digits[cell]}</answer>")
     return example
 
@@ -100,10 +100,10 @@ def cards(teacher: Teacher, rng: np.random.Generator) -> Example:
 def reading(teacher: Teacher, rng: np.random.Generator) -> Example:
     """A dense drill: the nine cards of a board one after the other, each followed by what it says."""
     example, board = Example(), task.sample_board(rng)
-    picture = task.draw_board(board, rng)
+    image = task.draw_board(board, rng)
     teacher.ask(example, "Which digits are these?")
     for cell in rng.permutation(9).tolist():
-        teacher.processor.append_image(example, teacher.card(picture, cell, rng))
+        teacher.processor.append_image(example, teacher.card(image, cell, rng))
         teacher.write(example, f"\n{task.reading(board.digits[cell])}", is_trained=True)
         teacher.write(example, "\n", is_trained=False)
     return example
@@ -305,8 +305,8 @@ def _cards(teacher: Teacher, rng: np.random.Generator, num_boards: int) -> tuple
     digits: list[int] = []
     for _ in range(num_boards):
         board = task.sample_board(rng)
-        picture = task.draw_board(board, rng)
-        images += [teacher.card(picture, cell, rng) for cell in range(9)]
+        image = task.draw_board(board, rng)
+        images += [teacher.card(image, cell, rng) for cell in range(9)]
         digits += board.digits
     return images, digits
 

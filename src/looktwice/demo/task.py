@@ -89,16 +89,16 @@ def gold_box(size: Size, cell: int) -> tuple[int, int, int, int]:
 def draw_board(board: Board, rng: np.random.Generator) -> Image.Image:
     """The board at its own size. `rng` chooses shades, contrast, texture and where on its card each digit stands."""
     width, height = board.size
-    picture = Image.new("RGB", board.size, _shade((85, 85, 85), 25, rng))
+    image = Image.new("RGB", board.size, _shade((85, 85, 85), 25, rng))
     inset_x, inset_y = int(width / 3 * TILE_INSET), int(height / 3 * TILE_INSET)
     for cell, (colour, digit) in enumerate(zip(board.colours, board.digits)):
         row, column = divmod(cell, 3)
         top, bottom = height * row // 3 + inset_y, height * (row + 1) // 3 - inset_y
         left, right = width * column // 3 + inset_x, width * (column + 1) // 3 - inset_x
-        picture.paste(_shade(COLOURS[colour], 10, rng), (left, top, right, bottom))
+        image.paste(_shade(COLOURS[colour], 10, rng), (left, top, right, bottom))
         card = Image.fromarray(draw_card(digit, rng)).convert("RGB")
-        picture.paste(card, gold_box(board.size, cell)[:2])
-    return picture
+        image.paste(card, gold_box(board.size, cell)[:2])
+    return image
 
 
 def draw_card(digit: int, rng: np.random.Generator) -> np.ndarray:

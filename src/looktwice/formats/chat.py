@@ -120,18 +120,18 @@ def _parts(fields: Fields, reading: Reading, frames: set[BoxFrame], *, is_assist
         part.known = ("type", *PART_FIELDS[name])
         for unknown in part.extra():
             reading.ignored.add(f'"{unknown}" of a part of type {name}', fields.where)
-        read_part = _crop(part, frames) if name == "crop" else _text_or_picture(part, name, reading)
+        read_part = _crop(part, frames) if name == "crop" else _text_or_image(part, name, reading)
         if read_part is not None:
             yield read_part
 
 
-def _text_or_picture(part: Fields, name: str, reading: Reading) -> Part | None:
+def _text_or_image(part: Fields, name: str, reading: Reading) -> Part | None:
     if name == "text":
         text = part.any_text("text")
         return None if text is None else TextPart(text=text)
     if name == "image_url" and isinstance(values := part.values.get("image_url"), dict):
         part, name = part.inside(values, known=("url", "detail"), path="image_url."), "url"
-    source = part.picture(name, reading.image_base_path)
+    source = part.image(name, reading.image_base_path)
     return None if source is None else ImagePart(source=source)
 
 
@@ -156,7 +156,7 @@ def write_messages(samples: Sequence[Sample], writing: Writing) -> list[dict[str
 def _canonical_row(sample: Sample, writing: Writing) -> dict[str, object]:
     def part(written: Part) -> list[dict[str, object]]:
         if isinstance(written, ImagePart):
-            return [{"type": "image", "image": writing.picture(written.source)}]
+            return [{"type": "image", "image": writing.image(written.source)}]
         return [{"type": "text", "text": written.text}]
 
     def answer_part(written: Part) -> list[dict[str, object]]:
@@ -200,7 +200,7 @@ def _openai_row(sample: Sample, writing: Writing) -> dict[str, object] | None:
         content: list[dict[str, object]] = [
             {"type": "text", "text": part.text}
             if isinstance(part, TextPart)
-            else {"type": "image_url", "image_url": {"url": writing.picture(part.source)}}  # type: ignore[union-attr]
+            else {"type": "image_url", "image_url": {"url": writing.image(part.source)}}  # type: ignore[union-attr]
             for part in message.parts
         ]
         messages.append({"role": message.role, "content": content, **({} if message.is_trained else {"weight": 0})})

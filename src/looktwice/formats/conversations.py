@@ -31,9 +31,9 @@ from looktwice.formats.writing import Writing
 from looktwice.messages import ImagePart, Message, Role, TextPart, system
 
 IMAGE_PLACE, VIDEO_PLACE = "<image>", "<video>"
-_PICTURE_FIELDS = ("image", "images")
+_IMAGE_FIELDS = ("image", "images")
 _OTHER_MEDIA = ("video", "videos", "video_frames", "audio", "audios")
-MEDIA_FIELDS = (*_PICTURE_FIELDS, *_OTHER_MEDIA)
+MEDIA_FIELDS = (*_IMAGE_FIELDS, *_OTHER_MEDIA)
 """Fields of a row for what stands in its turns."""
 _PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
 
@@ -43,7 +43,7 @@ class Dialect:
     """How a format writes its turns.
 
     `turns` is the field that lists them; `role`, `text` and `marks` (false: not trained; the first is written) are
-    fields of a turn. Pictures are written into the field `pictures`; read they may be in any. `roles` gives the meaning
+    fields of a turn. Pictures are written into the field `images`; read they may be in any. `roles` gives the meaning
     of each role and whether it is trained; of two with one meaning the first is written. `refused` are fields of a row
     that cannot be read. `is_place_needed`: pictures without any `<image>` are an error.
     """
@@ -51,7 +51,7 @@ class Dialect:
     turns: str
     role: str
     text: str
-    pictures: str
+    images: str
     roles: Mapping[str, tuple[Role, bool]]
     marks: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ SHAREGPT = Dialect(
     turns="conversations",
     role="from",
     text="value",
-    pictures="images",
+    images="images",
     roles={
         "system": ("system", True),
         "human": ("user", True),
@@ -77,12 +77,12 @@ SHAREGPT = Dialect(
         "ignored_gpt": ("assistant", False),
     },
 )
-OVIS = replace(SHAREGPT, pictures="image", is_place_needed=True)
+OVIS = replace(SHAREGPT, images="image", is_place_needed=True)
 SWIFT = Dialect(
     turns="messages",
     role="role",
     text="content",
-    pictures="images",
+    images="images",
     roles={"system": ("system", True), "user": ("user", True), "assistant": ("assistant", True)},
     marks=("loss", "train", "weight"),
     refused=("objects",),
@@ -123,7 +123,7 @@ def read_swift(row: Fields, reading: Reading) -> list[Sample]:
 def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
     row.known = dialect.known
     dialect = _spoken(row, dialect)
-    pictures = list(_pictures(row, reading.image_base_path))
+    images = list(_images(row, reading.image_base_path))
     for name in _OTHER_MEDIA:
         if row.values.get(name):
             row.note(name, "video", "videos and sounds cannot be trained on here; remove the row")
@@ -136,18 +136,18 @@ def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
     ]
     num_places = sum(value.count(IMAGE_PLACE) for _, value in turns)
     first_question = next((number for number, (message, _) in enumerate(turns) if message.role == "user"), None)
-    if pictures and num_places == 0 and not dialect.is_place_needed and first_question is not None:
+    if images and num_places == 0 and not dialect.is_place_needed and first_question is not None:
         message, value = turns[first_question]
-        turns[first_question] = message, f"{IMAGE_PLACE}\n" * len(pictures) + value
-    elif row.is_good and num_places != len(pictures):
+        turns[first_question] = message, f"{IMAGE_PLACE}\n" * len(images) + value
+    elif row.is_good and num_places != len(images):
         row.note(
             dialect.turns,
             "placeholder_count",
-            f"{num_places} {IMAGE_PLACE} for {len(pictures)} pictures; write one where each belongs, and "
+            f"{num_places} {IMAGE_PLACE} for {len(images)} pictures; write one where each belongs, and "
             f"{_PLACE_MARK.escape(IMAGE_PLACE)} for the word",
         )
-    upcoming = iter(pictures)
-    messages = [_with_pictures(message, value, upcoming) for message, value in turns] if row.is_good else []
+    upcoming = iter(images)
+    messages = [_with_images(message, value, upcoming) for message, value in turns] if row.is_good else []
     if row.values.get("system") and (text := row.text("system")) is not None:
         messages.insert(0, system(text))
     last = max(0, len(turns) - 1)
@@ -164,7 +164,7 @@ def _spoken(row: Fields, dialect: Dialect) -> Dialect:
     return dialect
 
 
-def _pictures(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
+def _images(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
     name = "images" if row.is_given("images") else "image"
     written = row.values.get(name)
     if written is None or written == []:
@@ -174,9 +174,9 @@ def _pictures(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
     places = {f"{name}[{index}]": one for index, one in enumerate(written)} if isinstance(written, list) else {}
     inside = row.inside(places or {name: written}, known=(), path="")
     for place in inside.values:
-        picture = inside.picture(place, image_base_path)
-        if picture is not None:
-            yield picture
+        image = inside.image(place, image_base_path)
+        if image is not None:
+            yield image
 
 
 def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, str] | None:
@@ -232,14 +232,14 @@ def _text(fields: Fields, reading: Reading, dialect: Dialect, role: Role) -> str
     return glue_of(Message(role=role, parts=())).join(pieces) if fields.is_good else None
 
 
-def _with_pictures(message: Message, value: str, pictures: Iterator[str | Path]) -> Message:
+def _with_images(message: Message, value: str, images: Iterator[str | Path]) -> Message:
     """The turn with its text cut at the places of its pictures."""
     pieces = value.split(IMAGE_PLACE)
     last = len(pieces) - 1
     parts: list[Part] = []
     for number, piece in enumerate(pieces):
         if number:
-            parts.append(ImagePart(source=next(pictures)))
+            parts.append(ImagePart(source=next(images)))
         if message.role != "assistant" and last:
             if piece == "" or (piece == "\n" and 0 < number < last):
                 continue
@@ -270,9 +270,9 @@ def write_swift(samples: Sequence[Sample], writing: Writing) -> list[dict[str, o
 
 
 def _row(sample: Sample, writing: Writing, dialect: Dialect) -> dict[str, object]:
-    pictures = [writing.picture(source) for source in sample.image_paths]
+    images = [writing.image(source) for source in sample.image_paths]
     # a list also of one, since a table needs one type for a field, and of none where the format is known by it
-    shown = {dialect.pictures: pictures} if pictures or dialect.pictures == "images" else {}
+    shown = {dialect.images: images} if images or dialect.images == "images" else {}
     turns = [_written_turn(message, dialect) for message in sample.conversation.messages]
     return writing.with_extra({**shown, dialect.turns: turns, **writing.gold(sample)}, sample, dialect.known)
 

@@ -25,10 +25,10 @@ from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_
 from looktwice.formats.writing import Writing
 from looktwice.messages import assistant, user
 
-PICTURE_PLACE = "<image>"
+IMAGE_PLACE = "<image>"
 ANSWER_FIELDS = ("A3", "A")
 
-_PICTURE_PREFIX = re.compile(rf"\s*{PICTURE_PLACE}[ \t]*\r?\n?")
+_IMAGE_PREFIX = re.compile(rf"\s*{IMAGE_PLACE}[ \t]*\r?\n?")
 _CROP = re.compile(r"\{\s*crop(?![a-z])[^{}]*(\}?)", re.IGNORECASE)
 _BRACKET = re.compile(r"\[[^\]]*\]")
 COMMANDS = re.compile(f"{WRITTEN_CALL.pattern}|{_CROP.pattern}", re.IGNORECASE | re.DOTALL)
@@ -49,7 +49,7 @@ def num_samples(values: Mapping[str, object]) -> int:
 def read(row: Fields, reading: Reading) -> list[Sample]:
     """The samples of a row, one a question."""
     row.known = ("image_path", "QnA", *GOLD_FIELDS)
-    picture = row.picture("image_path", reading.image_base_path)
+    image = row.image("image_path", reading.image_base_path)
     questions = row.objects("QnA", '{"Q": …, "A3": …}')
     if not questions and row.values.get("QnA") == []:
         row.note("QnA", "empty_text", "the list is empty; add a question or remove the row")
@@ -63,14 +63,14 @@ def read(row: Fields, reading: Reading) -> list[Sample]:
         if question is not None:
             fields = row.inside({**gold, **question}, known=(), path=f"QnA[{index}].")
             # read also where the picture is missing, so that all problems of the row are named at once
-            sample = _read_question(fields, picture or Path(), row.extra(), reading)
-            if sample and picture:
+            sample = _read_question(fields, image or Path(), row.extra(), reading)
+            if sample and image:
                 samples.append(sample)
     return samples
 
 
 def _read_question(
-    fields: Fields, picture: str | Path, row_extra: Mapping[str, object], reading: Reading
+    fields: Fields, image: str | Path, row_extra: Mapping[str, object], reading: Reading
 ) -> Sample | None:
     keys = (reading.answer_key,) if reading.answer_key else ANSWER_FIELDS
     answer_field = next((name for name in keys if fields.is_given(name)), keys[0])
@@ -86,7 +86,7 @@ def _read_question(
         reading.ignored.add(f'"{name}" of the row, because its question has its own', fields.where)
     return finish(
         fields,
-        (user(question, picture), assistant(_CROP_MARK.unescape(response))),
+        (user(question, image), assistant(_CROP_MARK.unescape(response))),
         reading,
         answer_field=answer_field,
         extra={**row_extra, **fields.extra()},
@@ -96,10 +96,10 @@ def _read_question(
 def _question(fields: Fields) -> str:
     text = fields.text("Q") or ""
     # the picture is placed in front of the question anyway; anywhere else the word is ordinary text
-    prefix = _PICTURE_PREFIX.match(text)
+    prefix = _IMAGE_PREFIX.match(text)
     question = text[prefix.end() :] if prefix else text
     if text and not question.strip():
-        fields.note("Q", "empty_text", f"nothing but {PICTURE_PLACE}; write the question after it")
+        fields.note("Q", "empty_text", f"nothing but {IMAGE_PLACE}; write the question after it")
     return question
 
 
@@ -140,10 +140,10 @@ def crops_to_calls(text: str) -> tuple[str, list[tuple[str, str]]]:
 def write(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:
     """Rows of samples that came from one row: those about one picture stand together again."""
     rows: list[dict[str, object]] = []
-    for picture, group in groupby(samples, key=lambda sample: sample.image_paths[:1]):
+    for paths, group in groupby(samples, key=lambda sample: sample.image_paths[:1]):
         questions = [question for sample in group if (question := _written_question(sample, writing))]
         if questions:
-            rows.append({"image_path": writing.picture(picture[0]), "QnA": questions})
+            rows.append({"image_path": writing.image(paths[0]), "QnA": questions})
     return rows
 
 
@@ -154,8 +154,8 @@ def _written_question(sample: Sample, writing: Writing) -> dict[str, object] | N
     if not question.strip():
         writing.leave_out(sample, "a question without words")
         return None
-    if _PICTURE_PREFIX.match(question):
-        question = f"{PICTURE_PLACE}\n{question}"
+    if _IMAGE_PREFIX.match(question):
+        question = f"{IMAGE_PLACE}\n{question}"
     fields = {"Q": question, "A3": _written_answer(sample.response), **writing.gold(sample)}
     return writing.with_extra(fields, sample, ("Q", "A3", *GOLD_FIELDS))
 

@@ -27,7 +27,7 @@ GOLD_FIELDS = ("answer", "box", "box_frame")
 
 _FILE_ADDRESS = re.compile(r"file://(?:localhost(?=/))?(.*)", re.DOTALL)
 _WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs)://", re.IGNORECASE)
-_BASE64_PICTURE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/]+=*\s*", re.ASCII)
+_BASE64_IMAGE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/]+=*\s*", re.ASCII)
 
 
 @dataclass(kw_only=True)
@@ -141,7 +141,7 @@ class Fields:
             self.note(name, "wrong_type", f"{value!r}; write false or true")
         return value is None or bool(value)
 
-    def picture(self, name: str, image_base_path: Path) -> str | Path | None:
+    def image(self, name: str, image_base_path: Path) -> str | Path | None:
         """The picture a field names; None where there was a problem.
 
         A path, a file:// address, a data: URL, which stays as it is, or what Hugging Face's `datasets` stores in
@@ -151,12 +151,12 @@ class Fields:
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
             if isinstance(raw := value.get("bytes"), bytes) and raw:
                 return data_url(raw)
-            return self.inside(value, known=("path",), path=f"{name}.").picture("path", image_base_path)
+            return self.inside(value, known=("path",), path=f"{name}.").image("path", image_base_path)
         written = self.text(name)
         if written is None:
             return None
         if written.startswith(DATA_URL):
-            if _BASE64_PICTURE.fullmatch(written):
+            if _BASE64_IMAGE.fullmatch(written):
                 return written
             self.note(name, "data_url", "a data: URL without a base64 picture; write data:image/png;base64,...")
         elif _WEB_ADDRESS.match(written):

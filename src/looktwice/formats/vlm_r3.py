@@ -55,9 +55,9 @@ def fits(values: Mapping[str, object]) -> bool:
 
 def read(row: Fields, reading: Reading) -> list[Sample]:
     row.known = KNOWN
-    picture = row.picture("image_path", reading.image_base_path)
+    image = row.image("image_path", reading.image_base_path)
     question = row.text("question")
-    messages = [user(question or "", picture or "")]
+    messages = [user(question or "", image or "")]
     answer_field = "question"
     if row.is_given("response_list"):
         answer_field = "response_list"
@@ -91,9 +91,9 @@ def _answer(row: Fields, reading: Reading) -> Iterator[Part]:
         if has_crop and not has_call:
             place = f"{CROP_FILES}[{index}]"
             inside = row.inside({place: crops[index]}, known=(), path="")
-            picture = inside.picture(place, reading.image_base_path)
-            if picture is not None:
-                yield ImagePart(source=picture)
+            image = inside.image(place, reading.image_base_path)
+            if image is not None:
+                yield ImagePart(source=image)
 
 
 def _texts(row: Fields, name: str) -> list[str]:
@@ -135,7 +135,7 @@ def write(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]
 def _row(sample: Sample, writing: Writing) -> dict[str, object] | None:
     if not writing.is_one_question(sample, needs_answer=False, may_answer_show=True):
         return None
-    row: dict[str, object] = {"image_path": writing.picture(sample.image_paths[0]), "question": sample.question}
+    row: dict[str, object] = {"image_path": writing.image(sample.image_paths[0]), "question": sample.question}
     if not sample.question.strip():
         writing.leave_out(sample, "a question without words")
         return None
@@ -145,7 +145,7 @@ def _row(sample: Sample, writing: Writing) -> dict[str, object] | None:
     if sample.conversation.messages[-1].role == "assistant":
         segments = _segments(sample.conversation.messages[-1], writing)
         files = _crop_files(segments, sample.extra.get(CROP_FILES))
-        if any(picture for _, picture in segments[len(files) :]):
+        if any(image for _, image in segments[len(files) :]):
             writing.leave_out(sample, "a picture in the answer after a crop that has no file")
             return None
         if any(TOOL_CALL_CLOSE in text for text, _ in segments[len(files) :]):
@@ -165,15 +165,15 @@ def _segments(answer: Message, writing: Writing) -> list[tuple[str, str | None]]
         elif isinstance(part, ImagePart):
             is_free = segments and segments[-1][1] is None and TOOL_CALL_CLOSE not in segments[-1][0]
             text = segments.pop()[0] if is_free else ""
-            segments.append((text, writing.picture(part.source)))
+            segments.append((text, writing.image(part.source)))
     return segments
 
 
 def _crop_files(segments: Sequence[tuple[str, str | None]], known: object) -> list[str]:
     """The pictures after the first segments, up to the first segment that has none; `known` are files of crops."""
     files: list[str] = []
-    for index, (text, picture) in enumerate(segments):
-        file = picture
+    for index, (text, image) in enumerate(segments):
+        file = image
         if TOOL_CALL_CLOSE in text and isinstance(known, list) and index < len(known):
             file = known[index]
         if file is None:

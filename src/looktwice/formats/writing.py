@@ -43,7 +43,7 @@ class Writing:
     def leave_out(self, sample: Sample, why: str) -> None:
         self.left_out.add(why, sample.where)
 
-    def picture(self, source: object) -> str:
+    def image(self, source: object) -> str:
         """The text of a path: from `image_base_path` where it lies below it. A data: URL stands as it is."""
         if not isinstance(source, Path):
             return str(source)

@@ -93,11 +93,11 @@ class ChatTemplate:
         assistant begins to write; with `thinking` off the empty think block is already written.
         """
         drafts: list[Draft] = []
-        pictures = 0
+        num_images = 0
         for message in conversation.messages:
             is_trained = purpose == "train" and message.role == "assistant" and message.is_trained
-            written = self._message(message, pictures, is_trained=is_trained)
-            pictures += sum(draft.image_number is not None for draft in written)
+            written = self._message(message, num_images, is_trained=is_trained)
+            num_images += sum(draft.image_number is not None for draft in written)
             drafts += written
         if purpose == "prompt":
             closed = () if thinking else (EMPTY_THINK,)
@@ -106,8 +106,8 @@ class ChatTemplate:
             drafts.pop()  # nothing follows the last answer, so its newline is not part of the input
         return drafts
 
-    def _message(self, message: Message, first_picture: int, *, is_trained: bool) -> list[Draft]:
-        first, *rest = texts = _texts_between_pictures(message)
+    def _message(self, message: Message, first_image: int, *, is_trained: bool) -> list[Draft]:
+        first, *rest = texts = _texts_between_images(message)
         drafts = [Draft(pieces=(self.turn_open_id,))]
         if message.role == "assistant":
             drafts.append(Draft(pieces=("assistant\n",)))
@@ -118,12 +118,12 @@ class ChatTemplate:
         else:
             first = f"{message.role}\n{first}"
         drafts.append(Draft(pieces=(first,), is_trained=is_trained))
-        for picture, text in enumerate(rest, start=first_picture):
-            drafts += [Draft(image_number=picture), Draft(pieces=(text,), is_trained=is_trained)]
+        for number, text in enumerate(rest, start=first_image):
+            drafts += [Draft(image_number=number), Draft(pieces=(text,), is_trained=is_trained)]
         return [*drafts, Draft(pieces=(self.turn_close_id,), is_trained=is_trained), Draft(pieces=("\n",))]
 
 
-def _texts_between_pictures(message: Message) -> list[str]:
+def _texts_between_images(message: Message) -> list[str]:
     """One text more than pictures or videos: each is tokenised as a whole.
 
     Users' parts stand on lines of their own; an assistant's crop follows its call without a break.

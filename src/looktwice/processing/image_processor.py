@@ -85,7 +85,7 @@ class Ovis2_5ImageProcessor(BaseImageProcessor):
         Takes paths, addresses, PIL pictures, arrays and tensors, one or lists and lists of lists of them. Without
         `return_tensors` they are torch tensors. Raises ImageError when there is no picture or one fails.
         """
-        patched = [self.patch_image(_open(picture)) for picture in flatten(images)]
+        patched = [self.patch_image(_open(image)) for image in flatten(images)]
         if not patched:
             raise ImageError("no picture to process; leave `images` out for text alone")
         data = {
@@ -127,19 +127,19 @@ class Ovis2_5ImageProcessor(BaseImageProcessor):
 def flatten(images: Images) -> list[ImageInput]:
     """The pictures of any nesting in order, those of a batch array apart, None left out."""
     if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4):
-        return [picture for image in images for picture in flatten(image)]
+        return [image for nested in images for image in flatten(nested)]
     return [] if images is None else [images]
 
 
-def _open(picture: ImageInput) -> Image.Image:
+def _open(image: ImageInput) -> Image.Image:
     """Upright RGB."""
-    if isinstance(picture, (np.ndarray, Tensor)):
-        return open_image(to_pil_image(picture))
-    if isinstance(picture, str) and picture.startswith(("http://", "https://", "data:image/")):
-        return load_image(picture)
-    if isinstance(picture, (str, Path, Image.Image)):
-        return open_image(picture)
-    raise ImageError(f"a picture is a {type(picture).__name__}; give a path, a PIL picture, an array or a tensor")
+    if isinstance(image, (np.ndarray, Tensor)):
+        return open_image(to_pil_image(image))
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
+        return load_image(image)
+    if isinstance(image, (str, Path, Image.Image)):
+        return open_image(image)
+    raise ImageError(f"a picture is a {type(image).__name__}; give a path, a PIL picture, an array or a tensor")
 
 
 def write_settings(path: str | PathLike[str], policy: PixelPolicy, box_frame: BoxFrame) -> None:

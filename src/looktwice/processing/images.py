@@ -68,7 +68,7 @@ class PatchedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureHeader:
+class ImageHeader:
     """Upright size, size before EXIF rotation, and whether there are frames or pages behind the first."""
 
     size: Size
@@ -82,7 +82,7 @@ def image_size(source: ImageSource) -> Size:
         return _upright_size(source, image)
 
 
-def read_header(source: ImageSource, *, is_doubted: bool = True) -> PictureHeader:
+def read_header(source: ImageSource, *, is_doubted: bool = True) -> ImageHeader:
     """What a picture says of itself before it is decoded. Raises ImageError as `open_image` does.
 
     If doubted, a file that does not end as a whole file of its format ends is decoded to be sure, and so is one of a
@@ -97,7 +97,7 @@ def read_header(source: ImageSource, *, is_doubted: bool = True) -> PictureHeade
             raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
     if is_doubted and not isinstance(source, Image.Image) and not _seems_whole(source, kind):
         open_image(source)
-    return PictureHeader(size=size, stored=stored, has_frames=has_frames)
+    return ImageHeader(size=size, stored=stored, has_frames=has_frames)
 
 
 def open_image(source: ImageSource) -> Image.Image:

@@ -204,14 +204,14 @@ class Ovis2_5Processor(ProcessorMixin):
         expanded, *rest = text.split(PLACEHOLDER)
         place, offsets = len(expanded), []
         for following in rest:
-            picture = IMAGE_START + ATOM * next(num_tokens) + IMAGE_END
+            written = IMAGE_START + ATOM * next(num_tokens) + IMAGE_END
             offsets.append(
                 {
                     "span": (place, place + len(PLACEHOLDER)),
-                    "new_span": (len(expanded), len(expanded) + len(picture)),
+                    "new_span": (len(expanded), len(expanded) + len(written)),
                 }
             )
-            expanded += picture + following
+            expanded += written + following
             place += len(PLACEHOLDER) + len(following)
         return expanded, offsets
 

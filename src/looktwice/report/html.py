@@ -14,7 +14,7 @@ from PIL import Image
 
 from looktwice.geometry import Size
 
-MAX_PICTURE_BYTES = 200_000
+MAX_IMAGE_BYTES = 200_000
 JPEG_QUALITIES = (90, 75, 50)
 
 
@@ -30,12 +30,12 @@ def write_html(path: Path, template: str, *, styles: Sequence[str], **values: An
     path.write_text(html, encoding="utf-8")
 
 
-def picture_uri(image: Image.Image) -> str:
+def image_uri(image: Image.Image) -> str:
     """The picture in an address of at most 200,000 bytes: PNG, else the best JPEG that fits, else a smaller one."""
     ways: list[tuple[str, dict[str, Any]]] = [("png", {}), *(("jpeg", {"quality": q}) for q in JPEG_QUALITIES)]
     for kind, options in ways:
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
-        if len(buffer.getvalue()) <= MAX_PICTURE_BYTES:
+        if len(buffer.getvalue()) <= MAX_IMAGE_BYTES:
             return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return picture_uri(image.resize(Size(image.width // 2, image.height // 2)))
+    return image_uri(image.resize(Size(image.width // 2, image.height // 2)))

@@ -13,7 +13,7 @@ from looktwice.answers import extract_answer, split_thinking
 from looktwice.data.sample import Sample
 from looktwice.geometry import Box, Size
 from looktwice.processing.images import open_image, resize
-from looktwice.report.html import picture_uri, write_html
+from looktwice.report.html import image_uri, write_html
 from looktwice.report.tables import Table
 from looktwice.rollout.trajectory import Trajectory
 
@@ -50,14 +50,14 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One answered question. `picture` and `crops` are data URIs."""
+    """One answered question. `image` and `crops` are data URIs."""
 
     question: str
     solution: str
     answer: str
     thinking: str
     is_right: bool
-    picture: str
+    image: str
     crops: tuple[str, ...]
     boxes: tuple[str, ...]
 
@@ -89,8 +89,8 @@ def make_card(trajectory: Trajectory, sample: Sample, *, is_right: bool) -> Card
         answer=extract_answer(trajectory.text) or "none",
         thinking=thinking,
         is_right=is_right,
-        picture=picture_uri(draw_boxes(image, [box for box, _ in cut], sample.gold_box)),
-        crops=tuple(picture_uri(resize(image, size, box)) for box, (_, size) in zip(boxes, cut)),
+        image=image_uri(draw_boxes(image, [box for box, _ in cut], sample.gold_box)),
+        crops=tuple(image_uri(resize(image, size, box)) for box, (_, size) in zip(boxes, cut)),
         boxes=tuple(str(list(box)) for box in boxes),
     )
 

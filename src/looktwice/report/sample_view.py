@@ -27,7 +27,7 @@ from looktwice.geometry import Box, Size
 from looktwice.messages import Role
 from looktwice.processing.images import PatchedImage, image_size, name_of
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_pictures
+from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_images
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 """The byte behind each character of a byte-level vocabulary."""
@@ -52,7 +52,7 @@ _VISIBLE |= {0x7F: 0x2421, 0x0A: "↵\n", **dict.fromkeys(range(0x80, 0xA0), 0xF
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureView:
+class ImageView:
     """A picture or a crop in its place. `original` is its size in the file, or that of the cut `rectangle`.
 
     `source` is the picture's path, "" for a crop. `number` counts pictures, and apart from them crops, from 1.
@@ -97,27 +97,27 @@ class TurnView:
     """One turn with all that the template writes around it."""
 
     role: Role
-    parts: tuple[Piece | PictureView, ...]
+    parts: tuple[Piece | ImageView, ...]
 
     @property
-    def pictures(self) -> list[PictureView]:
-        return [part for part in self.parts if isinstance(part, PictureView)]
+    def images(self) -> list[ImageView]:
+        return [part for part in self.parts if isinstance(part, ImageView)]
 
     @property
     def num_text_tokens(self) -> int:
         return sum(len(part.ids) for part in self.parts if isinstance(part, Piece))
 
     @property
-    def num_picture_tokens(self) -> int:
-        return sum(picture.num_tokens for picture in self.pictures if not picture.is_crop)
+    def num_image_tokens(self) -> int:
+        return sum(image.num_tokens for image in self.images if not image.is_crop)
 
     @property
     def num_crop_tokens(self) -> int:
-        return sum(picture.num_tokens for picture in self.pictures if picture.is_crop)
+        return sum(image.num_tokens for image in self.images if image.is_crop)
 
     @property
     def num_tokens(self) -> int:
-        return self.num_text_tokens + self.num_picture_tokens + self.num_crop_tokens
+        return self.num_text_tokens + self.num_image_tokens + self.num_crop_tokens
 
     @property
     def num_trained(self) -> int:
@@ -140,8 +140,8 @@ class SampleView:
     problem: str = ""
 
     @property
-    def crops(self) -> list[PictureView]:
-        return [picture for turn in self.turns for picture in turn.pictures if picture.is_crop]
+    def crops(self) -> list[ImageView]:
+        return [image for turn in self.turns for image in turn.images if image.is_crop]
 
     @property
     def num_tokens(self) -> int:
@@ -214,7 +214,7 @@ def _encoded(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig) ->
     """What training sees: the whole sequence, or in stage 2 the prompt that rollouts start from."""
     if config.stage == "sft":
         return encode_sample(sample, processor, max_length=config.max_length)
-    prompt = in_model_frame(open_pictures(sample.prompt), sample.box_frame, processor)
+    prompt = in_model_frame(open_images(sample.prompt), sample.box_frame, processor)
     return encode_conversation(prompt, processor_for(sample, processor), purpose="prompt")
 
 
@@ -242,8 +242,8 @@ def turns_of(example: Example, sample: Sample, processor: Ovis2_5Processor) -> t
     newline before each picture.
     """
     sizes = [image_size(source) for source in sample.image_paths]
-    turns: list[list[Piece | PictureView]] = []
-    num_pictures = num_crops = 0
+    turns: list[list[Piece | ImageView]] = []
+    num_images = num_crops = 0
     for part in parts_of(example, processor):
         if isinstance(part, Piece):
             if part.ids[0] == processor.template.turn_open_id:
@@ -258,12 +258,12 @@ def turns_of(example: Example, sample: Sample, processor: Ovis2_5Processor) -> t
             x1, y1, x2, y2 = rectangle = cut_of(said, processor, sizes[0])
             original = Size(x2 - x1, y2 - y1)
         else:
-            original = sizes[num_pictures]
-            num_pictures += 1
+            original = sizes[num_images]
+            num_images += 1
         turns[-1].append(
-            PictureView(
-                number=num_crops if rectangle else num_pictures,
-                source="" if rectangle else name_of(sample.image_paths[num_pictures - 1]),
+            ImageView(
+                number=num_crops if rectangle else num_images,
+                source="" if rectangle else name_of(sample.image_paths[num_images - 1]),
                 original=original,
                 rectangle=rectangle,
                 num_tokens=part.num_tokens + NUM_MARKS,

@@ -26,7 +26,7 @@ class Table:
 def token_table(view: SampleView) -> Table:
     """Tokens of each turn of a sample by kind, and how many of them are trained."""
     counts = [
-        (turn.num_text_tokens, turn.num_picture_tokens, turn.num_crop_tokens, turn.num_tokens, turn.num_trained)
+        (turn.num_text_tokens, turn.num_image_tokens, turn.num_crop_tokens, turn.num_tokens, turn.num_trained)
         for turn in view.turns
     ]
     names = [*(turn.role for turn in view.turns), "all"]
@@ -50,13 +50,13 @@ def statistics_tables(statistics: Statistics, config: StatsConfig) -> list[Table
 
 
 def _spread_table(statistics: Statistics) -> Table:
-    measures, pictures = statistics.measures, statistics.pictures
+    measures, sizes = statistics.measures, statistics.image_sizes
     values: dict[str, Sequence[float]] = {
         "turns": [one.num_turns for one in measures],
-        "pictures": [len(one.pictures) for one in measures],
+        "pictures": [len(one.image_sizes) for one in measures],
         "crops of an answer": statistics.crops_per_answer,
-        "picture width": [size.width for size in pictures],
-        "picture height": [size.height for size in pictures],
+        "picture width": [size.width for size in sizes],
+        "picture height": [size.height for size in sizes],
         "text tokens": [one.num_text_tokens for one in measures],
         "visual tokens": [one.num_visual_tokens for one in measures],
         "trained tokens": [one.num_trained_tokens for one in measures],

@@ -11,13 +11,13 @@ from rich.text import Text
 from looktwice.checking.check import Verdict
 from looktwice.data.problems import PLACES_SHOWN
 from looktwice.data.reasons import REASONS
-from looktwice.report.sample_view import PictureView, SampleView
+from looktwice.report.sample_view import ImageView, SampleView
 from looktwice.report.tables import Table, token_table
 
 TRAINED_STYLES = ("#0b2a66 on #c7dbff", "#0b2a66 on #98bdfb")
 UNTRAINED_STYLES = ("grey50", "grey62")
 """Each a pair of shades, in turn from token to token."""
-PICTURE_STYLE, CROP_STYLE = "bold magenta", "bold red"
+IMAGE_STYLE, CROP_STYLE = "bold magenta", "bold red"
 
 
 def sample_lines(view: SampleView) -> Iterator[RenderableType]:
@@ -39,8 +39,8 @@ def sequence_text(view: SampleView) -> Text:
     text = Text()
     parts = [part for turn in view.turns for part in turn.parts]
     for number, part in enumerate(parts):
-        if isinstance(part, PictureView):
-            text.append(f"[{part.caption}]", CROP_STYLE if part.is_crop else PICTURE_STYLE)
+        if isinstance(part, ImageView):
+            text.append(f"[{part.caption}]", CROP_STYLE if part.is_crop else IMAGE_STYLE)
         else:
             styles = TRAINED_STYLES if part.is_trained else UNTRAINED_STYLES
             text.append(part.shown, styles[number % 2])

@@ -17,7 +17,7 @@ from looktwice.processing.video import NUM_FRAMES, open_video
 from looktwice.rollout.crop_tool import CropTool, rectangle_of
 
 
-def open_pictures(conversation: Conversation, *, num_frames: int = NUM_FRAMES) -> Conversation:
+def open_images(conversation: Conversation, *, num_frames: int = NUM_FRAMES) -> Conversation:
     """The same conversation with its pictures and its video (`num_frames` of a file) decoded.
 
     Raises ImageError for one that fails.
@@ -39,25 +39,25 @@ def encode_conversation(
     purpose: Purpose,
     thinking: bool = True,
 ) -> Example:
-    """A conversation of `open_pictures` as an Example in which each call of an assistant is followed by its crop.
+    """A conversation of `open_images` as an Example in which each call of an assistant is followed by its crop.
 
     Crops are cut from the first picture, by the tool that rollouts use.
     Raises DataError for a call that cannot be run; it names the message (counted from 1) unless it is the last.
     """
-    pictures = [source for source in conversation.images if isinstance(source, Image.Image)]
+    images = [source for source in conversation.images if isinstance(source, Image.Image)]
     tool = CropTool(processor, is_video=bool(conversation.videos))
-    images: list[PatchedImage] = []
+    patched: list[PatchedImage] = []
 
     def with_crops(text: str, place: str) -> Iterator[TextPart | ImagePart]:
         for segment in split_calls(text):
             if segment:
                 yield TextPart(text=segment)
             if segment.endswith(TOOL_CALL_CLOSE):
-                observation = tool.look(segment, pictures[0] if pictures else None)
+                observation = tool.look(segment, images[0] if images else None)
                 if observation.image is None:
                     raise DataError(f"{place}crop call refused: {observation.text}; mend its box")
-                images.append(observation.image)
-                yield ImagePart(source=pictures[0])
+                patched.append(observation.image)
+                yield ImagePart(source=images[0])
 
     messages = []
     for number, message in enumerate(conversation.messages, 1):
@@ -69,14 +69,14 @@ def encode_conversation(
                 continue
             if isinstance(part, ImagePart):
                 assert isinstance(part.source, Image.Image)
-                images.append(processor.patch_image(part.source))
+                patched.append(processor.patch_image(part.source))
             elif isinstance(part, VideoPart):
-                images.append(processor.patch_video(part.source))  # type: ignore[arg-type]
+                patched.append(processor.patch_video(part.source))  # type: ignore[arg-type]
             parts.append(part)
         messages.append(replace(message, parts=tuple(parts)))
     shown = Conversation(messages=tuple(messages))
     spans = processor.template.spans(shown, purpose=purpose, thinking=thinking)
-    return processor.assemble(spans, images)
+    return processor.assemble(spans, patched)
 
 
 def in_model_frame(

@@ -18,7 +18,7 @@ from looktwice.messages import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN, Conversati
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.rollout.conversation import encode_conversation, open_pictures
+from looktwice.rollout.conversation import encode_conversation, open_images
 from looktwice.rollout.crop_tool import CropTool, Observation, observed
 from looktwice.rollout.engine import Continuation, Engine, Request, Segment
 from looktwice.rollout.trajectory import StopReason, Trajectory
@@ -162,7 +162,7 @@ def start_episodes(
 
     Crops are cut from the first picture. Earlier answers keep their calls, followed by their crops.
     """
-    opened = open_pictures(prompt)
+    opened = open_images(prompt)
     image: Image.Image | None = next(iter(opened.images), None)  # type: ignore[assignment]
     frame_size = None
     if opened.videos:

@@ -28,22 +28,22 @@ def answer(folder: str, request: dict[str, Any]) -> dict[str, Any]:
     import vllm  # reads the environment when imported
     from PIL import Image
 
-    pictures = [Image.open(path).convert("RGB") for path in request["pictures"]]
-    num_visual_tokens = sum(picture.width * picture.height // 32**2 + 2 for picture in pictures)
+    images = [Image.open(path).convert("RGB") for path in request["pictures"]]
+    num_visual_tokens = sum(image.width * image.height // 32**2 + 2 for image in images)
     model = vllm.LLM(
         folder,
         trust_remote_code=True,  # the config classes in the folder
         dtype=request["dtype"],
         max_model_len=len(request["input_ids"]) + num_visual_tokens + request["max_new_tokens"],
         max_num_seqs=1,
-        limit_mm_per_prompt={"image": len(pictures), "video": 0},
+        limit_mm_per_prompt={"image": len(images), "video": 0},
         skip_mm_profiling=True,  # it would encode a picture of the largest size
         enforce_eager=True,
     )
     greedy = vllm.SamplingParams(
         temperature=0.0, max_tokens=request["max_new_tokens"], stop_token_ids=request["stop_ids"], logprobs=0
     )
-    prompt = {"prompt_token_ids": request["input_ids"], "multi_modal_data": {"image": pictures}}
+    prompt = {"prompt_token_ids": request["input_ids"], "multi_modal_data": {"image": images}}
     written = model.generate([prompt], greedy, use_tqdm=False)[0].outputs[0]
     logprobs = [of_step[token].logprob for token, of_step in zip(written.token_ids, written.logprobs)]
     return {"ids": list(written.token_ids), "logprobs": logprobs, "vllm": vllm.__version__}
