@@ -58,6 +58,14 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
                 yield from (_module(f"{node.module}.{alias.name}") for alias in node.names)
 
 
+def names_in(tree: ast.AST) -> Iterator[str]:
+    """All identifiers, those inside f-strings too, which `tokenize` passes over before Python 3.12."""
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "name", "asname", "module"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield name
+
+
 def _module(dotted: str) -> str:
     """The longest beginning of a dotted name that is one of our modules."""
     parts = dotted.split(".")[1:]
@@ -94,6 +102,13 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_is_a_drawer_for_what_nobody_placed(module: str) -> None:
     assert not set(module.split(".")) & set(DRAWERS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_an_image_has_one_name_in_identifiers(module: str) -> None:
+    """Code says image, as its field does; what people read says picture."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    assert not {name for name in [module, *names_in(tree)] if "picture" in name.lower()}
 
 
 def test_folders_are_at_most_two_levels_deep() -> None:
