@@ -1,8 +1,8 @@
-"""Stage 2, R-GRPO; the same as `looktwice train --stage grpo`."""
+"""Stage 2, R-GRPO: `looktwice train --stage grpo` with the documented defaults."""
 
 import sys
 
 from looktwice.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", "--stage", "grpo", *sys.argv[1:]]))
+    sys.exit(main(["train", "--as_documented", "--stage", "grpo", *sys.argv[1:]]))

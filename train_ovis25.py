@@ -1,8 +1,8 @@
-"""Train Ovis2.5 in one or both stages; the same as `looktwice train`."""
+"""Train Ovis2.5 in one or both stages: `looktwice train` with the documented defaults."""
 
 import sys
 
 from looktwice.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main(["train", "--as_documented", *sys.argv[1:]]))

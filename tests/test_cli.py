@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import looktwice
 from looktwice import cli
 from looktwice.cli import main
+from looktwice.cli.train import train_configs
 from looktwice.inference import OvisInference
 from looktwice.training.learner import Learner
 
@@ -264,6 +266,21 @@ def test_a_wrong_command_is_named(words, problem, refusal) -> None:
 # -- what works
 
 
+@pytest.mark.parametrize("words", [["--bf16", "True"], ["--bf16=true"], ["--no-bf16", "false"], ["--no-bf16=False"]])
+def test_a_switch_may_be_written_with_its_value(words) -> None:
+    assert train_configs(["--stage", "sft", *words])[3].bf16 is True
+
+
+@pytest.mark.parametrize("words", [["--bf16", "False"], ["--bf16=false"], ["--no-bf16", "true"]])
+def test_a_switch_may_be_written_off_with_its_value(words) -> None:
+    assert train_configs(["--stage", "sft", "--bf16", *words])[3].bf16 is False
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"looktwice {looktwice.__version__}\n"
+
+
 def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     short = {"max_steps": 1, "num_generations": 2, "max_new_tokens": 4, "grpo_max_steps": 1}
     assert main(command("both", **short)) == 0
@@ -274,6 +291,45 @@ def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.C
     ]
     settings = json.loads((out / "grpo" / "final_model" / "train_config.json").read_text())
     assert settings["GRPOConfig"]["sft_checkpoint_path"] == f"{out}/sft/final_model"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["train", "--stage", "sft"], "--train_data is missing"),
+        (["train", "--stage", "sft", "--train_data", "none.jsonl"], "none.jsonl: no such data file"),
+        (["train", "--stage", "sft", "--train_data", __file__, "--image_base_path", "none"], "--image_base_path none"),
+        (["train", "--stage", "sft", "--train_data", __file__, "--model_name", "./none"], "./none: no such model"),
+        (["train", "--stage", "grpo", "--train_data", __file__, "--sft_checkpoint", "./none"], "none: no such model"),
+        (
+            ["train", "--stage", "sft", "--train_data", __file__, "--model_name", "tiny", "--quantization", "nf4"],
+            "quantization nf4 trains adapters alone",
+        ),
+        (["train", "--learning_rate", "fast"], "--learning_rate is 'fast'; it must be a number"),
+        (["ask", "none.jpg", "What?"], "none.jpg: no such picture or video"),
+        (["ask", __file__, "What?", "--model_path", "./none"], "./none: no such model folder"),
+        (["export", "./none", "folder"], "./none: no such model folder"),
+        (["data", "check", __file__, "--model_name", "./none"], "./none: no such model folder"),
+        (["data", "show", "none.jsonl"], "none.jsonl: no such data file"),
+        (["data", "stats", "none.jsonl"], "none.jsonl: no such data file"),
+        (["data", "convert", "none.jsonl", "other.jsonl"], "none.jsonl: no such data file"),
+    ],
+)
+def test_a_usage_error_is_told_before_torch_is_imported(words, problem) -> None:
+    code = (
+        "import sys\n"
+        "from looktwice.cli import main\n"
+        f"assert main({words!r}) == 1\n"
+        "assert not {'torch', 'transformers', 'peft', 'numpy', 'PIL'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith(f"looktwice: {problem}") and "Traceback" not in done.stderr
+    assert done.returncode == 0
+
+
+def test_the_package_is_a_command_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "looktwice", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"looktwice {looktwice.__version__}\n"
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:

@@ -397,6 +397,7 @@ STATS_FLAGS = [
 CONVERT_FLAGS = ["--allow_loss", "--answer_key", "--box_frame", "--from", "--image_base_path", "--to"]
 TRAIN_FLAGS = [
     "--answer_key",
+    "--as_documented",
     "--attn_implementation",
     "--batch_size",
     "--beta",
@@ -505,7 +506,9 @@ ASK_FLAGS = [
     "--batch_size",
     "--bf16",
     "--device",
+    "--do_sample",
     "--enable_thinking",
+    "--enable_thinking_budget",
     "--image_path",
     "--max_new_tokens",
     "--max_pixels",

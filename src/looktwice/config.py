@@ -21,7 +21,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Part = Literal["vit", "visual_head", "visual_table", "llm", "embeddings"]
 WholePart = Literal["visual_head", "visual_table"]
 VISION_PARTS: tuple[Part, ...] = ("vit", "visual_head", "visual_table")
-AttnImplementation = Literal["sdpa", "flash_attention_2", "flex_attention", "eager"]
+AttnImplementation = Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"]
 Quantization = Literal["none", "nf4", "int8"]
 DataFormat = Literal["messages", "documented", "openai", "swift", "ovis", "sharegpt", "vlm_r3"]
 Stage = Literal["sft", "grpo", "both"]
@@ -29,6 +29,7 @@ SourceFormat = Literal["auto", DataFormat]
 LengthPolicy = Literal["error", "drop", "shrink_images"]
 DEFAULT_MODEL = "AIDC-AI/Ovis2.5-9B"
 LENGTH_POLICY_HELP = "what to do with a longer sample: stop, leave it out, or shrink its pictures"
+ATTENTION_HELP = "attention of both towers; auto: flash-attn where it can run, else sdpa"
 DEVICE_HELP = "torch device; auto: spread over all; default: cuda if there is one, else cpu"
 
 
@@ -103,7 +104,7 @@ class ModelConfig(Config):
     """Which model, and how it computes."""
 
     model_name: str = knob(DEFAULT_MODEL, "model folder or hub name; `tiny` is the built-in small model")
-    attn_implementation: AttnImplementation = knob("sdpa", "attention of both towers")
+    attn_implementation: AttnImplementation = knob("auto", ATTENTION_HELP)
     quantization: Quantization = knob("none", "4 bits (nf4) or 8 for the language model; trains LoRA alone")
     device: str | None = knob(None, DEVICE_HELP)
 
@@ -223,7 +224,9 @@ class StageConfig(Config):
     modules_to_save: Annotated[tuple[WholePart, ...], BeforeValidator(split_commas)] = knob(
         (), "parts trained whole beside LoRA: visual_head, visual_table"
     )
-    gradient_checkpointing: Literal["none", "llm", "vit", "all"] = knob("none", "layers recomputed in backward")
+    gradient_checkpointing: Literal["auto", "none", "llm", "vit", "all"] = knob(
+        "auto", "layers recomputed in backward; auto: all on a GPU, none on a CPU"
+    )
     memory_efficient: bool = knob(False, "all layers recomputed, one sample a row: slower, same result")
     max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward; a batch becomes as many as it needs")
     logging_steps: Positive = knob(1, "steps between log lines")
@@ -308,25 +311,55 @@ GRPO_PRESETS: dict[str, dict[str, Any]] = {
 """What `--preset` changes besides the defaults above (VLM-R3, arXiv 2505.16192, and its released trainer)."""
 
 
-class InferenceConfig(Config):
-    """Asking a model."""
+class GenerationConfig(Config):
+    """How an answer is generated; `OvisInference.generate` takes these for one call too."""
 
-    model_path: str = knob("outputs/grpo/final_model", "model folder or hub name; `tiny` is the built-in small model")
     max_new_tokens: Positive = knob(3072, "sampled tokens of an answer")
-    temperature: NonNegative = knob(0.0, "0 is greedy")
+    do_sample: bool | None = knob(None, "sample; off is greedy; default: sample where the temperature is above 0")
+    temperature: NonNegative = knob(0.0, "0 is greedy; with do_sample alone it is 1")
     top_p: Annotated[float, Field(gt=0, le=1)] = knob(1.0, "sample from the smallest set of this probability")
     top_k: Annotated[int, Field(ge=0)] = knob(0, "sample from this many ids; 0 is off")
     max_turns: Positive = knob(6, "completions of an answer, the answer included")
     enable_thinking: bool = knob(True, "let the model think before it answers")
+    enable_thinking_budget: bool = knob(True, "close thinking when its budget is used up")
     thinking_budget: Positive | None = knob(2048, "tokens of thinking before it is closed")
-    max_pixels: Positive | None = knob(None, "most pixels of a resized picture; default: the checkpoint's")
     num_frames: Positive = knob(8, "frames seen of a video file, spread over it")
+    seed: int = knob(42, "seed of sampling")
+
+    @model_validator(mode="after")
+    def _check_temperature(self) -> GenerationConfig:
+        if self.do_sample and self.temperature == 0 and "temperature" in self.model_fields_set:
+            raise ValueError("temperature 0 is greedy and do_sample samples; leave one of them out")
+        return self
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature that is sampled at; 0 is greedy."""
+        if self.do_sample is None:
+            return self.temperature
+        return (self.temperature or 1.0) if self.do_sample else 0.0
+
+    @property
+    def enforced_budget(self) -> int | None:
+        """Tokens of thinking before it is closed, None without a limit."""
+        return self.thinking_budget if self.enable_thinking_budget else None
+
+
+class InferenceConfig(GenerationConfig):
+    """Asking a model."""
+
+    model_path: str = knob("outputs/grpo/final_model", "model folder or hub name; `tiny` is the built-in small model")
+    max_pixels: Positive | None = knob(None, "most pixels of a resized picture; default: the checkpoint's")
     batch_size: Positive = knob(16, "answers that advance together")
     bf16: bool | None = knob(None, "load and compute in bfloat16; default: on a GPU, not on a CPU")
-    attn_implementation: AttnImplementation = knob("sdpa", "attention of both towers")
+    attn_implementation: AttnImplementation = knob("auto", ATTENTION_HELP)
     quantization: Quantization = knob("none", "4 bits (nf4) or 8 for the language model")
     device: str | None = knob(None, DEVICE_HELP)
-    seed: int = knob(42, "seed of sampling")
+
+    def generation(self, **given: Any) -> GenerationConfig:
+        """How one call generates: `given` first, then what was set here. Raises ConfigError as the class does."""
+        own = {name: getattr(self, name) for name in GenerationConfig.model_fields if name in self.model_fields_set}
+        return GenerationConfig(**{**own, **given})
 
 
 class ConvertConfig(Config):

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from looktwice.answers import extract_answer, split_thinking
-from looktwice.config import InferenceConfig
+from looktwice.config import GenerationConfig, InferenceConfig
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
 from looktwice.messages import Conversation, ImageSource, VideoPart, VideoSource, question_about
 from looktwice.model.adapters import for_inference, merge
+from looktwice.model.attention import is_gpu, pick_attention
 from looktwice.model.location import locate
 from looktwice.model.weights import load_model, pick_device
 from looktwice.processing.images import PatchedImage
@@ -40,74 +41,81 @@ class OvisInference:
         self.processor = Ovis2_5Processor.from_pretrained(locate(self.config.model_path))
         self.processor.policy = self.processor.policy.override(image_max_pixels=self.config.max_pixels)
         device = pick_device(self.config.device)
-        is_on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-        is_bf16 = is_on_gpu if self.config.bf16 is None else self.config.bf16
+        is_bf16 = is_gpu(device) if self.config.bf16 is None else self.config.bf16
         dtype = torch.bfloat16 if is_bf16 else torch.float32
         model = load_model(
             self.config.model_path,
             dtype=dtype,
             device=device,
-            attn_implementation=self.config.attn_implementation,
+            attn_implementation=pick_attention(self.config.attn_implementation, device, is_bf16=is_bf16),
             quantization=self.config.quantization,
         )
         # an adapter merged into quantised weights would be rounded away
         self.model = merge(model) if self.config.quantization == "none" else for_inference(model)
 
     def generate(
-        self, image: ImageSource | None = None, question: str = "", video: VideoSource | None = None
+        self,
+        image: ImageSource | None = None,
+        question: str = "",
+        video: VideoSource | None = None,
+        **generation: Any,
     ) -> dict[str, Any]:
         """The answer to one question about a picture (a path or a PIL picture), a video, or neither.
 
         `video` is a path, of which `num_frames` are seen, or a list of frames, which are all seen. Crops are cut from
-        pictures only.
+        pictures only. `generation` are fields of GenerationConfig that hold for this call, such as `temperature=0.7`.
 
         Keys: `response` (all the model wrote), `parsed` (`think_content`, `answer_content`, `grounding`), `crops`
         (each call's `box` in original pixels and `error`), `stop_reason`, `picture` (what was shown: sizes in pixels
         `original` and `seen`, `num_tokens`, and `frames` of a video; None without a picture).
-        Raises ConfigError for a picture beside a video, and without a question.
+        Raises ConfigError for a picture beside a video, without a question, and for a wrong setting.
         """
         if not question:
             raise ConfigError("there is no question; give one as `question`")
         if image is not None and video is not None:
             raise ConfigError("a picture and a video are both given; ask about one of them")
-        return self.generate_batch([(image if video is None else VideoPart(source=video), question)])[0]
+        return self.generate_batch([(image if video is None else VideoPart(source=video), question)], **generation)[0]
 
-    def generate_batch(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    def generate_batch(self, questions: Sequence[Question], **generation: Any) -> list[dict[str, Any]]:
         """Answers to many questions, all advancing together; a video is given as VideoPart in the picture's place."""
-        return [report(done.trajectory, *done.prompt.images[:1]) for done in self._finished(questions, None)]
+        finished = self._finished(questions, None, self.config.generation(**generation))
+        return [report(done.trajectory, *done.prompt.images[:1]) for done in finished]
 
     def play(self, questions: Sequence[Question], look: Look | None = None) -> list[Trajectory]:
         """The finished rollouts of the questions; `look` replaces the crop tool."""
-        return [done.trajectory for done in self._finished(questions, look)]
+        return [done.trajectory for done in self._finished(questions, look, self.config.generation())]
 
-    def _finished(self, questions: Sequence[Question], look: Look | None) -> Iterator[Episode]:
+    def _finished(
+        self, questions: Sequence[Question], look: Look | None, generation: GenerationConfig
+    ) -> Iterator[Episode]:
         """Episodes at their end: `batch_size` advance together, and only their pictures are held in memory."""
-        config = self.config
         rules = EpisodeRules(
-            max_turns=config.max_turns,
-            max_new_tokens=config.max_new_tokens,
-            thinking=config.enable_thinking,
-            thinking_budget=config.thinking_budget,
+            max_turns=generation.max_turns,
+            max_new_tokens=generation.max_new_tokens,
+            thinking=generation.enable_thinking,
+            thinking_budget=generation.enforced_budget,
         )
+        size = self.config.batch_size
         engine = BuiltinEngine.for_answers(
             self.model,
             self.processor,
-            Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k),
-            max_rows=config.batch_size,
-            seed=config.seed,
+            Sampling(temperature=generation.sampling_temperature, top_p=generation.top_p, top_k=generation.top_k),
+            max_rows=size,
+            seed=generation.seed,
         )
-        for first in range(0, len(questions), config.batch_size):
-            batch = map(self._conversation, questions[first : first + config.batch_size])
+        for first in range(0, len(questions), size):
+            batch = [conversation_of(asked, generation.num_frames) for asked in questions[first : first + size]]
             groups = [start_episodes(prompt, self.processor, rules, look=look) for prompt in batch]
             play(engine, groups)
             yield from (episode for (episode,) in groups)
 
-    def _conversation(self, asked: Question) -> Conversation:
-        """A question as the conversation that asks it, decoded: of a video file, the frames that are seen."""
-        if not isinstance(asked, Conversation):
-            shown, text = asked
-            asked = question_about(text, *([] if shown is None else [shown]))
-        return open_images(asked, num_frames=self.config.num_frames)
+
+def conversation_of(asked: Question, num_frames: int) -> Conversation:
+    """A question as the conversation that asks it, decoded: of a video file, the frames that are seen."""
+    if not isinstance(asked, Conversation):
+        shown, text = asked
+        asked = question_about(text, *([] if shown is None else [shown]))
+    return open_images(asked, num_frames=num_frames)
 
 
 def report(trajectory: Trajectory, seen: PatchedImage | None = None) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from looktwice.model.attention import packed_attention, packed_inputs
+from looktwice.model import attention
+from looktwice.model.attention import packed_attention, packed_inputs, pick_attention
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -47,3 +48,25 @@ def test_the_masks_of_eager_and_flex_attention_show_the_same_tokens(is_causal: b
 def test_an_attention_that_would_mix_sequences_is_refused() -> None:
     with pytest.raises(ValueError, match='not "paged|eager"'):
         packed_inputs([0, 2], "paged|eager", is_causal=True, like=torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("device", "is_bf16", "is_installed", "capability", "picked"),
+    [
+        ("cuda", True, True, (9, 0), "flash_attention_2"),
+        ("cuda:1", True, True, (8, 0), "flash_attention_2"),
+        ("auto", True, True, (9, 0), "flash_attention_2"),
+        ("cuda", True, False, (9, 0), "sdpa"),
+        ("cuda", False, True, (9, 0), "sdpa"),
+        ("cuda", True, True, (7, 5), "sdpa"),
+        ("cpu", True, True, (9, 0), "sdpa"),
+    ],
+)
+def test_auto_is_flash_attention_where_it_can_run(
+    device, is_bf16, is_installed, capability, picked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: is_installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert pick_attention("auto", device, is_bf16=is_bf16) == picked
+    assert pick_attention("eager", device, is_bf16=is_bf16) == "eager"

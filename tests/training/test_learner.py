@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +24,9 @@ from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import is_adapter, load_model, save_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
-from looktwice.training.learner import Learner, TrainingError
-from looktwice.training.run import trained_table
+from looktwice.training import learner as learner_module
+from looktwice.training.learner import Learner, TrainingError, towers_of
+from looktwice.training.run import batch_order, run_table, trained_table
 
 LoadLearner = Callable[..., Learner]
 
@@ -281,6 +283,35 @@ def test_every_kind_of_lora_trains_and_goes_on_from_disk(settings, load, example
     assert losses[-1] < losses[0]
     learner.save(tmp_path, [], with_optimizer=False)
     assert update(load(name=tmp_path, **settings), examples[:1]) == pytest.approx(update(learner, examples[:1]))
+
+
+@pytest.mark.parametrize(("has_gpu", "is_recomputed"), [(False, False), (True, True)])
+def test_layers_are_recomputed_by_default_on_a_gpu(
+    has_gpu, is_recomputed, load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner_module, "is_gpu", lambda device: has_gpu)
+    towers = towers_of(load().base).values()
+    assert [tower.gradient_checkpointing for tower in towers] == [is_recomputed] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        (
+            {"train_batch_size": 2, "gradient_accumulation_steps": 3},
+            {"steps": "12 of 6 samples (batch size 2 x 3 accumulated)", "gradient checkpointing": "none"},
+        ),
+        ({"gradient_checkpointing": "llm", "bf16": True}, {"gradient checkpointing": "llm", "precision": "bfloat16"}),
+        ({"memory_efficient": True}, {"gradient checkpointing": "llm and vit", "attention": "sdpa"}),
+    ],
+)
+def test_the_table_of_the_run_says_what_is_about_to_happen(settings, rows, load) -> None:
+    learner = load(**settings)
+    console = Console(width=100, file=StringIO())
+    console.print(run_table(learner, batch_order(24, learner.config)))
+    shown = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in console.file.getvalue().splitlines())
+    assert shown["samples"] == "24"
+    assert {name: shown[name] for name in rows} == rows
 
 
 def test_the_table_of_what_trains_names_each_part(load) -> None:

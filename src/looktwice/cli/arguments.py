@@ -28,13 +28,36 @@ class Parser(argparse.ArgumentParser):
 
     def parse_strictly(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The flags that were given; `--verify-with` is read as `--verify_with`."""
-        written = [_with_underscores(argument) for argument in arguments]
+        written = self._with_switches([_with_underscores(argument) for argument in arguments])
         known, unknown = self.parse_known_args(written)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             hint = nearest(unknown[0].split("=")[0], flags) or f" See {self.prog} --help."
             raise ConfigError(f"unknown argument {unknown[0]}.{hint}")
         return vars(known)
+
+    def _with_switches(self, words: Sequence[str]) -> list[str]:
+        """`--bf16 true` and `--bf16=false`, as other trainers write switches, as `--bf16` and `--no-bf16`."""
+        switches = {
+            flag
+            for action in self._actions
+            if isinstance(action, argparse.BooleanOptionalAction)
+            for flag in action.option_strings
+        }
+        written: list[str] = []
+        for word in words:
+            flag, _, value = word.rpartition("=")
+            if not flag and written and written[-1] in switches and value.lower() in ("true", "false"):
+                flag = written.pop()
+            if flag in switches and value.lower() in ("true", "false"):
+                word = flag if value.lower() == "true" else _opposite(flag)
+            written.append(word)
+        return written
+
+
+def _opposite(switch: str) -> str:
+    name = switch.removeprefix("--")
+    return f"--{name.removeprefix('no-')}" if name.startswith("no-") else f"--no-{name}"
 
 
 def _with_underscores(argument: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from looktwice.cli.arguments import Parser, add_flags
@@ -16,10 +17,19 @@ FILE_FLAGS: dict[str, type[Config]] = {
     "sft_config": SFTConfig,
     "grpo_config": GRPOConfig,
 }
+SHARED = [name for name in StageConfig.model_fields if name != "output_dir"]
+"""Settings of both stages that one flag sets."""
 STAGE_1_ONLY = ("num_train_epochs", "learning_rate", "resume_from_checkpoint")
 """With `--stage both`, these flags without a `grpo_` prefix belong to stage 1 ..."""
 GRPO_LEARNING_RATE_SHARE = 0.25
 """... but a learning rate given for stage 1 also sets stage 2's, at a quarter."""
+DOCUMENTED_PATHS = {
+    "train_data_path": Path("data/train.jsonl"),
+    "val_data_path": Path("data/val.jsonl"),
+    "image_base_path": Path("data/images"),
+}
+DOCUMENTED_BATCH = {"train_batch_size": 1, "gradient_accumulation_steps": 8}
+PATHS_MEND = "put it there, or name your data: --train_data FILE --image_base_path FOLDER, and --val_data FILE if any"
 
 
 def run(words: Sequence[str]) -> None:
@@ -50,8 +60,25 @@ def run(words: Sequence[str]) -> None:
         print(f"stage 2 done: {train_grpo(model, data, grpo)}")
 
 
-def train_configs(arguments: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, SFTConfig, GRPOConfig]:
+def train_configs(words: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, SFTConfig, GRPOConfig]:
     """Stage and settings of a `train` command: defaults, then config files, then flags."""
+    flags = train_parser().parse_strictly(words)
+    stage = flags["stage"]
+    refuse_idle_flags(stage, flags)
+    values = {flag: given_values(flag, stage, flags) for flag in FILE_FLAGS}
+    grpo_values = values["grpo_config"]
+    if stage == "both" and "learning_rate" in flags and "learning_rate" not in grpo_values:
+        grpo_values["learning_rate"] = GRPO_LEARNING_RATE_SHARE * number_of("learning_rate", flags["learning_rate"])
+    for name in SHARED:
+        if (flag := f"grpo_{flag_of(GRPOConfig, name)}") in flags:
+            grpo_values[name] = flags[flag]
+    if flags["as_documented"]:
+        values = {flag: {**defaults, **values[flag]} for flag, defaults in documented_defaults(values).items()}
+    model, data, sft, grpo = (config_class(**values[flag]) for flag, config_class in FILE_FLAGS.items())
+    return stage, model, data, sft, grpo  # type: ignore[return-value]
+
+
+def train_parser() -> Parser:
     parser = Parser(
         "looktwice train",
         usage="looktwice train [--stage STAGE] [options]",
@@ -59,38 +86,55 @@ def train_configs(arguments: Sequence[str]) -> tuple[str, ModelConfig, DataConfi
         allow_abbrev=False,
     )
     parser.add_argument("--stage", choices=["sft", "grpo", "both"], default="both", help="what to run (both)")
+    parser.add_argument("--as_documented", action="store_true", help="the defaults of train_ovis25.py, see README.md")
     for flag, config_class in FILE_FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="FILE", help=f"{config_class.__name__} as JSON or YAML; flags win")
-    shared = [name for name in StageConfig.model_fields if name != "output_dir"]
     for config_class in FILE_FLAGS.values():
-        own = [name for name in config_class.model_fields if config_class is not GRPOConfig or name not in shared]
+        own = [name for name in config_class.model_fields if config_class is not GRPOConfig or name not in SHARED]
         add_flags(parser, config_class, own)
-    add_flags(parser, GRPOConfig, shared, prefix="grpo_", title="For stage 2 alone")
-    flags = parser.parse_strictly(arguments)
-    stage = flags["stage"]
-    refuse_idle_flags(stage, flags, shared)
-    values: dict[str, dict[str, Any]] = {}
-    for file_flag, config_class in FILE_FLAGS.items():
-        values[file_flag] = config_class.read(flags[file_flag]) if flags.get(file_flag) else {}
-        for name in config_class.model_fields:
-            flag = flag_of(config_class, name)
-            is_for_stage_1 = config_class is GRPOConfig and stage == "both" and name in STAGE_1_ONLY
-            if flag in flags and not is_for_stage_1:
-                values[file_flag][name] = flags[flag]
-    grpo_values = values["grpo_config"]
-    if stage == "both" and "learning_rate" in flags and "learning_rate" not in grpo_values:
-        grpo_values["learning_rate"] = GRPO_LEARNING_RATE_SHARE * number_of("learning_rate", flags["learning_rate"])
-    for name in shared:
-        if (flag := f"grpo_{flag_of(GRPOConfig, name)}") in flags:
-            grpo_values[name] = flags[flag]
-    model, data, sft, grpo = (config_class(**values[flag]) for flag, config_class in FILE_FLAGS.items())
-    return stage, model, data, sft, grpo  # type: ignore[return-value]
+    add_flags(parser, GRPOConfig, SHARED, prefix="grpo_", title="For stage 2 alone")
+    return parser
 
 
-def refuse_idle_flags(stage: str, flags: Mapping[str, Any], shared: Sequence[str]) -> None:
-    """Raise ConfigError for a flag that the stage to run would not read; `shared` are the fields of both stages."""
-    of_stage_2 = [flag_of(GRPOConfig, name) for name in GRPOConfig.model_fields if name not in shared]
-    of_stage_2 += [f"grpo_{flag_of(GRPOConfig, name)}" for name in shared]
+def given_values(file_flag: str, stage: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one config class that its file and the flags give."""
+    config_class = FILE_FLAGS[file_flag]
+    values = config_class.read(flags[file_flag]) if flags.get(file_flag) else {}
+    for name in config_class.model_fields:
+        flag = flag_of(config_class, name)
+        is_for_stage_1 = config_class is GRPOConfig and stage == "both" and name in STAGE_1_ONLY
+        if flag in flags and not is_for_stage_1:
+            values[name] = flags[flag]
+    return values
+
+
+def documented_defaults(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The defaults of the documented scripts for what `values` leave open, by config file; those used are printed.
+
+    The data paths belong together: with training data of one's own, the other two are taken where they exist. Raises
+    ConfigError for a path that is not there.
+    """
+    given = values["data_config"]
+    paths = {name: path for name, path in DOCUMENTED_PATHS.items() if name not in given}
+    for name, path in list(paths.items()):
+        if not path.exists():
+            flag = flag_of(DataConfig, name)
+            if "train_data_path" in given:
+                del paths[name]
+            else:
+                raise ConfigError(f"{path}: not there, and it is the documented default of --{flag}; {PATHS_MEND}")
+    shown: dict[str, object] = {flag_of(DataConfig, name): path for name, path in paths.items()}
+    open_sizes = {name: size for name, size in DOCUMENTED_BATCH.items() if name not in values["sft_config"]}
+    shown |= {flag_of(SFTConfig, name): size for name, size in open_sizes.items()}
+    if shown:
+        print("documented defaults:", " ".join(f"--{flag} {value}" for flag, value in shown.items()))
+    return {"model_config": {}, "data_config": paths, "sft_config": DOCUMENTED_BATCH, "grpo_config": DOCUMENTED_BATCH}
+
+
+def refuse_idle_flags(stage: str, flags: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a flag that the stage to run would not read."""
+    of_stage_2 = [flag_of(GRPOConfig, name) for name in GRPOConfig.model_fields if name not in SHARED]
+    of_stage_2 += [f"grpo_{flag_of(GRPOConfig, name)}" for name in SHARED]
     idle = {
         "sft": dict.fromkeys(of_stage_2, "it belongs to stage 2"),
         "grpo": {"sft_output_dir": "it belongs to stage 1", "model_name": "stage 2 starts from --sft_checkpoint"},

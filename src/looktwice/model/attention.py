@@ -16,7 +16,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.generic import is_flash_attention_requested
+
+from looktwice.config import AttnImplementation
 
 PACKED_SDPA = "packed_sdpa"
 
@@ -27,6 +30,22 @@ class PackedAttentionModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         return PACKED_SDPA if chosen == "sdpa" else chosen
+
+
+def pick_attention(name: AttnImplementation, device: str, *, is_bf16: bool) -> str:
+    """The implementation of a setting, for a device of `pick_device`.
+
+    `auto` is flash-attention where it can run: installed, on a CUDA GPU of compute capability 8 or above, in bfloat16.
+    """
+    if name != "auto":
+        return name
+    can_flash = is_gpu(device) and is_bf16 and is_flash_attn_2_available()
+    return "flash_attention_2" if can_flash and torch.cuda.get_device_capability() >= (8, 0) else "sdpa"
+
+
+def is_gpu(device: str) -> bool:
+    """Whether a device of `pick_device`, or `auto`, is a CUDA GPU."""
+    return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
 
 
 def packed_inputs(cu_seqlens: list[int], implementation: str, *, is_causal: bool, like: Tensor) -> dict[str, Any]:

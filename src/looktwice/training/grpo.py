@@ -43,6 +43,7 @@ from looktwice.training.run import (
     is_due,
     load_sets,
     prepare_output,
+    run_table,
     save_final,
     trained_table,
 )
@@ -83,6 +84,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     with Recorder(
         config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", append=learner.step > 0
     ) as recorder:
+        recorder.console.print(run_table(learner, order))
         recorder.console.print(trained_table(learner))
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:

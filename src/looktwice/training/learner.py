@@ -25,6 +25,7 @@ from looktwice.model.adapters import (
     part_of,
     trained_parameters,
 )
+from looktwice.model.attention import is_gpu, pick_attention
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_of
@@ -98,7 +99,7 @@ class Learner:
             name,
             dtype=torch.bfloat16 if config.bf16 and has_adapter else torch.float32,
             device=device,
-            attn_implementation=model_config.attn_implementation,
+            attn_implementation=pick_attention(model_config.attn_implementation, device, is_bf16=config.bf16),
             quantization=model_config.quantization,
         )
         if isinstance(model, PeftModel):
@@ -106,7 +107,10 @@ class Learner:
         elif config.use_lora:
             model = add_lora(base_of(model), **lora_settings(config))
         freeze(model, config.frozen_parts)
-        recompute_layers(base_of(model), "all" if config.memory_efficient else config.gradient_checkpointing)
+        towers = "all" if config.memory_efficient else config.gradient_checkpointing
+        if towers == "auto":
+            towers = "all" if is_gpu(device) else "none"
+        recompute_layers(base_of(model), towers)
         return cls(model, processor, config, total_steps=total_steps)
 
     @property
@@ -242,10 +246,14 @@ def parameter_groups(model: nn.Module, config: StageConfig) -> list[dict[str, An
     ]
 
 
+def towers_of(model: Ovis2_5ForConditionalGeneration) -> dict[str, Any]:
+    """The two stacks of layers, by the names that settings have for them."""
+    return {"llm": model.model.language_model, "vit": model.model.visual_tokenizer.vit}
+
+
 def recompute_layers(model: Ovis2_5ForConditionalGeneration, towers: str) -> None:
     """Keep only the inputs of each layer of `llm`, `vit` or `all`, and recompute the rest in backward."""
-    chosen = {"llm": model.model.language_model, "vit": model.model.visual_tokenizer.vit}
-    for name, tower in chosen.items():
+    for name, tower in towers_of(model).items():
         if towers in (name, "all"):
             # transformers renamed it in 5.23; the older name warns from then on
             enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable

@@ -23,7 +23,7 @@ from looktwice.formats.sample_file import SampleFile
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import part_sizes
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.training.learner import FINAL_MODEL, Learner, state_file
+from looktwice.training.learner import FINAL_MODEL, Learner, state_file, towers_of
 from looktwice.training.start import required
 
 LEFT_OUT = "left_out.jsonl"
@@ -157,6 +157,22 @@ def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
         max_steps=config.max_steps,
         seed=config.seed,
     )
+
+
+def run_table(learner: Learner, order: BatchOrder) -> Table:
+    """What a run is about to do: steps and the samples of one, how it computes, and where it writes."""
+    config, towers = learner.config, towers_of(learner.base)
+    attention = {name: tower.config._attn_implementation.removeprefix("packed_") for name, tower in towers.items()}
+    recomputed = [name for name, tower in towers.items() if tower.gradient_checkpointing]
+    batch = f"batch size {config.train_batch_size} x {config.gradient_accumulation_steps} accumulated"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("samples", f"{order.num_samples:,}")
+    table.add_row("steps", f"{order.total_steps:,} of {order.samples_per_step} samples ({batch})")
+    table.add_row("attention", ", ".join(sorted({*attention.values()})))
+    table.add_row("gradient checkpointing", " and ".join(recomputed) or "none")
+    table.add_row("precision", "bfloat16" if config.bf16 else "float32")
+    table.add_row("run folder", str(config.output_dir))
+    return table
 
 
 def trained_table(learner: Learner) -> Table:
