@@ -36,6 +36,11 @@ class ImagePart:
     source: ImageSource
 
 
+@dataclass(frozen=True)
+class CropPart:
+    """The place of the crop that follows a call; what it shows is cut from the first picture of the conversation."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoPart:
     """A video: a path, or its frames in order."""
@@ -43,12 +48,15 @@ class VideoPart:
     source: VideoSource
 
 
+Part = TextPart | ImagePart | CropPart | VideoPart
+
+
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """One turn. An assistant's is trained on unless `is_trained` is false; the others never are."""
 
     role: Role
-    parts: tuple[TextPart | ImagePart | VideoPart, ...]
+    parts: tuple[Part, ...]
     is_trained: bool = True
 
 

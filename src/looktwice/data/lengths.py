@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from looktwice.calls import TOOL_CALL_CLOSE, parse_call, split_calls
+from looktwice.calls import parse_call
 from looktwice.config import LengthPolicy, Stage
 from looktwice.data.problems import Problem, raise_if_any
 from looktwice.data.sample import Sample
@@ -20,10 +20,10 @@ from looktwice.geometry import (
     crop_size,
     num_visual_tokens,
 )
-from looktwice.messages import Conversation, ImagePart, ImageSource, Purpose, TextPart
+from looktwice.messages import ImageSource, Purpose
 from looktwice.processing.images import image_size
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.rollout.conversation import in_model_frame
+from looktwice.rollout.conversation import in_model_frame, with_crops
 from looktwice.rollout.crop_tool import rectangle_of
 
 SizeOf = Callable[[ImageSource], Size]
@@ -84,36 +84,15 @@ def layout(
     image_sizes = tuple(map(size_of, conversation.images))
     cuts: list[tuple[int, int, int, int]] = []
 
-    def cut(call: str) -> tuple[int, int, int, int]:
+    def cut(text: str, _: str) -> None:
         try:
             if not image_sizes:
                 raise BoxError("no_picture", "there is no picture to cut from")
-            return cut_of(call, processor, image_sizes[0])
+            cuts.append(cut_of(text, processor, image_sizes[0]))
         except BoxError as error:
             raise DataError(f"{sample.where}: {sample.field}: crop call refused: {error}; mend its box") from error
 
-    def with_crops(text: str) -> Iterator[TextPart | ImagePart]:
-        for segment in split_calls(text):
-            if segment:
-                yield TextPart(text=segment)
-            if segment.endswith(TOOL_CALL_CLOSE):
-                cuts.append(cut(segment))
-                yield ImagePart(source="")
-
-    messages = [
-        replace(
-            message,
-            parts=tuple(
-                piece
-                for part in message.parts
-                for piece in (with_crops(part.text) if isinstance(part, TextPart) else (part,))
-            ),
-        )
-        if message.role == "assistant"
-        else message
-        for message in conversation.messages
-    ]
-    drafts = processor.template.drafts(Conversation(messages=tuple(messages)), purpose=purpose)
+    drafts = processor.template.drafts(with_crops(conversation, cut), purpose=purpose)
     pieces = [piece for draft in drafts for piece in draft.pieces]
     texts = tuple(piece for piece in pieces if isinstance(piece, str))
     return Layout(

@@ -10,7 +10,7 @@ from PIL import Image
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.errors import BoxError, DataError
 from looktwice.geometry import Box, BoxFrame, Size, check_box, from_original, to_original
-from looktwice.messages import Conversation, ImagePart, ImageSource, Purpose, TextPart, VideoPart
+from looktwice.messages import Conversation, CropPart, ImagePart, ImageSource, Part, Purpose, TextPart, VideoPart
 from looktwice.processing.images import PatchedImage, image_size, open_image
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.processing.video import NUM_FRAMES, open_video
@@ -23,7 +23,7 @@ def open_images(conversation: Conversation, *, num_frames: int = NUM_FRAMES) -> 
     Raises ImageError for one that fails.
     """
 
-    def opened(part: TextPart | ImagePart | VideoPart) -> TextPart | ImagePart | VideoPart:
+    def opened(part: Part) -> Part:
         if isinstance(part, ImagePart):
             return ImagePart(source=open_image(part.source))
         return VideoPart(source=open_video(part.source, num_frames)) if isinstance(part, VideoPart) else part
@@ -44,39 +44,60 @@ def encode_conversation(
     Crops are cut from the first picture, by the tool that rollouts use.
     Raises DataError for a call that cannot be run; it names the message (counted from 1) unless it is the last.
     """
-    images = [source for source in conversation.images if isinstance(source, Image.Image)]
+    first = next((source for source in conversation.images if isinstance(source, Image.Image)), None)
     tool = CropTool(processor, is_video=bool(conversation.videos))
-    patched: list[PatchedImage] = []
+    crops: list[PatchedImage] = []
 
-    def with_crops(text: str, place: str) -> Iterator[TextPart | ImagePart]:
+    def cut(text: str, place: str) -> None:
+        observation = tool.look(text, first)
+        if observation.image is None:
+            raise DataError(f"{place}crop call refused: {observation.text}; mend its box")
+        crops.append(observation.image)
+
+    shown = with_crops(conversation, cut)
+    upcoming = iter(crops)
+    patched = [
+        next(upcoming) if isinstance(part, CropPart) else _patched(part, processor)
+        for message in shown.messages
+        for part in message.parts
+        if not isinstance(part, TextPart)
+    ]
+    return processor.assemble(processor.template.spans(shown, purpose=purpose, thinking=thinking), patched)
+
+
+def _patched(part: ImagePart | VideoPart, processor: Ovis2_5Processor) -> PatchedImage:
+    if isinstance(part, VideoPart):
+        return processor.patch_video(part.source)  # type: ignore[arg-type]
+    assert isinstance(part.source, Image.Image)
+    return processor.patch_image(part.source)
+
+
+def with_crops(conversation: Conversation, cut: Callable[[str, str], None]) -> Conversation:
+    """The same conversation with the place of a crop after each call of an assistant.
+
+    `cut` is told, in order, the text that ends in a call and where it stands: "message 2: ", of the last message "".
+    """
+
+    def cut_at_calls(text: str, place: str) -> Iterator[Part]:
         for segment in split_calls(text):
             if segment:
                 yield TextPart(text=segment)
             if segment.endswith(TOOL_CALL_CLOSE):
-                observation = tool.look(segment, images[0] if images else None)
-                if observation.image is None:
-                    raise DataError(f"{place}crop call refused: {observation.text}; mend its box")
-                patched.append(observation.image)
-                yield ImagePart(source=images[0])
+                cut(segment, place)
+                yield CropPart()
 
     messages = []
     for number, message in enumerate(conversation.messages, 1):
-        parts: list[TextPart | ImagePart | VideoPart] = []
-        place = f"message {number}: " if number < len(conversation.messages) else ""
-        for part in message.parts:
-            if isinstance(part, TextPart) and message.role == "assistant":
-                parts += with_crops(part.text, place)
-                continue
-            if isinstance(part, ImagePart):
-                assert isinstance(part.source, Image.Image)
-                patched.append(processor.patch_image(part.source))
-            elif isinstance(part, VideoPart):
-                patched.append(processor.patch_video(part.source))  # type: ignore[arg-type]
-            parts.append(part)
-        messages.append(replace(message, parts=tuple(parts)))
-    shown = Conversation(messages=tuple(messages))
-    spans = processor.template.spans(shown, purpose=purpose, thinking=thinking)
-    return processor.assemble(spans, patched)
+        if message.role == "assistant":
+            place = f"message {number}: " if number < len(conversation.messages) else ""
+            parts = [
+                piece
+                for part in message.parts
+                for piece in (cut_at_calls(part.text, place) if isinstance(part, TextPart) else (part,))
+            ]
+            message = replace(message, parts=tuple(parts))
+        messages.append(message)
+    return Conversation(messages=tuple(messages))
 
 
 def in_model_frame(
@@ -116,7 +137,7 @@ def in_model_frame(
         # words may stand before the bracket
         return f"{call[: call.rindex('[') + 1]}{numbers}{call[call.rindex(']') :]}"
 
-    def moved_part(part: TextPart | ImagePart | VideoPart) -> TextPart | ImagePart | VideoPart:
+    def moved_part(part: Part) -> Part:
         if not isinstance(part, TextPart):
             return part
         *segments, rest = split_calls(part.text)
