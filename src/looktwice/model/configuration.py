@@ -13,6 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, Qwen3Config
 
 NUM_INDICATORS = 4
+IGNORE_INDEX = -100
+"""The label of a token that is not trained, in transformers and here."""
 OFFICIAL_TRAINER_TYPE = "ovis"
 RELEASED_ARCHITECTURE = "Ovis2_5"
 SERVING_CONFIG = Path(__file__).parents[1] / "serving" / "configuration_ovis2_5.py"

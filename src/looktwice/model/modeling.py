@@ -21,12 +21,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.utils import ModelOutput
 
 from looktwice.model.attention import PackedAttentionModel, packed_inputs
-from looktwice.model.configuration import NUM_INDICATORS, Ovis2_5Config
+from looktwice.model.configuration import IGNORE_INDEX, NUM_INDICATORS, Ovis2_5Config
 from looktwice.model.logprobs import chunked_logprobs
 from looktwice.model.visual_tokenizer import VisualEmbedding, VisualTokenizer, embed_features
-
-IGNORE_INDEX = -100
-"""The label of a token that is not trained, in transformers and here."""
 
 
 @dataclass

@@ -23,8 +23,7 @@ from transformers.utils import cached_file
 from looktwice.errors import CheckpointError, ImageError
 from looktwice.geometry import BOX_FRAMES, BoxFrame, PixelPolicy, Size
 from looktwice.model.configuration import Ovis2_5Config
-from looktwice.model.vision import normalise
-from looktwice.processing.images import PatchedImage, open_image, patchify, resize
+from looktwice.processing.images import PatchedImage, normalise, open_image, patchify, resize
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 OWN_SETTINGS = "looktwice"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looktwice.model.modeling import IGNORE_INDEX
+from looktwice.model.configuration import IGNORE_INDEX
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example
 
