@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "geometry", "metrics", "serving"),
     ("config", "messages", "calls", "model.configuration", "model.location"),
     ("processing",),
-    ("model",),
+    ("model", "serving.modeling_ovis2_5"),
     ("rollout", "answers", "grounding", "rewards"),
     ("data",),
     ("formats",),
