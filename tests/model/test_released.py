@@ -188,6 +188,20 @@ def test_pixel_bounds_hold_for_the_one_call(
     assert area() == usual and released.processor.policy == processor.policy
 
 
+def test_given_bounds_hold_for_frames_whatever_the_policy_says_of_videos(
+    released: Ovis2_5ForConditionalGeneration, picture: Image.Image
+) -> None:
+    narrow = released.processor.policy.override(video_min_pixels=0, video_max_pixels=32 * 32)
+    released.processor.policy = narrow
+    messages = [{"role": "user", "content": [{"type": "video", "video": [picture]}]}]
+    usual, given = (
+        released.preprocess_inputs(messages, **bounds)[2]
+        for bounds in ({}, {"min_pixels": 256 * 256, "max_pixels": 512 * 512})
+    )
+    assert usual is not None and given is not None
+    assert usual.prod() * 8**2 <= 32 * 32 and given.prod() * 8**2 >= 256 * 256
+
+
 def test_a_folder_that_says_nothing_of_pixels_has_the_released_bounds(model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "model")
     file = tmp_path / "model" / "preprocessor_config.json"
@@ -472,6 +486,7 @@ def test_the_auto_class_of_the_released_model_gives_ours(
     loaded = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16, trust_remote_code=trust)
     assert type(loaded) is Ovis2_5ForConditionalGeneration and loaded.dtype == torch.bfloat16
     assert loaded.text_tokenizer.pad_token == "<|endoftext|>"
+    assert type(AutoModelForCausalLM.from_config(loaded.config)) is Ovis2_5ForConditionalGeneration
 
 
 def test_a_config_of_the_folder_s_own_class_is_read_as_ours(model_folder: Path) -> None:
