@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "looktwice"
 LAYERS = (
     ("errors", "geometry", "metrics", "serving"),
     ("config", "messages", "calls", "model.configuration", "model.location"),
-    ("model",),
     ("processing",),
+    ("model", "serving.modeling_ovis2_5"),
     ("rollout", "answers", "grounding", "rewards"),
     ("data",),
     ("formats",),

@@ -63,8 +63,15 @@ def test_a_saved_config_reads_back_the_same(tmp_path: Path) -> None:
     )
     config.save_pretrained(tmp_path)
     again = Ovis2_5Config.from_pretrained(tmp_path)
-    added = {"architectures": ["Ovis2_5"], "auto_map": {"AutoConfig": "configuration_ovis2_5.Ovis2_5_Config"}}
-    assert again.to_dict() == config.to_dict() | added
+    auto_map = {
+        "AutoConfig": "configuration_ovis2_5.Ovis2_5_Config",
+        "AutoModelForCausalLM": "modeling_ovis2_5.Ovis2_5",
+    }
+    assert again.to_dict() == config.to_dict() | {"architectures": ["Ovis2_5"], "auto_map": auto_map}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        *(f"{value.split('.')[0]}.py" for value in auto_map.values()),
+    }
     assert (again.llm_config.rope_parameters["rope_theta"], again.image_token_id) == (12345.0, 7)
 
 

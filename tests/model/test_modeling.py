@@ -27,10 +27,9 @@ import looktwice.model.logprobs
 import looktwice.model.visual_tokenizer
 from looktwice.geometry import Size, smart_resize
 from looktwice.model.attention import packed_attention
-from looktwice.model.configuration import Ovis2_5Config
-from looktwice.model.modeling import IGNORE_INDEX, Ovis2_5ForConditionalGeneration
-from looktwice.model.vision import normalise
-from looktwice.processing.images import open_image, patchify, resize
+from looktwice.model.configuration import IGNORE_INDEX, Ovis2_5Config
+from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+from looktwice.processing.images import normalise, open_image, patchify, resize
 from looktwice.processing.packing import PackedBatch, pack
 from looktwice.processing.processor import Example
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from looktwice.model.configuration import Siglip2NavitConfig
-from looktwice.model.vision import VisionTower, block_order, normalise
+from looktwice.model.vision import VisionTower, block_order
 
 GRIDS = [(1, 8, 14), (2, 4, 8), (1, 2, 2)]
 
@@ -128,11 +127,6 @@ def test_bytes_and_normalised_floats_give_the_same_features(dtype: torch.dtype) 
     tower, grids = make_tower().to(dtype), torch.tensor([(1, 4, 4)])
     pixels = torch.randint(0, 256, (16, 768), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(tower(pixels, grids), tower(pixels / 127.5 - 1, grids))
-
-
-def test_every_byte_is_divided_and_not_multiplied_by_a_rounded_reciprocal() -> None:
-    values = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
-    assert np.array_equal(normalise(torch.arange(256, dtype=torch.uint8)).numpy(), values)
 
 
 def test_patches_come_in_blocks_of_four_from_top_left_to_bottom_right() -> None:

@@ -17,7 +17,7 @@ from PIL import Image, features
 import looktwice.processing.images
 from looktwice.errors import ImageError
 from looktwice.geometry import Size
-from looktwice.processing.images import image_size, open_image, patchify, read_header, resize, to_rgb
+from looktwice.processing.images import image_size, normalise, open_image, patchify, read_header, resize, to_rgb
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 Save = Callable[..., Path]
@@ -376,3 +376,8 @@ def test_frames_follow_each_other_in_the_block_order_of_an_image() -> None:
 def test_a_patched_image_knows_its_grid_size_and_tokens() -> None:
     patched = patchify(encoding_places(), patch_size=16, stride=2)
     assert (patched.grid_thw, patched.size, patched.num_tokens) == ((1, 4, 6), Size(96, 64), 6)
+
+
+def test_every_byte_is_divided_and_not_multiplied_by_a_rounded_reciprocal() -> None:
+    values = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(normalise(torch.arange(256, dtype=torch.uint8)).numpy(), values)

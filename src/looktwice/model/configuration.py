@@ -13,14 +13,21 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, Qwen3Config
 
 NUM_INDICATORS = 4
+IGNORE_INDEX = -100
+"""The label of a token that is not trained, in transformers and here."""
 OFFICIAL_TRAINER_TYPE = "ovis"
 RELEASED_ARCHITECTURE = "Ovis2_5"
-SERVING_CONFIG = Path(__file__).parents[1] / "serving" / "configuration_ovis2_5.py"
+SERVING = Path(__file__).parents[1] / "serving"
+SERVING_CONFIG, SERVING_MODEL = SERVING / "configuration_ovis2_5.py", SERVING / "modeling_ovis2_5.py"
 COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels"),
     *("image_size", "patch_size", "hidden_stride"),
 )
-AUTO_MAP = {"AutoConfig": f"{SERVING_CONFIG.stem}.Ovis2_5_Config"}
+AUTO_MAP = {
+    "AutoConfig": f"{SERVING_CONFIG.stem}.Ovis2_5_Config",
+    "AutoModelForCausalLM": f"{SERVING_MODEL.stem}.Ovis2_5",
+}
+"""What transformers runs of a folder when it is told to trust it; the released names."""
 
 
 class Siglip2NavitConfig(PretrainedConfig):
@@ -186,9 +193,10 @@ class Ovis2_5Config(PretrainedConfig):
         return fields
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write config.json, and beside it the classes that read it where looktwice is not installed."""
+        """Write config.json, and beside it the files that AUTO_MAP names."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        shutil.copyfile(SERVING_CONFIG, Path(save_directory) / SERVING_CONFIG.name)
+        for file in (SERVING_CONFIG, SERVING_MODEL):
+            shutil.copyfile(file, Path(save_directory) / file.name)
 
     @property
     def indicator_token_ids(self) -> tuple[int, int, int, int]:

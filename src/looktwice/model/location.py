@@ -37,9 +37,21 @@ def locate(name: str) -> str:
     return name
 
 
-def local_adapter(folder: str) -> Path | None:
+def local_adapter(folder: str | Path) -> Path | None:
     """The folder, where it holds a LoRA adapter rather than a whole model."""
     return Path(folder) if (Path(folder) / ADAPTER_CONFIG).is_file() else None
+
+
+def adapter_base(folder: Path) -> str:
+    """The name of the base model of an adapter's folder. Raises CheckpointError when the folder does not say."""
+    file = folder / ADAPTER_CONFIG
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: not a usable adapter ({type(error).__name__}: {error})") from error
+    if not name:
+        raise CheckpointError(f"{file}: base_model_name_or_path is empty; name the base model there")
+    return name
 
 
 def base_quantization(folder: Path) -> Quantization:

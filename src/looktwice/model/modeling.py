@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import WeightConverter, WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
@@ -21,12 +21,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from transformers.utils import ModelOutput
 
 from looktwice.model.attention import PackedAttentionModel, packed_inputs
-from looktwice.model.configuration import NUM_INDICATORS, Ovis2_5Config
+from looktwice.model.configuration import IGNORE_INDEX, NUM_INDICATORS, Ovis2_5Config
 from looktwice.model.logprobs import chunked_logprobs
+from looktwice.model.released import ReleasedCalls
 from looktwice.model.visual_tokenizer import VisualEmbedding, VisualTokenizer, embed_features
-
-IGNORE_INDEX = -100
-"""The label of a token that is not trained, in transformers and here."""
 
 
 @dataclass
@@ -170,7 +168,7 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         return torch.cat([images[index] for index in image_index.tolist()])
 
 
-class Ovis2_5ForConditionalGeneration(Ovis2_5PreTrainedModel, GenerationMixin):
+class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: Ovis2_5Config) -> None:
@@ -331,5 +329,6 @@ RELEASED_NAMES: list[WeightConverter | WeightRenaming] = [
 
 AutoConfig.register(Ovis2_5Config.model_type, Ovis2_5Config)
 AutoModel.register(Ovis2_5Config, Ovis2_5Model)
+AutoModelForCausalLM.register(Ovis2_5Config, Ovis2_5ForConditionalGeneration)
 AutoModelForImageTextToText.register(Ovis2_5Config, Ovis2_5ForConditionalGeneration)
 register_checkpoint_conversion_mapping(Ovis2_5Config.model_type, RELEASED_NAMES)

@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from looktwice.model.attention import PackedAttentionModel, packed_inputs
 from looktwice.model.configuration import Siglip2NavitConfig
+from looktwice.processing.images import normalise
 
 ROPE_THETA = 10000.0
 
@@ -204,13 +205,6 @@ class VisionTower(PackedAttentionModel):
         order = window.argsort(stable=True)
         _, lengths = window[order].unique_consecutive(return_counts=True)
         return cumulative(lengths.tolist()), order
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1], v / 127.5 - 1."""
-    # CUDA multiplies by the reciprocal of a divisor that is not on the device, which gives other last bits
-    half = pixels.new_full((), 127.5, dtype=torch.float32)
-    return pixels.float().div_(half).sub_(1.0)
 
 
 def block_order(h: int, w: int, stride: int, device: torch.device | None = None) -> Tensor:

@@ -36,6 +36,7 @@ from looktwice.model.location import (
     OWN_FIELDS,
     TINY,
     WEIGHT_FILES,
+    adapter_base,
     base_quantization,
     local_adapter,
     locate,
@@ -169,12 +170,10 @@ def _load_adapter(folder: Path, **options: Any) -> PeftModel:
     """The adapter on its base. Raises CheckpointError when it does not fit, or does what would go unnoticed here."""
     try:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base_name = settings["base_model_name_or_path"]
         tensors = {_our_name(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a usable adapter ({type(error).__name__}: {error})") from error
-    if not base_name:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is empty; name the base model there")
+    base_name = adapter_base(folder)
     _check_kind(folder, settings, options["quantization"])
     try:
         base = load_model(base_name, **options)
@@ -195,6 +194,7 @@ def _load_adapter(folder: Path, **options: Any) -> PeftModel:
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(f"{folder}: the adapter does not fit {base_name}; {reason}") from error
+    base_of(model).adapter_folder = str(folder.absolute())
     trained_over = base_quantization(folder)
     if trained_over != options["quantization"]:
         logger.warning(f"{folder}: trained over a base in {trained_over}, used over one in {options['quantization']}")

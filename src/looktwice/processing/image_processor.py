@@ -23,8 +23,7 @@ from transformers.utils import cached_file
 from looktwice.errors import CheckpointError, ImageError
 from looktwice.geometry import BOX_FRAMES, BoxFrame, PixelPolicy, Size
 from looktwice.model.configuration import Ovis2_5Config
-from looktwice.model.vision import normalise
-from looktwice.processing.images import PatchedImage, open_image, patchify, resize
+from looktwice.processing.images import PatchedImage, normalise, open_image, patchify, resize
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 OWN_SETTINGS = "looktwice"
@@ -151,14 +150,26 @@ def write_settings(path: str | PathLike[str], policy: PixelPolicy, box_frame: Bo
 
 def read_settings(path: str | PathLike[str], **hub: Any) -> tuple[PixelPolicy, BoxFrame]:
     """Our settings in a folder's (or a hub name's) preprocessor_config.json, or the defaults where there are none."""
+    settings = own_settings(path, **hub)
+    try:
+        policy, box_frame = PixelPolicy(**settings.get("pixels", {})), settings.get("box_frame", "original_px")
+    except (TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+    if box_frame not in BOX_FRAMES:
+        raise CheckpointError(f"{path}/{PREPROCESSOR_FILE}: box_frame is {box_frame!r}; it must be one of {BOX_FRAMES}")
+    return policy, box_frame
+
+
+def own_settings(path: str | PathLike[str], **hub: Any) -> dict[str, Any]:
+    """What `write_settings` left in a folder's (or a hub name's) preprocessor_config.json; empty where it did not."""
     file = cached_file(path, PREPROCESSOR_FILE, _raise_exceptions_for_missing_entries=False, **hub)
     if file is None:
-        return PixelPolicy(), "original_px"
+        return {}
     try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8")).get(OWN_SETTINGS, {})
-        policy, box_frame = PixelPolicy(**settings.get("pixels", {})), settings.get("box_frame", "original_px")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not readable as image settings ({error}); restore the file") from error
-    if box_frame not in BOX_FRAMES:
-        raise CheckpointError(f"{file}: box_frame is {box_frame!r}; it must be one of {BOX_FRAMES}")
-    return policy, box_frame
+        return json.loads(Path(file).read_text(encoding="utf-8")).get(OWN_SETTINGS, {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | PathLike[str], error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}/{PREPROCESSOR_FILE}: not readable as image settings ({error}); restore the file")

@@ -181,6 +181,13 @@ def patchify(*frames: Image.Image, patch_size: int, stride: int, is_video: bool 
     )
 
 
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 of any shape -> float32 in [-1, 1], v / 127.5 - 1."""
+    # CUDA multiplies by the reciprocal of a divisor that is not on the device, which gives other last bits
+    half = pixels.new_full((), 127.5, dtype=torch.float32)
+    return pixels.float().div_(half).sub_(1.0)
+
+
 def name_of(source: ImageSource) -> str:
     """What messages call a picture: its path, or of what has none something short."""
     if isinstance(source, Image.Image):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from looktwice.model.modeling import IGNORE_INDEX
+from looktwice.model.configuration import IGNORE_INDEX
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example
 

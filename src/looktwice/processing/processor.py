@@ -230,9 +230,13 @@ class Ovis2_5Processor(ProcessorMixin):
 
     def encode(self, conversation: Conversation, *, purpose: Purpose, thinking: bool = True) -> Example:
         """The conversation as an Example; see ChatTemplate.spans. Raises ImageError for a picture that fails."""
+        spans = self.template.spans(conversation, purpose=purpose, thinking=thinking)
+        return self.assemble(spans, self.patch_all(conversation))
+
+    def patch_all(self, conversation: Conversation) -> list[PatchedImage]:
+        """Its pictures in order, or its video, at the policy's size. Raises ImageError for one that fails."""
         images = [self.patch_image(open_image(source)) for source in conversation.images]
-        images += [self.patch_video(open_video(source)) for source in conversation.videos]
-        return self.assemble(self.template.spans(conversation, purpose=purpose, thinking=thinking), images)
+        return images + [self.patch_video(open_video(source)) for source in conversation.videos]
 
     def assemble(self, spans: list[Span], images: list[PatchedImage]) -> Example:
         example = Example()

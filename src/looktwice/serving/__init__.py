@@ -1,1 +1,1 @@
-"""Files that run where looktwice is not installed."""
+"""Files that other programs run, from a saved folder or by their own python."""
