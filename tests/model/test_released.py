@@ -67,12 +67,12 @@ def assert_same(given: tuple[Tensor, Tensor | None, Tensor | None], example: Exa
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_a_picture_and_a_question_are_the_published_sequence(
-    released: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, picture: Image.Image, thinking: bool
+def test_an_image_and_a_question_are_the_published_sequence(
+    released: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, image: Image.Image, thinking: bool
 ) -> None:
     text = processor.template.encode
     opener, closer, config = processor.template.turn_open_id, processor.template.turn_close_id, processor.config
-    ids, pixels, grids = released.preprocess_inputs(ask(picture, "Describe this image."), enable_thinking=thinking)
+    ids, pixels, grids = released.preprocess_inputs(ask(image, "Describe this image."), enable_thinking=thinking)
     assert grids is not None and pixels is not None
     atoms = int(grids.prod()) // 4
     assert ids[0].tolist() == [
@@ -84,23 +84,23 @@ def test_a_picture_and_a_question_are_the_published_sequence(
     assert pixels.shape == (4 * atoms, 3 * 8**2) and pixels.min() >= -1 and pixels.max() <= 1
     assert_same(
         (ids, pixels, grids),
-        processor.encode(question_about("Describe this image.", picture), purpose="prompt", thinking=thinking),
+        processor.encode(question_about("Describe this image.", image), purpose="prompt", thinking=thinking),
     )
 
 
-def test_several_pictures_each_at_its_own_size(
-    released: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, picture: Image.Image, tmp_path: Path
+def test_several_images_each_at_its_own_size(
+    released: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, image: Image.Image, tmp_path: Path
 ) -> None:
-    picture.crop((0, 0, 60, 100)).save(tmp_path / "b.png")
-    given = released.preprocess_inputs(ask(picture, tmp_path / "b.png", "Which?"))
-    conversation = question_about("Which?", picture, tmp_path / "b.png")
+    image.crop((0, 0, 60, 100)).save(tmp_path / "b.png")
+    given = released.preprocess_inputs(ask(image, tmp_path / "b.png", "Which?"))
+    conversation = question_about("Which?", image, tmp_path / "b.png")
     assert_same(given, processor.encode(conversation, purpose="prompt", thinking=False))
 
 
 def test_a_video_is_one_grid_of_all_its_frames(
-    released: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, picture: Image.Image
+    released: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, image: Image.Image
 ) -> None:
-    frames = [picture, picture.rotate(180), picture]
+    frames = [image, image.rotate(180), image]
     content = [{"type": "video", "video": frames}, {"type": "text", "text": "What happens?"}]
     given = released.preprocess_inputs([{"role": "user", "content": content}])
     conversation = question_about("What happens?", VideoPart(source=frames))
@@ -145,11 +145,11 @@ def test_an_answer_given_as_a_list_is_kept(released: Ovis2_5ForConditionalGenera
 @pytest.mark.skipif(not RELEASED_TOKENIZER.is_file(), reason="needs the released tokenizer files")
 @pytest.mark.parametrize("prompt", [{"add_generation_prompt": False}, {"enable_thinking": True}, {}])
 def test_texts_are_those_of_the_released_template(
-    released: Ovis2_5ForConditionalGeneration, picture: Image.Image, prompt: dict[str, bool]
+    released: Ovis2_5ForConditionalGeneration, image: Image.Image, prompt: dict[str, bool]
 ) -> None:
     messages = [
         {"role": "system", "content": "Be <image>brief."},
-        *ask("First\n", picture, picture, "then <video>", "\n\nlast"),
+        *ask("First\n", image, image, "then <video>", "\n\nlast"),
         {"role": "assistant", "content": "<think>a</think>\n<video>b"},
         {"role": "user", "content": "And <image>\nthis?"},
         {"role": "assistant", "content": "\n\n no"},
@@ -172,9 +172,9 @@ def test_texts_are_those_of_the_released_template(
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_pixel_bounds_hold_for_the_one_call(
-    released: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, picture: Image.Image, kind: str
+    released: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Processor, image: Image.Image, kind: str
 ) -> None:
-    shown = {"type": kind, kind: picture if kind == "image" else [picture, picture]}
+    shown = {"type": kind, kind: image if kind == "image" else [image, image]}
     messages = [{"role": "user", "content": [shown]}]
 
     def area(**bounds: int) -> int:
@@ -189,11 +189,11 @@ def test_pixel_bounds_hold_for_the_one_call(
 
 
 def test_given_bounds_hold_for_frames_whatever_the_policy_says_of_videos(
-    released: Ovis2_5ForConditionalGeneration, picture: Image.Image
+    released: Ovis2_5ForConditionalGeneration, image: Image.Image
 ) -> None:
     narrow = released.processor.policy.override(video_min_pixels=0, video_max_pixels=32 * 32)
     released.processor.policy = narrow
-    messages = [{"role": "user", "content": [{"type": "video", "video": [picture]}]}]
+    messages = [{"role": "user", "content": [{"type": "video", "video": [image]}]}]
     usual, given = (
         released.preprocess_inputs(messages, **bounds)[2]
         for bounds in ({}, {"min_pixels": 256 * 256, "max_pixels": 512 * 512})
@@ -214,9 +214,9 @@ def test_a_folder_that_says_nothing_of_pixels_has_the_released_bounds(model_fold
     assert RELEASED_PIXELS.frame_bounds == (448 * 448, 1792 * 1792)
 
 
-def test_pixels_have_the_dtype_of_the_model(model_folder: Path, picture: Image.Image) -> None:
+def test_pixels_have_the_dtype_of_the_model(model_folder: Path, image: Image.Image) -> None:
     half = load_model(str(model_folder), dtype=torch.bfloat16)
-    _, pixels, _ = half.preprocess_inputs(ask(picture))
+    _, pixels, _ = half.preprocess_inputs(ask(image))
     assert pixels.dtype == torch.bfloat16
 
 
@@ -238,8 +238,8 @@ def test_messages_that_the_released_template_refuses_are_named(
         released.preprocess_inputs([{"role": "user", "content": "Q"}, message])
 
 
-def test_a_video_beside_a_picture_is_refused(released: Ovis2_5ForConditionalGeneration, picture: Image.Image) -> None:
-    content = [{"type": "image", "image": picture}, {"type": "video", "video": [picture]}]
+def test_a_video_beside_an_image_is_refused(released: Ovis2_5ForConditionalGeneration, image: Image.Image) -> None:
+    content = [{"type": "image", "image": image}, {"type": "video", "video": [image]}]
     with pytest.raises(ConfigError, match="1 videos and 1 pictures"):
         released.preprocess_inputs([{"role": "user", "content": content}])
 
@@ -285,9 +285,9 @@ def play(released: Ovis2_5ForConditionalGeneration, *scripts: str, **options: An
 
 
 def test_only_the_new_ids_come_back_and_are_transformers_greedy_ones(
-    released: Ovis2_5ForConditionalGeneration, picture: Image.Image
+    released: Ovis2_5ForConditionalGeneration, image: Image.Image
 ) -> None:
-    ids, pixels, grids = released.preprocess_inputs(ask(picture, "What is it?"))
+    ids, pixels, grids = released.preprocess_inputs(ask(image, "What is it?"))
     new = released.generate(inputs=ids, pixel_values=pixels, grid_thws=grids, max_new_tokens=6)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": released.processor.end_ids}
     whole = released.generate(input_ids=ids, pixel_values=pixels, image_grid_thw=grids, **options)
@@ -296,8 +296,8 @@ def test_only_the_new_ids_come_back_and_are_transformers_greedy_ones(
     assert torch.equal(told.sequences, new)
 
 
-def test_pads_of_a_batch_are_masked(released: Ovis2_5ForConditionalGeneration, picture: Image.Image) -> None:
-    asked = [released.preprocess_inputs(messages) for messages in (ask(picture, "What is it?"), ask("Hi"), ask("So?"))]
+def test_pads_of_a_batch_are_masked(released: Ovis2_5ForConditionalGeneration, image: Image.Image) -> None:
+    asked = [released.preprocess_inputs(messages) for messages in (ask(image, "What is it?"), ask("Hi"), ask("So?"))]
     longest = max(ids.shape[1] for ids, _, _ in asked)
     pad_id = released.text_tokenizer.pad_token_id
     rows = [torch.nn.functional.pad(ids, (longest - ids.shape[1], 0), value=pad_id) for ids, _, _ in asked]
@@ -450,9 +450,9 @@ def adapter(model_folder: Path, processor: Ovis2_5Processor, tmp_path: Path) -> 
     return tmp_path / "adapter"
 
 
-def test_a_model_under_peft_passes_the_calls_on(adapter: Path, picture: Image.Image) -> None:
+def test_a_model_under_peft_passes_the_calls_on(adapter: Path, image: Image.Image) -> None:
     adapted = load_model(str(adapter)).eval()
-    ids, pixels, grids = adapted.preprocess_inputs(ask(picture, "What is it?"))
+    ids, pixels, grids = adapted.preprocess_inputs(ask(image, "What is it?"))
     assert int(grids.prod()) * 8**2 <= 64 * 64  # as the adapter was trained
     new = adapted.generate(inputs=ids, pixel_values=pixels, grid_thws=grids, max_new_tokens=4)
     options = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": adapted.processor.end_ids}
@@ -464,13 +464,11 @@ def test_a_model_under_peft_passes_the_calls_on(adapter: Path, picture: Image.Im
         )
 
 
-def test_transformers_loads_an_adapter_s_folder_as_the_base_with_the_adapter(
-    adapter: Path, picture: Image.Image
-) -> None:
+def test_transformers_loads_an_adapter_s_folder_as_the_base_with_the_adapter(adapter: Path, image: Image.Image) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(adapter, dtype=torch.float32, trust_remote_code=True)
     ours = load_model(str(adapter)).eval()
-    ids, pixels, grids = loaded.preprocess_inputs(ask(picture, "What is it?"))
-    assert torch.equal(ids, ours.preprocess_inputs(ask(picture, "What is it?"))[0])
+    ids, pixels, grids = loaded.preprocess_inputs(ask(image, "What is it?"))
+    assert torch.equal(ids, ours.preprocess_inputs(ask(image, "What is it?"))[0])
     with torch.no_grad():
         logits = [m(input_ids=ids, pixel_values=pixels, image_grid_thw=grids).logits for m in (loaded, ours)]
     torch.testing.assert_close(*logits)
