@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -113,3 +114,17 @@ def test_an_image_has_one_name_in_identifiers(module: str) -> None:
 
 def test_folders_are_at_most_two_levels_deep() -> None:
     assert [module for module in MODULES if module.count(".") > 1] == []
+
+
+@pytest.mark.parametrize("room", [path.parent.name for path in sorted(PACKAGE.glob("*/__init__.py"))])
+def test_the_map_says_of_a_room_what_the_room_says_of_itself(room: str) -> None:
+    purpose = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert f"`{room}/` | {purpose} |" in page
+
+
+def test_every_file_that_the_map_names_is_there() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`(\w+/\w+\.py)", page) if not name.startswith("tests/")}
+    assert len(named) > 20
+    assert {name for name in named if not (PACKAGE / name).exists()} == set()

@@ -25,7 +25,7 @@ from looktwice.data.reasons import BOX_REASONS, REASONS
 from looktwice.errors import DataError, LooktwiceError
 from looktwice.formats.files import RowFile
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.training import run
+from looktwice.training import sets
 from looktwice.training.grpo import fitted
 
 BAD = Path(__file__).parent / "bad"
@@ -128,10 +128,10 @@ def test_training_refuses_what_is_fatal_and_nothing_else(
     options.pop("decode", None)
     data = DataConfig(train_data_path=path, val_data_path=held_out, image_base_path=image_folder, **options)
     ready = placed(processor, case)
-    monkeypatch.setattr(run, "CHECKED_AT_START", num_checked_at_start)
+    monkeypatch.setattr(sets, "CHECKED_AT_START", num_checked_at_start)
 
     def load(stage: Stage) -> None:
-        train, more, _ = run.load_sets(data, ready, stage)
+        train, more, _ = sets.load_sets(data, ready, stage)
         encoder = Encoder(processor=ready, max_length=data.max_length, length_policy=data.length_policy)
         for sample in [*train, *more]:
             if stage == "sft":

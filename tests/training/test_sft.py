@@ -17,9 +17,9 @@ from looktwice.metrics import METRICS
 from looktwice.model.weights import load_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.training import run as run_module
+from looktwice.training import sets as sets_module
 from looktwice.training.learner import Learner
-from looktwice.training.run import LengthReport
+from looktwice.training.sets import LengthReport
 from looktwice.training.sft import evaluation_loss, train_sft
 
 Run = Callable[..., tuple[Path, list[dict[str, float]]]]
@@ -215,7 +215,7 @@ def test_a_run_without_a_sample_left_says_so(run) -> None:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three samples count as many."""
-    monkeypatch.setattr(run_module, "CHECKED_AT_START", 3)
+    monkeypatch.setattr(sets_module, "CHECKED_AT_START", 3)
 
 
 @pytest.mark.usefixtures("large")
@@ -223,7 +223,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_large_set_is_read_as_it_goes_with_the_same_result(num_workers, run, model_folder, monkeypatch) -> None:
     settings = {"num_train_epochs": 2, "train_batch_size": 4}
     large, lines = run("large", num_workers=num_workers, **settings)
-    monkeypatch.setattr(run_module, "CHECKED_AT_START", 1000)
+    monkeypatch.setattr(sets_module, "CHECKED_AT_START", 1000)
     small, _ = run("small", **settings)
     assert weights(large) == weights(small) != weights(model_folder)
     assert len(lines) == 4

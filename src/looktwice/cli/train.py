@@ -42,7 +42,8 @@ def run(words: Sequence[str]) -> None:
     if stage == "both":
         from looktwice.processing.processor import load_processor
         from looktwice.rewards import load_reward
-        from looktwice.training.run import load_sets, prepare_output
+        from looktwice.training.run import prepare_output
+        from looktwice.training.sets import load_sets
 
         # what stage 2 cannot use should not wait for stage 1 to end
         load_reward(grpo.reward)

@@ -1,1 +1,1 @@
-"""Files that other programs run, from a saved folder or by their own python."""
+"""Files that run where looktwice is not installed, but for `modeling_ovis2_5`, which hands it over."""

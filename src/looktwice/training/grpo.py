@@ -36,17 +36,8 @@ from looktwice.training.losses import (
     kl_estimate,
     policy_surrogate,
 )
-from looktwice.training.run import (
-    LengthReport,
-    batch_order,
-    close_step,
-    is_due,
-    load_sets,
-    prepare_output,
-    run_table,
-    save_final,
-    trained_table,
-)
+from looktwice.training.run import batch_order, close_step, is_due, prepare_output, run_table, save_final, trained_table
+from looktwice.training.sets import LengthReport, load_sets
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
 

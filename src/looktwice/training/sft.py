@@ -21,17 +21,8 @@ from looktwice.model.weights import pick_device
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import load_processor
 from looktwice.training.learner import Learner
-from looktwice.training.run import (
-    LengthReport,
-    batch_order,
-    close_step,
-    is_due,
-    load_sets,
-    prepare_output,
-    run_table,
-    save_final,
-    trained_table,
-)
+from looktwice.training.run import batch_order, close_step, is_due, prepare_output, run_table, save_final, trained_table
+from looktwice.training.sets import LengthReport, load_sets
 
 WORKERS_BESIDE_A_GPU = 4
 SHOWN = ("loss", "eval/loss", "optim/lr", "perf/tokens_per_s")

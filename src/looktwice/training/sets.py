@@ -1,0 +1,126 @@
+"""The samples of a run: training and validation sets, checked and fitted at the start or as their turn comes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+from looktwice.config import DataConfig, Stage, StageConfig
+from looktwice.data.lengths import Refit, fit_lengths, purposes_of
+from looktwice.data.problems import View, refuse
+from looktwice.data.sample import Sample
+from looktwice.errors import DataError
+from looktwice.formats.sample_file import SampleFile
+from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.training.start import required
+
+LEFT_OUT = "left_out.jsonl"
+"""In the run folder: the samples that were too long, one a line, and what was done with each."""
+
+CHECKED_AT_START = 2000
+"""Samples that are read, decoded and measured before the model is loaded; a larger set would keep it waiting."""
+
+
+class LargeSet(Sequence[Sample]):
+    """The samples of a file that is too large to be checked before the start, each read when it is asked for."""
+
+    def __init__(self, file: SampleFile) -> None:
+        self.file = file
+
+    def __len__(self) -> int:
+        return self.file.num_samples
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        if isinstance(place, slice):
+            return [self.file.sample(number) for number in range(*place.indices(len(self)))]
+        return self.file.sample(place)
+
+
+class Sets(NamedTuple):
+    """Samples to train on, samples held out to validate, and what became of those that were too long."""
+
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
+    refits: list[Refit]
+
+
+def load_sets(data: DataConfig, processor: Ovis2_5Processor, stage: Stage) -> Sets:
+    """Training and validation samples: all checked and fitted to `max_length`, or of a large file the first ones.
+
+    Raises DataError and ImageError for what training would stop at.
+    """
+    train, refits = load_samples(required(data.train_data_path, "--train_data"), data, processor, stage)
+    held_out, more = load_samples(data.val_data_path, data, processor, stage) if data.val_data_path else ([], [])
+    return Sets(train, held_out, [*refits, *more])
+
+
+def load_samples(
+    path: Path, data: DataConfig, processor: Ovis2_5Processor, stage: Stage
+) -> tuple[Sequence[Sample], list[Refit]]:
+    """The samples of a file and what became of those that were too long; of a large file that is seen later."""
+    file = SampleFile.of(path, data)
+    is_large = file.num_samples > CHECKED_AT_START
+    samples = file.read(limit=CHECKED_AT_START)
+    notes = refuse(samples, path, stage=stage, view=View.of(processor), decode=True)
+    if notes:
+        listed = ", ".join(f"{count} x {reason}" for reason, count in notes.most_common())
+        print(f"{path}: to look at: {listed}; `looktwice data check` says where and what")
+    [purpose] = purposes_of(stage)
+    kept, refits = fit_lengths(
+        samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose=purpose
+    )
+    if samples and not kept:
+        which = f"each of the first {CHECKED_AT_START:,} samples" if is_large else "every sample"
+        raise DataError(f"{path}: {which} is longer than max_length {data.max_length}; raise it")
+    if is_large:
+        print(
+            f"{path}: {file.num_samples:,} samples; the first {CHECKED_AT_START:,} are checked now, the others when "
+            "their turn comes; `looktwice data check` judges all"
+        )
+        return LargeSet(file), []
+    return kept, refits
+
+
+class LengthReport:
+    """What `length_policy` left out or shrank, written into the run folder as it happens, each sample once."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self.path = config.output_dir / LEFT_OUT
+        if not config.resume_from_checkpoint:
+            self.path.unlink(missing_ok=True)
+        self.seen: set[tuple[str, str]] = set()
+        whole, _, cut = (self.path.read_text(encoding="utf-8") if self.path.exists() else "").rpartition("\n")
+        for line in filter(None, whole.split("\n")):
+            row = json.loads(line)
+            self.seen.add((row["where"], row["field"]))
+        if cut:  # the run was stopped while it wrote
+            self.path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+        self.counts: Counter[str] = Counter()
+        self.shown: Counter[str] = Counter()
+
+    def note(self, refits: Iterable[Refit]) -> None:
+        for refit in refits:
+            place = (refit.sample.where, refit.sample.field)
+            if place not in self.seen:
+                self.seen.add(place)
+                self.counts["left out" if refit.policy is None else "with smaller pictures"] += 1
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(refit.as_json(), ensure_ascii=False) + "\n")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """How many samples are listed by now, where any is."""
+        return {"data/too_long": float(len(self.seen))} if self.seen else {}
+
+    def show(self) -> None:
+        """Print the counts that are new since they were printed last."""
+        for outcome, count in (self.counts - self.shown).items():
+            print(f"longer than max_length: {count} sample{'s' * (count > 1)} {outcome}; see {self.path}")
+        self.shown = self.counts.copy()
