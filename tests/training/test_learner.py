@@ -299,16 +299,16 @@ def test_layers_are_recomputed_by_default_on_a_gpu(
     [
         (
             {"train_batch_size": 2, "gradient_accumulation_steps": 3},
-            {"steps": "12 of 6 samples (batch size 2 x 3 accumulated)", "gradient checkpointing": "none"},
+            {"steps": "12 of 6 samples (batch size 2 x 3 accumulated)", "gradient checkpointing": "none (auto)"},
         ),
         ({"gradient_checkpointing": "llm", "bf16": True}, {"gradient checkpointing": "llm", "precision": "bfloat16"}),
-        ({"memory_efficient": True}, {"gradient checkpointing": "llm and vit", "attention": "sdpa"}),
+        ({"memory_efficient": True}, {"gradient checkpointing": "llm and vit", "attention": "sdpa (auto)"}),
     ],
 )
 def test_the_table_of_the_run_says_what_is_about_to_happen(settings, rows, load) -> None:
     learner = load(**settings)
     console = Console(width=100, file=StringIO())
-    console.print(run_table(learner, batch_order(24, learner.config)))
+    console.print(run_table(learner, batch_order(24, learner.config), ModelConfig()))
     shown = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in console.file.getvalue().splitlines())
     assert shown["samples"] == "24"
     assert {name: shown[name] for name in rows} == rows

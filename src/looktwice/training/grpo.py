@@ -75,7 +75,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     with Recorder(
         config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", append=learner.step > 0
     ) as recorder:
-        recorder.console.print(run_table(learner, order))
+        recorder.console.print(run_table(learner, order, model))
         recorder.console.print(trained_table(learner))
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from looktwice.config import Config, StageConfig
+from looktwice.config import Config, GRPOConfig, ModelConfig, StageConfig
 from looktwice.data.order import BatchOrder
 from looktwice.errors import ConfigError
 from looktwice.metrics import Recorder
@@ -39,17 +39,20 @@ def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
     )
 
 
-def run_table(learner: Learner, order: BatchOrder) -> Table:
+def run_table(learner: Learner, order: BatchOrder, model: ModelConfig) -> Table:
     """What a run is about to do: steps and the samples of one, how it computes, and where it writes."""
     config, towers = learner.config, towers_of(learner.base)
-    attention = {name: tower.config._attn_implementation.removeprefix("packed_") for name, tower in towers.items()}
-    recomputed = [name for name, tower in towers.items() if tower.gradient_checkpointing]
+    attention = {tower.config._attn_implementation.removeprefix("packed_") for tower in towers.values()}
+    recomputed = " and ".join(name for name, tower in towers.items() if tower.gradient_checkpointing) or "none"
+    is_auto = config.gradient_checkpointing == "auto" and not config.memory_efficient
     batch = f"batch size {config.train_batch_size} x {config.gradient_accumulation_steps} accumulated"
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("samples", f"{order.num_samples:,}")
     table.add_row("steps", f"{order.total_steps:,} of {order.samples_per_step} samples ({batch})")
-    table.add_row("attention", ", ".join(sorted({*attention.values()})))
-    table.add_row("gradient checkpointing", " and ".join(recomputed) or "none")
+    if isinstance(config, GRPOConfig):
+        table.add_row("rollouts", f"{config.num_generations} of each sample")
+    table.add_row("attention", ", ".join(sorted(attention)) + " (auto)" * (model.attn_implementation == "auto"))
+    table.add_row("gradient checkpointing", recomputed + " (auto)" * is_auto)
     table.add_row("precision", "bfloat16" if config.bf16 else "float32")
     table.add_row("run folder", str(config.output_dir))
     return table

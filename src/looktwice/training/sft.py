@@ -58,7 +58,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
         ) as recorder,
         closing(packed(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
     ):
-        recorder.console.print(run_table(learner, order))
+        recorder.console.print(run_table(learner, order, model))
         recorder.console.print(trained_table(learner))
         eval_every = config.eval_steps or order.steps_per_epoch
         while learner.step < order.total_steps:
