@@ -293,6 +293,9 @@ def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.C
     assert settings["GRPOConfig"]["sft_checkpoint_path"] == f"{out}/sft/final_model"
 
 
+SFT = ["train", "--stage", "sft", "--train_data", __file__, "--model_name", "tiny"]
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -313,6 +316,23 @@ def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.C
         (["data", "show", "none.jsonl"], "none.jsonl: no such data file"),
         (["data", "stats", "none.jsonl"], "none.jsonl: no such data file"),
         (["data", "convert", "none.jsonl", "other.jsonl"], "none.jsonl: no such data file"),
+        (["train", "--stage", "sft", "--train_data", "/"], "/: a directory, not a data file"),
+        ([*SFT, "--sft_output_dir", f"{__file__}/run"], f"{__file__}/run: cannot be made as a run folder ("),
+        ([*SFT, "--resume_from_checkpoint", "none"], "none: no trainer_state.pt"),
+        ([*SFT, "--attn_implementation", "flex_attention", "--device", "cpu"], "flex_attention has no backward"),
+        (
+            ["train", "--stage", "grpo", "--train_data", __file__, "--sft_checkpoint", "tiny", "--reward", "robst"],
+            'reward is "',
+        ),
+        ([*SFT[:2], "both", *SFT[3:], "--reward", "none.py:score"], "reward file none.py does not exist"),
+        (["ask", "/", "What?"], "/: a folder, not a picture or video"),
+        (["export", "tiny", "/"], "/: there is something already"),
+        (["data", "check", __file__, "--image_base_path", "none"], "--image_base_path none: no such folder"),
+        (["data", "check", __file__, "--fix", "/none/x.jsonl"], "/none/x.jsonl: there is no folder /none"),
+        (["data", "show", __file__, "--image_base_path", "none"], "--image_base_path none: no such folder"),
+        (["data", "stats", __file__, "--image_base_path", "none"], "--image_base_path none: no such folder"),
+        (["data", "convert", __file__, "out.txt"], "out.txt: end the name in .parquet"),
+        (["demo", "--output_dir", f"{__file__}/demo"], f"{__file__}/demo: cannot be made as a run folder ("),
     ],
 )
 def test_a_usage_error_is_told_before_torch_is_imported(words, problem) -> None:

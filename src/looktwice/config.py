@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from looktwice.errors import ConfigError, DataError, nearest
+from looktwice.errors import ConfigError, nearest
 from looktwice.geometry import BoxFrame
 
 Positive = Annotated[int, Field(ge=1)]
@@ -109,13 +109,6 @@ class ModelConfig(Config):
     device: str | None = knob(None, DEVICE_HELP)
 
 
-def check_data_file(path: Path) -> None:
-    """Raise DataError, naming the nearest file beside it, when there is nothing of this name."""
-    if not path.exists():
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such data file; check the path.{nearest(path.name, siblings)}")
-
-
 class SampleConfig(Config):
     """How samples are read, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
 
@@ -128,11 +121,6 @@ class SampleConfig(Config):
     crop_max_pixels: Positive | None = knob(None, "most pixels of a resized crop")
     box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls; default: the checkpoint's (original_px)")
     max_length: Positive = knob(16384, "tokens of one sample, or of a prompt in stage 2")
-
-    def check_image_folder(self) -> None:
-        """Raise ConfigError when there is no folder of pictures."""
-        if not self.image_base_path.is_dir():
-            raise ConfigError(f"--image_base_path {self.image_base_path}: no such folder; name the one of the pictures")
 
     @property
     def pixel_bounds(self) -> dict[str, int | None]:
@@ -253,6 +241,19 @@ class SFTConfig(StageConfig):
     output_dir: Path = knob(Path("outputs/sft"), "run folder", flag="sft_output_dir")
     num_workers: NonNegativeInt | None = knob(None, "processes preparing samples ahead; default: 4 on a GPU, else 0")
     num_train_epochs: NonNegative = knob(3.0, "passes over the training data", flag="num_epochs")
+
+
+REWARDS = ("robust", "paper", "code")
+
+
+def check_reward(spec: str) -> None:
+    """Raise ConfigError unless a reward is one of REWARDS or `path.py:function` of a file that is there."""
+    path, separator, _ = spec.rpartition(":")
+    if spec not in REWARDS and not separator:
+        known = ", ".join(REWARDS)
+        raise ConfigError(f'reward is "{spec}"; give one of {known}, or path.py:function.{nearest(spec, REWARDS)}')
+    if separator and not Path(path).is_file():
+        raise ConfigError(f"reward file {path} does not exist; give path.py:function, relative to {Path.cwd()}")
 
 
 class GRPOConfig(StageConfig):

@@ -30,6 +30,7 @@ from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.location import locate
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import load_model, pick_device, released_state, write_model
+from looktwice.paths import check_new_folder
 from looktwice.processing.images import resize
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example, Ovis2_5Processor
@@ -77,8 +78,7 @@ def export_model(model_path: str, folder: Path, config: ExportConfig) -> Exporte
     asked, CheckpointError when writing fails or what is read back is not what was to be written.
     """
     target = Path(os.path.abspath(folder))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{folder}: there is something already; give a new folder")
+    check_new_folder(folder)
     if config.verify_with == "vllm":
         check_vllm(model_path, config)
     try:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from looktwice.answers import answers_match, extract_answer, split_thinking, strip_tool_text
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
+from looktwice.config import check_reward
 from looktwice.errors import ConfigError, nearest
 from looktwice.processing.chat_template import EARLY_STOP, THINK_CLOSE
 from looktwice.rollout.trajectory import Trajectory
@@ -110,14 +111,10 @@ def load_reward(spec: str) -> RewardFunction:
     else, that rollout's reward is failed, with the reason.
     Raises ConfigError when the name, the file or the function cannot be used.
     """
+    check_reward(spec)
     if spec in REWARD_PRESETS:
         return partial(score, preset=REWARD_PRESETS[spec])
-    path, separator, name = spec.rpartition(":")
-    if not separator:
-        known = ", ".join(REWARD_PRESETS)
-        raise ConfigError(
-            f'reward is "{spec}"; give one of {known}, or path.py:function.{nearest(spec, REWARD_PRESETS)}'
-        )
+    path, _, name = spec.rpartition(":")
     function = _load_function(Path(path), name)
     return partial(_score_by_user, function)
 
@@ -136,8 +133,6 @@ def _score_by_user(function: Callable[[Trajectory, str], Any], trajectory: Traje
 
 
 def _load_function(path: Path, name: str) -> Callable[[Trajectory, str], Any]:
-    if not path.is_file():
-        raise ConfigError(f"reward file {path} does not exist; give path.py:function, relative to {Path.cwd()}")
     module_name = f"looktwice_user_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:

@@ -8,7 +8,7 @@ import pytest
 
 from looktwice.errors import DataError
 from looktwice.formats.files import RowFile
-from looktwice.formats.writing import check_target, write_rows
+from looktwice.formats.writing import write_rows
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("zstandard")
@@ -32,18 +32,6 @@ def test_rows_that_parquet_cannot_hold_are_refused(rows: list, tmp_path: Path) -
     with pytest.raises(DataError, match=r"d\.parquet: Parquet cannot hold these rows \(.*; write \.jsonl"):
         write_rows(tmp_path / "d.parquet", rows)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_target_is_found_bad_before_anything_is_written(tmp_path: Path) -> None:
-    source = tmp_path / "d.jsonl"
-    source.touch()
-    with pytest.raises(DataError, match=r"d\.txt: end the name in"):
-        check_target(tmp_path / "d.txt", source)
-    with pytest.raises(DataError, match=r"there is no folder .*none; make it"):
-        check_target(tmp_path / "none" / "d.jsonl", source)
-    with pytest.raises(DataError, match=r"d\.jsonl: the file to read from; name another"):
-        check_target(source, source)
-    check_target(tmp_path / "e.jsonl", tmp_path / "absent.jsonl")
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d", "d.parquet.gz", "d.gz"])

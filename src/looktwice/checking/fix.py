@@ -25,8 +25,9 @@ from looktwice.data.sample import Sample
 from looktwice.errors import DataError, counted
 from looktwice.formats.reading import Fields
 from looktwice.formats.sample_file import SampleFile
-from looktwice.formats.writing import check_target, write_rows
+from looktwice.formats.writing import write_rows
 from looktwice.geometry import Size
+from looktwice.paths import check_target
 
 Step = str | int
 Note = Callable[[list[float], list[float]], None]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -143,14 +142,3 @@ def _kinds_of(annotation: Any) -> list[Any]:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def prepare_file(path: Path | None, flag: str, inputs: Iterable[Path | None] = ()) -> None:
-    """Make sure that a result can be written there, and over no file that is read. Raises ConfigError when not."""
-    if path is None:
-        return
-    if any(one and one.exists() and path.exists() and one.samefile(path) for one in inputs):
-        raise ConfigError(f"{flag} {path}: a file that is read; give another path")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigError(f"{flag} {path}: cannot be written; give another path")

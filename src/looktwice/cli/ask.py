@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from looktwice.cli.arguments import argument, prepare_file, read_command, write_json
+from looktwice.cli.arguments import argument, read_command, write_json
 from looktwice.config import InferenceConfig
-from looktwice.errors import ConfigError, ImageError
+from looktwice.errors import ConfigError
 from looktwice.model.location import locate
+from looktwice.paths import check_output_file, check_shown_file
 
 
 def run(words: Sequence[str]) -> None:
@@ -29,9 +30,9 @@ def run(words: Sequence[str]) -> None:
     image, question = given["image_path"] or given["image"], given["question"] or given["text"]
     if not image or not question:
         raise ConfigError('a picture and a question are needed: looktwice ask photo.jpg "What does the sign say?"')
-    if not image.startswith("data:") and not Path(image).exists():
-        raise ImageError(f"{image}: no such picture or video; check the path", "missing")
-    prepare_file(given["output_json"], "--output_json")
+    if not image.startswith("data:"):
+        check_shown_file(image)
+    check_output_file(given["output_json"], "--output_json")
     locate(config.model_path)
     from looktwice.processing.images import image_size
     from looktwice.processing.video import is_video_file, open_video

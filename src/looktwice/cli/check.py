@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from looktwice.cli.arguments import MODEL, argument, prepare_file, read_command, write_json
+from looktwice.cli.arguments import MODEL, argument, read_command, write_json
 from looktwice.config import CheckConfig
 from looktwice.errors import ConfigError
 from looktwice.model.location import locate
+from looktwice.paths import check_image_folder, check_output_file, check_target
 
 
 def run(words: Sequence[str]) -> int:
@@ -29,8 +30,11 @@ def run(words: Sequence[str]) -> int:
     if target and len(files) > 1:
         raise ConfigError(f"--fix writes a copy of one file, {len(files)} are given; fix them one by one")
     inputs = [*files, config.val_data_path]
-    prepare_file(given["json"], "--json", inputs)
-    prepare_file(target, "--fix", inputs)
+    check_output_file(given["json"], "--json", inputs)
+    check_output_file(target, "--fix", inputs)
+    check_image_folder(config.image_base_path)
+    if target:
+        check_target(target, files[0])
     if config.model_name:
         locate(config.model_name)
     from rich.console import Console

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from looktwice.cli.arguments import argument, read_command
-from looktwice.config import ConvertConfig, check_data_file
+from looktwice.config import ConvertConfig
+from looktwice.paths import check_data_file, check_target
 
 
 def run(words: Sequence[str]) -> None:
@@ -21,6 +22,7 @@ def run(words: Sequence[str]) -> None:
         argument("target", metavar="OUT", type=Path, help="file to write; its name says which kind"),
     )
     check_data_file(given["source"])
+    check_target(given["target"], given["source"])
     from looktwice.formats.convert import convert_file
 
     print(convert_file(given["source"], given["target"], config))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from looktwice.cli.arguments import Parser
+from looktwice.paths import check_run_folder
 
 
 def run(words: Sequence[str]) -> None:
@@ -14,6 +15,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="run folder (outputs/demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, training and sampling (0)")
     flags = parser.parse_strictly(words)
+    check_run_folder(flags["output_dir"])
     from looktwice.demo.pipeline import run_demo
 
     run_demo(flags["output_dir"], seed=flags["seed"])

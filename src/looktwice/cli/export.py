@@ -8,6 +8,7 @@ from pathlib import Path
 from looktwice.cli.arguments import argument, read_command
 from looktwice.config import ExportConfig
 from looktwice.model.location import locate
+from looktwice.paths import check_new_folder
 
 
 def run(words: Sequence[str]) -> None:
@@ -22,6 +23,7 @@ def run(words: Sequence[str]) -> None:
         argument("folder", metavar="FOLDER", type=Path, help="folder to write; must be new or empty"),
     )
     locate(given["model"])
+    check_new_folder(given["folder"])
     from looktwice.export import describe, export_model
 
     print(describe(export_model(given["model"], given["folder"], config)))

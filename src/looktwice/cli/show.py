@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from looktwice.cli.arguments import MODEL, argument, prepare_file, read_command
-from looktwice.config import ShowConfig, check_data_file
+from looktwice.cli.arguments import MODEL, argument, read_command
+from looktwice.config import ShowConfig
 from looktwice.model.location import locate
+from looktwice.paths import check_data_file, check_image_folder, check_output_file
 
 
 def run(words: Sequence[str]) -> None:
@@ -25,7 +26,8 @@ def run(words: Sequence[str]) -> None:
         MODEL,
     )
     check_data_file(given["file"])
-    prepare_file(given["html"], "--html", [given["file"]])
+    check_image_folder(config.image_base_path)
+    check_output_file(given["html"], "--html", [given["file"]])
     locate(config.model_name)
     from rich.console import Console
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from looktwice.cli.arguments import MODEL, argument, prepare_file, read_command
-from looktwice.config import StatsConfig, check_data_file
+from looktwice.cli.arguments import MODEL, argument, read_command
+from looktwice.config import StatsConfig
 from looktwice.errors import DataError
 from looktwice.model.location import locate
+from looktwice.paths import check_data_file, check_image_folder, check_output_file
 
 
 def run(words: Sequence[str]) -> None:
@@ -25,7 +26,8 @@ def run(words: Sequence[str]) -> None:
     )
     for path in given["files"]:
         check_data_file(path)
-    prepare_file(given["html"], "--html", given["files"])
+    check_image_folder(config.image_base_path)
+    check_output_file(given["html"], "--html", given["files"])
     locate(config.model_name)
     from rich.console import Console
     from rich.progress import track

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from looktwice.cli.arguments import Parser, add_flags
-from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, flag_of
+from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
 from looktwice.errors import ConfigError
+from looktwice.paths import check_run_folder
 from looktwice.training.start import check_request
 
 FILE_FLAGS: dict[str, type[Config]] = {
@@ -40,6 +41,8 @@ def run(words: Sequence[str]) -> None:
     else:
         check_request(model.model_name, model, data, sft)
     if stage == "both":
+        check_reward(grpo.reward)
+        check_run_folder(grpo.output_dir)
         from looktwice.processing.processor import load_processor
         from looktwice.rewards import load_reward
         from looktwice.training.run import prepare_output

@@ -11,7 +11,8 @@ from looktwice.data.problems import Tally, raise_if_any
 from looktwice.errors import DataError, counted
 from looktwice.formats.catalogue import FORMATS
 from looktwice.formats.sample_file import SampleFile
-from looktwice.formats.writing import Writing, check_target, write_rows
+from looktwice.formats.writing import Writing, write_rows
+from looktwice.paths import check_target
 
 
 @dataclass(kw_only=True)

@@ -23,8 +23,8 @@ from typing import IO, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 
-from looktwice.config import check_data_file
 from looktwice.errors import ConfigError, DataError
+from looktwice.paths import check_data_file
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
@@ -75,8 +75,6 @@ class RowFile(Sequence[Row]):
         self.path = Path(path)
         check_data_file(self.path)
         with _reading(self.path):
-            if not (self.path.is_file() or self.path.is_dir()):
-                raise DataError(f"{path}: a pipe or a device, not a data file; write its rows into a file first")
             file: IO[bytes] = self.path.open("rb")
             self._stamp = _stamp_of(file)
             unpacked = _unpacked(file)
@@ -359,8 +357,6 @@ def _reading(path: Path) -> Iterator[None]:
     """Errors of the operating system as DataErrors about the file."""
     try:
         yield
-    except IsADirectoryError as error:
-        raise DataError(f"{path}: a directory, not a data file; name a .jsonl file in it") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: the compressed file is damaged or cut short ({error}); make it again") from error
     except OSError as error:

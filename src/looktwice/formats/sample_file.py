@@ -18,6 +18,7 @@ from looktwice.formats.catalogue import FORMATS, ROWS_LOOKED_AT, Format, detect
 from looktwice.formats.files import RowError, RowFile
 from looktwice.formats.reading import Fields, Reading
 from looktwice.geometry import BoxFrame
+from looktwice.paths import check_image_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class SampleFile:
     @classmethod
     def of(cls, path: str | Path, config: SampleConfig) -> SampleFile:
         """The file as the settings say it is to be read. Raises ConfigError when there is no folder of pictures."""
-        config.check_image_folder()
+        check_image_folder(config.image_base_path)
         return cls(path, config.image_base_path, data_format=config.source_format, answer_key=config.answer_key)
 
     @property

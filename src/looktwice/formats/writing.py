@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,6 +21,7 @@ from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.formats.files import require
 from looktwice.messages import ANSWER_OPEN, ImagePart, Message, TextPart
+from looktwice.paths import kind_of_name
 from looktwice.processing.images import DATA_URL
 
 ROWS_PER_GROUP = 1000
@@ -105,15 +106,6 @@ def _number(value: float) -> float | int:
     return int(value) if value.is_integer() else value
 
 
-def check_target(target: Path, source: Path) -> None:
-    """Raise DataError when `write_rows` could not write there, or would write over the file that is read."""
-    _kind_of_name(target)
-    if not target.absolute().parent.is_dir():
-        raise DataError(f"{target}: there is no folder {target.parent}; make it, or name another place")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise DataError(f"{target}: the file to read from; name another one to write to")
-
-
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write a data file and give back its number of rows; the kind is that of the name.
 
@@ -122,7 +114,8 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     Raises DataError for another name and for what the kind cannot hold.
     """
     path = Path(path)
-    write, compression = _kind_of_name(path)
+    kind, compression = kind_of_name(path)
+    write = {".parquet": _write_parquet, ".jsonl": _write_lines, ".json": _write_list}[kind]
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file, _packed(file, compression) as stream:
@@ -135,21 +128,6 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     finally:
         partial.unlink(missing_ok=True)
     return num_rows
-
-
-WriteRows = Callable[[BinaryIO, Iterable[Mapping[str, Any]], Path], int]
-
-
-def _kind_of_name(path: Path) -> tuple[WriteRows, str]:
-    """How to write a file of this name, and the suffix of its compression or ""."""
-    name = path.name.lower()
-    compression = next((suffix for suffix in (".gz", ".zst") if name.endswith(suffix)), "")
-    kind = Path(name.removesuffix(compression)).suffix
-    if kind == ".parquet" and not compression:
-        return _write_parquet, ""
-    if kind in (".jsonl", ".json"):
-        return (_write_lines if kind == ".jsonl" else _write_list), compression
-    raise DataError(f"{path}: end the name in .parquet, or in .jsonl or .json, these also with .gz or .zst")
 
 
 @contextmanager

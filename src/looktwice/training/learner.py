@@ -39,10 +39,7 @@ from looktwice.model.weights import (
 )
 from looktwice.processing.packing import PackedBatch, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.training.start import check_start
-
-FINAL_MODEL = "final_model"
-STATE_FILE = "trainer_state.pt"
+from looktwice.training.start import STATE_FILE, check_attention, check_start, state_file
 
 
 class Scores(NamedTuple):
@@ -92,8 +89,7 @@ class Learner:
         adapter = adapter_folder(locate(name))
         has_adapter = config.use_lora or adapter is not None
         check_start(name, adapter, model_config, config)
-        if model_config.attn_implementation == "flex_attention" and device.startswith("cpu"):
-            raise ConfigError("flex_attention has no backward on a CPU; use --attn_implementation sdpa")
+        check_attention(model_config, device)
         # full fine-tuning keeps float32 weights and computes in bfloat16; under LoRA only the adapters are float32
         model = load_model(
             name,
@@ -276,14 +272,6 @@ def lora_settings(config: StageConfig, *, only_given: bool = False) -> dict[str,
         for argument, name in LORA_KNOBS.items()
         if not only_given or name in config.model_fields_set
     }
-
-
-def state_file(folder: Path) -> Path:
-    """The optimizer state in a checkpoint folder. Raises CheckpointError when there is none."""
-    path = folder / STATE_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {STATE_FILE}; resume from a checkpoint-N folder, not {FINAL_MODEL}")
-    return path
 
 
 class Reference:

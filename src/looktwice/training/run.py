@@ -12,7 +12,8 @@ from looktwice.data.order import BatchOrder
 from looktwice.errors import ConfigError
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import part_sizes
-from looktwice.training.learner import FINAL_MODEL, Learner, state_file, towers_of
+from looktwice.training.learner import Learner, towers_of
+from looktwice.training.start import FINAL_MODEL, state_file
 
 
 def prepare_output(config: StageConfig) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from looktwice.config import LORA_KNOBS, DataConfig, ModelConfig, StageConfig, check_data_file
-from looktwice.errors import ConfigError
+from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, StageConfig, check_reward
+from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.location import base_quantization, local_adapter, locate
+from looktwice.paths import check_data_file, check_image_folder, check_run_folder
+
+FINAL_MODEL = "final_model"
+STATE_FILE = "trainer_state.pt"
 
 T = TypeVar("T")
 
@@ -20,7 +24,13 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
     for path in (required(data.train_data_path, "--train_data"), data.val_data_path):
         if path is not None:
             check_data_file(path)
-    data.check_image_folder()
+    check_image_folder(data.image_base_path)
+    check_run_folder(config.output_dir)
+    if config.resume_from_checkpoint:
+        state_file(config.resume_from_checkpoint)
+    if isinstance(config, GRPOConfig):
+        check_reward(config.reward)
+    check_attention(model, model.device or "")
     folder = locate(name)
     if Path(folder).is_dir():  # of a hub name it is known later whether it is an adapter
         check_start(name, local_adapter(folder), model, config)
@@ -57,3 +67,17 @@ def required(value: T | None, flag: str) -> T:
     if value is None:
         raise ConfigError(f"{flag} is missing; give it on the command line or in a config file")
     return value
+
+
+def check_attention(model: ModelConfig, device: str) -> None:
+    """Raise ConfigError for an attention that cannot train on the device."""
+    if model.attn_implementation == "flex_attention" and device.startswith("cpu"):
+        raise ConfigError("flex_attention has no backward on a CPU; use --attn_implementation sdpa")
+
+
+def state_file(folder: Path) -> Path:
+    """The optimizer state in a checkpoint folder. Raises CheckpointError when there is none."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {STATE_FILE}; resume from a checkpoint-N folder, not {FINAL_MODEL}")
+    return path

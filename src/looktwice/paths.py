@@ -1,0 +1,85 @@
+"""Places that a user names: what is wrong with one is told before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from looktwice.errors import ConfigError, DataError, ImageError, nearest
+
+KINDS = (".jsonl", ".json", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+
+
+def check_data_file(path: Path) -> None:
+    """Raise DataError, naming the nearest file beside it, when there is no file to read rows from."""
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise DataError(f"{path}: the data file cannot be read ({error.strerror}); check path and rights") from error
+    if not is_there:
+        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{path}: no such data file; check the path.{nearest(path.name, siblings)}")
+    if path.is_dir():
+        raise DataError(f"{path}: a directory, not a data file; name a .jsonl file in it")
+    if not path.is_file():
+        raise DataError(f"{path}: a pipe or a device, not a data file; write its rows into a file first")
+
+
+def check_image_folder(path: Path) -> None:
+    """Raise ConfigError when there is no folder of pictures."""
+    if not path.is_dir():
+        raise ConfigError(f"--image_base_path {path}: no such folder; name the one of the pictures")
+
+
+def check_shown_file(path: str) -> None:
+    """Raise ImageError when there is no file to show, whatever it holds."""
+    if not Path(path).exists():
+        raise ImageError(f"{path}: no such picture or video; check the path", "missing")
+    if Path(path).is_dir():
+        raise ImageError(f"{path}: a folder, not a picture or video; name the file", "missing")
+
+
+def kind_of_name(path: Path) -> tuple[str, str]:
+    """Kind and compression of a data file to be written, as its name ends. Raises DataError for another name."""
+    name = path.name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    kind = Path(name.removesuffix(compression)).suffix
+    if kind not in KINDS or (kind == ".parquet" and compression):
+        raise DataError(f"{path}: end the name in .parquet, or in .jsonl or .json, these also with .gz or .zst")
+    return kind, compression
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Raise DataError when a data file could not be written there, or would be written over the one that is read."""
+    kind_of_name(target)
+    if not target.absolute().parent.is_dir():
+        raise DataError(f"{target}: there is no folder {target.parent}; make it, or name another place")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise DataError(f"{target}: the file to read from; name another one to write to")
+
+
+def check_output_file(path: Path | None, flag: str, inputs: Iterable[Path | None] = ()) -> None:
+    """Make sure that a result can be written there, and over no file that is read. Raises ConfigError when not."""
+    if path is None:
+        return
+    if any(one and one.exists() and path.exists() and one.samefile(path) for one in inputs):
+        raise ConfigError(f"{flag} {path}: a file that is read; give another path")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"{flag} {path}: cannot be written; give another path")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise ConfigError when a run cannot write there. Nothing is made yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = f"{there} is no folder" if not there.is_dir() else f"no right to write in {there}"
+        raise ConfigError(f"{folder}: cannot be made as a run folder ({reason}); give another one")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise ConfigError when there is something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: there is something already; give a new folder")
