@@ -77,7 +77,7 @@ def train_configs(words: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, S
         if (flag := f"grpo_{flag_of(GRPOConfig, name)}") in flags:
             grpo_values[name] = flags[flag]
     if flags["as_documented"]:
-        values = {flag: {**defaults, **values[flag]} for flag, defaults in documented_defaults(values).items()}
+        values = {flag: {**defaults, **values[flag]} for flag, defaults in documented_defaults(stage, values).items()}
     model, data, sft, grpo = (config_class(**values[flag]) for flag, config_class in FILE_FLAGS.items())
     return stage, model, data, sft, grpo  # type: ignore[return-value]
 
@@ -112,7 +112,7 @@ def given_values(file_flag: str, stage: str, flags: Mapping[str, Any]) -> dict[s
     return values
 
 
-def documented_defaults(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def documented_defaults(stage: str, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The defaults of the documented scripts for what `values` leave open, by config file; those used are printed.
 
     The data paths belong together: with training data of one's own, the other two are taken where they exist. Raises
@@ -128,8 +128,8 @@ def documented_defaults(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Ma
             else:
                 raise ConfigError(f"{path}: not there, and it is the documented default of --{flag}; {PATHS_MEND}")
     shown: dict[str, object] = {flag_of(DataConfig, name): path for name, path in paths.items()}
-    open_sizes = {name: size for name, size in DOCUMENTED_BATCH.items() if name not in values["sft_config"]}
-    shown |= {flag_of(SFTConfig, name): size for name, size in open_sizes.items()}
+    of_stage = values["grpo_config" if stage == "grpo" else "sft_config"]
+    shown |= {flag_of(SFTConfig, name): size for name, size in DOCUMENTED_BATCH.items() if name not in of_stage}
     if shown:
         print("documented defaults:", " ".join(f"--{flag} {value}" for flag, value in shown.items()))
     return {"model_config": {}, "data_config": paths, "sft_config": DOCUMENTED_BATCH, "grpo_config": DOCUMENTED_BATCH}
