@@ -20,7 +20,7 @@ import looktwice
 from looktwice.checking.check import judge
 from looktwice.config import CheckConfig
 from looktwice.data.examples import Encoder, Packer
-from looktwice.data.loader import prepared
+from looktwice.data.loader import prepare_batches
 from looktwice.data.order import BatchOrder
 from looktwice.formats.files import RowFile
 from looktwice.formats.sample_file import SampleFile
@@ -87,7 +87,7 @@ def first_batch(path: str) -> None:
     processor = Ovis2_5Processor.from_pretrained(TINY_MODEL)
     encoder = Encoder(processor=processor, max_length=4096, length_policy="error")
     steps = ([samples.sample(number) for number in order[step]] for step in range(order.total_steps))
-    with closing(prepared(encoder, steps, join=Packer(max_tokens_per_row=16384), num_workers=2)) as batches:
+    with closing(prepare_batches(encoder, steps, join=Packer(max_tokens_per_row=16384), num_workers=2)) as batches:
         batch = next(batches)
         finished = time.time()
     assert sum(row.num_loss_tokens for row in batch.rows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import active_children
@@ -15,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from looktwice.data.examples import Encoder, Packer
-from looktwice.data.loader import prepared
+from looktwice.data.examples import Encoder, PackedSamples, Packer
+from looktwice.data.loader import prepare_batches
 from looktwice.demo.task import DatasetFiles
 from looktwice.errors import BoxError, ConfigError, DataError
 from looktwice.formats.sample_file import Sample, read_samples
@@ -44,6 +46,9 @@ def act(task: object) -> object:
             raise task
         case "no pickle":
             raise NoPickle("a", "b")
+        case ("slowly", inner):
+            time.sleep(1)  # what was finished before is on its way by then
+            return act(inner)
         case "lambda":
             return lambda: None
         case ("note", Path() as folder, int(number)):
@@ -51,7 +56,7 @@ def act(task: object) -> object:
         case "who":
             return os.getpid()
         case "threads":
-            return torch.get_num_threads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            return torch.get_num_threads(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         case "sleep":
             time.sleep(60)
         case "same twice":
@@ -71,12 +76,19 @@ def load() -> Iterator[Load]:
     def start(tasks: Iterable, *, num_workers: int = 2, function: Callable = act) -> Generator:
         batches = ([task] for task in tasks)
         options = {"join": itemgetter(0), "num_workers": num_workers, "where": place_of}
-        started.append(prepared(function, batches, **options))
+        started.append(prepare_batches(function, batches, **options))
         return started[-1]
 
     yield start
     for items in started:
         items.close()
+
+
+def join_numbers(items: list) -> list:
+    for item in items:
+        if not isinstance(item, int):
+            raise DataError(f"no number: {item}")
+    return items
 
 
 def place_of(task: object) -> str:
@@ -132,7 +144,7 @@ def test_one_image_shown_twice_arrives_as_one(load: Load) -> None:
     assert first is second
 
 
-def test_rows_travel_as_arrays_and_open_no_file(load: Load) -> None:
+def test_many_batches_can_be_kept_without_keeping_files_open(load: Load) -> None:
     before = len(os.listdir("/dev/fd"))
     rows = [pack([Example(input_ids=[number, 1], loss_mask=[False, True])]) for number in range(50)]
     kept = list(load(rows, num_workers=1))
@@ -142,7 +154,7 @@ def test_rows_travel_as_arrays_and_open_no_file(load: Load) -> None:
 
 @BOTH_WAYS
 def test_batches_are_joined(num_workers: int) -> None:
-    batches = prepared(act, [(1, 2), (3,)], join=tuple, num_workers=num_workers)
+    batches = prepare_batches(act, [(1, 2), (3,)], join=tuple, num_workers=num_workers)
     assert list(batches) == [(1, 2), (3,)]
 
 
@@ -153,7 +165,7 @@ def test_workers_prepare_samples_bit_for_bit_as_this_process_does(
     encoder = Encoder(processor=processor, max_length=4096, length_policy="error")
     packer = Packer(max_tokens_per_row=10_000)
     here, there = (
-        [row for batch in prepared(encoder, [samples], join=packer, num_workers=workers) for row in batch.rows]
+        [row for batch in prepare_batches(encoder, [samples], join=packer, num_workers=workers) for row in batch.rows]
         for workers in (0, 2)
     )
     assert len(here) == len(there) == 1
@@ -219,6 +231,23 @@ def test_the_traceback_of_the_worker_is_told_where_it_is_no_fault_of_the_user(lo
     assert "in act\n    raise task" in caught.value.__notes__[0]
     with pytest.raises(RuntimeError, match=r"(?s)In a worker process:.*NoPickle: ab"):
         list(load(["no pickle"]))
+    with pytest.raises(Exception, match="lambda"):
+        list(load(["lambda"]))
+
+
+def test_a_task_that_does_not_pickle_waits_for_the_items_before_it(load: Load) -> None:
+    loader = load([1, 2, lambda: None])
+    assert [next(loader), next(loader)] == [1, 2]
+    with pytest.raises(Exception, match="lambda"):
+        next(loader)
+
+
+@BOTH_WAYS
+def test_an_error_of_joining_comes_as_itself_in_its_turn(num_workers: int) -> None:
+    batches = prepare_batches(act, [(1, 2), (3, "never")], join=join_numbers, num_workers=num_workers)
+    assert next(batches) == [1, 2]
+    with pytest.raises(DataError, match=r"^no number: never$"):
+        next(batches)
 
 
 @BOTH_WAYS
@@ -237,19 +266,100 @@ def test_an_error_of_the_tasks_waits_for_the_items_before_it(num_workers: int, l
 
 
 @pytest.mark.parametrize(
-    ("task", "cause"), [("die", r"SIGKILL, as when memory runs out"), (("exit", 3), "exit code 3")]
+    ("task", "cause"),
+    [("die", r"SIGKILL, as when memory runs out"), (("exit", 3), "exit code 3"), (("exit", 0), "exit code 0")],
 )
 def test_a_worker_that_dies_names_the_row_it_was_at(task: object, cause: str, load: Load) -> None:
-    loader = load([0, 1, 2, task, 4, 5, 6])
-    seen = []
+    loader = load([0, 1, 2, ("slowly", task), 4, 5, 6])
+    assert [next(loader) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(DataError) as caught:
-        for item in loader:
-            seen.append(item)
-    # what it had finished may die with it on its way here, but nothing comes out of turn
-    assert seen == [0, 1, 2][: len(seen)]
+        next(loader)
     message = str(caught.value)
-    assert message.startswith(f"<{task}>: the worker process that was preparing this row died ({cause}); leave the row")
+    row = place_of(("slowly", task))
+    assert message.startswith(f"{row}: the worker process that was preparing this row died ({cause}); leave the row")
     assert active_children() == []
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_killed_while_it_waits_blames_no_row_and_hangs_nobody(victim: int, load: Load) -> None:
+    # results larger than a pipe holds wait to be fetched, as while a training step runs
+    loader = load([np.zeros(3_000_000, dtype=np.uint8)] * 20)
+    next(loader)
+    time.sleep(1)
+    os.kill(sorted(worker.pid for worker in active_children())[victim], signal.SIGKILL)
+    with pytest.raises(
+        ConfigError, match=r"a worker process died while it waited \(SIGKILL, as when memory runs out\)"
+    ):
+        list(loader)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_process_that_asks(how: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import time\n"
+        "from multiprocessing import active_children\n"
+        "from operator import itemgetter\n"
+        "from looktwice.data.loader import prepare_batches\n"
+        'if __name__ == "__main__":\n'
+        "    batches = prepare_batches(abs, ([n] for n in range(99)), join=itemgetter(0), num_workers=1)\n"
+        "    next(batches)\n"
+        "    print(*[worker.pid for worker in active_children()], flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        [pid] = map(int, asking.stdout.readline().split())
+        asking.send_signal(how)
+    seconds_until(lambda: not is_alive(pid))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture
+def beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the DataLoader start its own thread, which pins; that itself is left out."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda *_: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda *_: 0)
+
+
+class Pinnable:
+    """A batch that says whether it was pinned."""
+
+    def __init__(self, items: list) -> None:
+        self.items, self.is_pinned = items, False
+
+    def pin_memory(self) -> Pinnable:
+        self.is_pinned = True
+        return self
+
+
+@pytest.mark.usefixtures("beside_a_gpu")
+def test_beside_a_gpu_batches_are_pinned_and_errors_still_come_in_their_turn() -> None:
+    large = np.zeros(3_000_000, dtype=np.uint8)
+    keys = [[large], [large], [DataError("d.jsonl:3: no")], *[[large]] * 20]
+    batches = prepare_batches(act, keys, join=Pinnable, num_workers=2, pin_memory=True)
+    assert [next(batches).is_pinned for _ in range(2)] == [True, True]
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"^d\.jsonl:3: no$"):
+        next(batches)
+    assert time.monotonic() - started < 30
+    assert active_children() == []
+
+
+def test_rows_are_pinned_by_what_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    row = pack([Example(input_ids=[1, 2], loss_mask=[False, True])])
+    [pinned] = PackedSamples([row], []).pin_memory().rows
+    assert pinned.input_ids.tolist() == [[2, 3]] and pinned.examples == row.examples
 
 
 def test_a_worker_that_cannot_start_does_not_blame_a_row(load: Load) -> None:
@@ -293,7 +403,7 @@ def test_closing_ends_workers_at_once_whatever_they_are_at(load: Load) -> None:
 
 
 def test_items_nobody_asks_for_any_more_end_the_workers() -> None:
-    loader = prepared(act, [[0], ["sleep"], ["sleep"]], join=itemgetter(0), num_workers=2)
+    loader = prepare_batches(act, [[0], ["sleep"], ["sleep"]], join=itemgetter(0), num_workers=2)
     assert next(loader) == 0
     del loader
     gc.collect()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from looktwice.checking.rows import Brief, Examiner, Findings, FrameEvidence, Rows
 from looktwice.config import CheckConfig
-from looktwice.data.loader import prepared
+from looktwice.data.loader import prepare_batches
 from looktwice.data.problems import Problem
 from looktwice.data.reasons import REASONS
 from looktwice.errors import DataError, counted
@@ -180,7 +180,7 @@ class Judge:
             num_workers = min(os.cpu_count() or 1, MOST_WORKERS) if is_worth_it else 0
         starts = range(0, len(file), CHUNK)
         chunks = ([Rows(file.path, start, min(start + CHUNK, len(file)))] for start in starts)
-        with closing(prepared(self.examiner, chunks, join=itemgetter(0), num_workers=num_workers)) as findings:
+        with closing(prepare_batches(self.examiner, chunks, join=itemgetter(0), num_workers=num_workers)) as findings:
             yield from findings
 
     def is_new(self, problem: Problem) -> bool:

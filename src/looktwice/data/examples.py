@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from looktwice.config import LengthPolicy
@@ -55,6 +55,10 @@ class PackedSamples(NamedTuple):
     rows: list[PackedBatch]
     refits: list[Refit]
 
+    def pin_memory(self) -> PackedSamples:
+        """The same with its rows in page-locked memory."""
+        return self._replace(rows=[row.pin_memory() for row in self.rows])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packer:
@@ -65,7 +69,9 @@ class Packer:
     def __call__(self, samples: Sequence[Encoded]) -> PackedSamples:
         examples = [sample.example for sample in samples if sample.example]
         refits = [sample.refit for sample in samples if sample.refit]
-        return PackedSamples(pack_rows(examples, self.max_tokens_per_row), refits)
+        rows = pack_rows(examples, self.max_tokens_per_row)
+        # what a row was packed from stays here: it would double what is sent
+        return PackedSamples([replace(row, examples=()) for row in rows], refits)
 
 
 @dataclass(frozen=True, kw_only=True)

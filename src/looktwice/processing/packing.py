@@ -5,12 +5,11 @@ Legend: T tokens of the row, S sequences, P patches, I distinct pictures, J plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,22 +52,11 @@ class PackedBatch:
         return {name: None if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()}
 
     def pin_memory(self) -> PackedBatch:
-        """The same in page-locked memory; torch's DataLoader calls this."""
+        """The same in page-locked memory, from which copies to a GPU do not wait."""
         pinned: dict[str, Any] = {
             name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **pinned)
-
-    def __reduce__(self) -> tuple[Callable[[dict[str, Any]], PackedBatch], tuple[dict[str, Any]]]:
-        """How it travels between processes: as arrays, because torch would send tensors over /dev/shm, whose size
-        containers limit. The examples stay where they were packed."""
-        arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return _arrived, ({**arrays, "examples": ()},)
-
-
-def _arrived(arrays: dict[str, Any]) -> PackedBatch:
-    tensors = {name: torch.from_numpy(value) for name, value in arrays.items() if isinstance(value, np.ndarray)}
-    return PackedBatch(**{**arrays, **tensors})
 
 
 def pack(examples: Sequence[Example]) -> PackedBatch:

@@ -14,7 +14,7 @@ import torch
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
 from looktwice.data.examples import Encoder, Packer
-from looktwice.data.loader import prepared, warm_up
+from looktwice.data.loader import prepare_batches, warm_up
 from looktwice.data.sample import Sample
 from looktwice.metrics import Recorder
 from looktwice.model.weights import pick_device
@@ -56,7 +56,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
         Recorder(
             config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="SFT", append=learner.step > 0
         ) as recorder,
-        closing(packed(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
+        closing(packed_batches(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
     ):
         recorder.console.print(run_table(learner, order, model))
         recorder.console.print(trained_table(learner))
@@ -75,7 +75,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     return save_final(learner, resolved)
 
 
-def packed(
+def packed_batches(
     learner: Learner,
     batches: Iterable[Sequence[Sample]],
     encoder: Encoder,
@@ -85,7 +85,7 @@ def packed(
 ) -> Generator[list[PackedBatch]]:
     """The packed rows of each batch, prepared ahead by the workers; samples that are too long are noted."""
     with closing(
-        prepared(
+        prepare_batches(
             encoder,
             batches,
             join=Packer(max_tokens_per_row=learner.max_tokens_per_row),
@@ -93,8 +93,8 @@ def packed(
             where=attrgetter("where"),
             pin_memory=learner.base.device.type == "cuda",
         )
-    ) as samples:
-        for rows, refits in samples:
+    ) as batches_of_rows:
+        for rows, refits in batches_of_rows:
             lengths.note(refits)
             yield rows
 
@@ -123,7 +123,7 @@ def evaluation_loss(
     total, num_tokens = 0.0, 0
     size = learner.config.train_batch_size
     batches = (samples[first : first + size] for first in range(0, len(samples), size))
-    with closing(packed(learner, batches, encoder, lengths, num_workers=num_workers)) as rows_of_batches:
+    with closing(packed_batches(learner, batches, encoder, lengths, num_workers=num_workers)) as rows_of_batches:
         for row in chain.from_iterable(rows_of_batches):
             total -= float(learner.score(row).logprobs.sum())
             num_tokens += row.num_loss_tokens
