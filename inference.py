@@ -2,8 +2,9 @@
 
 import sys
 
-from looktwice.cli import main
-from looktwice.inference import OvisInference as OvisInference
-
 if __name__ == "__main__":
+    from looktwice.cli import main
+
     sys.exit(main(["ask", *sys.argv[1:]]))
+else:  # as a command it judges its arguments before anything heavy is imported
+    from looktwice.inference import OvisInference as OvisInference

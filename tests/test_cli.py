@@ -266,14 +266,31 @@ def test_a_wrong_command_is_named(words, problem, refusal) -> None:
 # -- what works
 
 
-@pytest.mark.parametrize("words", [["--bf16", "True"], ["--bf16=true"], ["--no-bf16", "false"], ["--no-bf16=False"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--bf16", "True"], ["--bf16=true"], ["--bf16", "1"], ["--bf16=yes"], ["--no-bf16", "false"], ["--no-bf16=0"]],
+)
 def test_a_switch_may_be_written_with_its_value(words) -> None:
     assert train_configs(["--stage", "sft", *words])[3].bf16 is True
 
 
-@pytest.mark.parametrize("words", [["--bf16", "False"], ["--bf16=false"], ["--no-bf16", "true"]])
+@pytest.mark.parametrize("words", [["--bf16", "False"], ["--bf16=false"], ["--bf16", "0"], ["--no-bf16", "true"]])
 def test_a_switch_may_be_written_off_with_its_value(words) -> None:
     assert train_configs(["--stage", "sft", "--bf16", *words])[3].bf16 is False
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["train", "--bf16=maybe"], "--bf16 is 'maybe'; write --bf16 or --no-bf16"),
+        (["ask", "a.png", "Q", "--image_path", "b.png"], "a picture or a question is given twice"),
+        (["ask", "a.png", "Q", "--question", "R"], "a picture or a question is given twice"),
+        (["nope"], 'unknown command "nope". There are train, ask, data, export, demo.'),
+        (["train", "--min_pixels", "9", "--max_pixels", "5"], "min_pixels 9 is more than max_pixels 5; swap them"),
+    ],
+)
+def test_what_can_be_meant_in_two_ways_is_refused(words, problem, refusal) -> None:
+    assert refusal(words).startswith(problem)
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,6 +337,7 @@ SFT = ["train", "--stage", "sft", "--train_data", __file__, "--model_name", "tin
         ([*SFT, "--sft_output_dir", f"{__file__}/run"], f"{__file__}/run: cannot be made as a run folder ("),
         ([*SFT, "--resume_from_checkpoint", "none"], "none: no trainer_state.pt"),
         ([*SFT, "--attn_implementation", "flex_attention", "--device", "cpu"], "flex_attention has no backward"),
+        ([*SFT, "--attn_implementation", "flash_attention_2"], "flash_attention_2: flash-attn is not installed"),
         (
             ["train", "--stage", "grpo", "--train_data", __file__, "--sft_checkpoint", "tiny", "--reward", "robst"],
             'reward is "',

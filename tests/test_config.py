@@ -551,3 +551,10 @@ def test_help_says_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None
         "--image_base_path PATH ",
     ):
         assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("given", "towers"), [(True, "all"), ("True", "all"), (False, "none"), ("false", "none"), ("llm", "llm")]
+)
+def test_gradient_checkpointing_may_be_yes_or_no(given, towers) -> None:
+    assert SFTConfig(gradient_checkpointing=given).gradient_checkpointing == towers

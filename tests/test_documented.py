@@ -70,7 +70,7 @@ def test_the_documented_paths_are_the_defaults_and_named_first(
     assert run_script(script, *words) == 0
     output = capsys.readouterr()
     assert output.out.splitlines()[0] == f"{DEFAULTS} --batch_size 1 --gradient_accumulation_steps 8"
-    assert "1 of 8 samples (batch size 1 x 8 accumulated)" in output.err
+    assert "1 of up to 8 samples (batch size 1 x 8 accumulated)" in output.err
     assert (documented_folder / "outputs" / "sft" / "final_model" / "model.safetensors").is_file()
 
 
@@ -81,7 +81,7 @@ def test_stage_2_has_the_documented_defaults_too(
     assert run_script("train_grpo.py", *words, "--num_generations", 2) == 0
     output = capsys.readouterr()
     assert output.out.splitlines()[0] == f"{DEFAULTS} --batch_size 1 --gradient_accumulation_steps 8"
-    assert "1 of 8 samples (batch size 1 x 8 accumulated)" in output.err
+    assert "1 of up to 8 samples (batch size 1 x 8 accumulated)" in output.err
     assert (documented_folder / "outputs" / "grpo" / "final_model").is_dir()
 
 
@@ -99,8 +99,7 @@ def test_a_documented_path_that_is_not_there_is_named(
     assert capsys.readouterr().err.startswith(expected)
 
 
-def test_data_of_ones_own_need_no_documented_paths(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_data_of_ones_own_are_not_mixed_with_the_documented_paths(documented_folder, capsys) -> None:
     _, _, data, sft, _ = train_configs(["--as_documented", "--stage", "sft", "--train_data", "my.jsonl"])
     assert (data.train_data_path, data.val_data_path, data.image_base_path) == (Path("my.jsonl"), None, Path("."))
     assert (sft.train_batch_size, sft.gradient_accumulation_steps) == (1, 8)
@@ -126,7 +125,28 @@ def test_a_config_file_wins_over_the_documented_defaults(documented_folder) -> N
     (documented_folder / "data.json").write_text('{"train_data_path": "other.jsonl"}')
     *_, data, sft, _ = train_configs(["--as_documented", "--sft_config", "sft.json", "--data_config", "data.json"])
     assert (sft.train_batch_size, sft.gradient_accumulation_steps) == (1, 2)
-    assert (data.train_data_path, data.image_base_path) == (Path("other.jsonl"), Path("data/images"))
+    assert (data.train_data_path, data.val_data_path, data.image_base_path) == (Path("other.jsonl"), None, Path("."))
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--stage", "grpo", "--grpo_config", "g.json"], "--gradient_accumulation_steps 8"),
+        (["--stage", "both", "--sft_config", "g.json"], "--gradient_accumulation_steps 8 --grpo_batch_size 1"),
+        (["--stage", "both", "--grpo_batch_size", "2"], "--batch_size 1 --gradient_accumulation_steps 8"),
+        (["--stage", "grpo", "--grpo_batch_size", "2"], "--gradient_accumulation_steps 8"),
+    ],
+)
+def test_the_defaults_that_are_printed_are_those_that_hold(words, shown, documented_folder, capsys) -> None:
+    (documented_folder / "g.json").write_text('{"train_batch_size": 2}')
+    train_configs(["--as_documented", *words])
+    assert capsys.readouterr().out == f"{DEFAULTS} {shown}\n"
+
+
+def test_a_missing_stage_1_is_told_with_its_mend(documented_folder, run_script, capsys) -> None:
+    assert run_script("train_grpo.py") == 1
+    expected = "looktwice: outputs/sft/final_model: no such model folder; run stage 1 first, or name the model to start"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_looktwice_train_keeps_its_own_defaults() -> None:
@@ -202,12 +222,38 @@ def test_the_thinking_budget_can_be_switched_off(values, budget) -> None:
     assert InferenceConfig(**values).enforced_budget == budget
 
 
+@pytest.mark.parametrize(
+    ("config", "call", "temperature"),
+    [
+        ({"do_sample": True, "temperature": 0.7}, {"temperature": 0}, 0.0),
+        ({"do_sample": False}, {"temperature": 0.7}, 0.7),
+        ({"temperature": 0}, {"do_sample": True}, 1.0),
+        ({"temperature": 0.7}, {"do_sample": True}, 0.7),
+        ({"temperature": 0.7}, {"do_sample": False}, 0.0),
+        ({"do_sample": True, "temperature": 0.7}, {"top_p": 0.5}, 0.7),
+    ],
+)
+def test_what_is_given_in_a_call_wins_over_the_config(config, call, temperature) -> None:
+    assert InferenceConfig(**config).answer(**call).sampling_temperature == temperature
+
+
+def test_a_setting_of_loading_is_refused_in_a_call_with_its_place(inference, image: Image.Image) -> None:
+    with pytest.raises(ConfigError, match=r"max_pixels is set when the model is loaded: InferenceConfig\(max_pixels="):
+        inference.generate(image, "What is it?", max_pixels=100)
+
+
 def test_an_unknown_generation_parameter_names_the_nearest(inference, image: Image.Image) -> None:
     with pytest.raises(ConfigError, match='unknown setting "temprature" of .* Did you mean "temperature"'):
         inference.generate(image, "What is it?", temprature=1)
 
 
 # -- the files it names
+
+
+def test_the_inference_script_judges_its_arguments_before_it_loads_anything() -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "inference.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "looktwice: a picture and a question are needed" in done.stderr and " torch" not in done.stderr
 
 
 def test_the_crop_tool_can_be_imported_from_the_root() -> None:

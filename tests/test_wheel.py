@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+PARTS = {"pydantic_core", "markupsafe", "tokenizers"}
+"""Packages that come with pydantic, jinja2 and transformers."""
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -45,6 +50,34 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [site] = (folder / "venv").glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     return programs
+
+
+def test_the_wheel_names_every_package_that_it_imports(environment: Path) -> None:
+    # the environment borrows what is installed here, so a name that is missing would not be missed
+    [metadata] = environment.parent.glob("lib/python*/site-packages/looktwice-*.dist-info/METADATA")
+    named = re.findall(r"^Requires-Dist: ([\w-]+)", metadata.read_text(encoding="utf-8"), re.MULTILINE)
+    imported = {
+        name.split(".")[0]
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in names_imported(node)
+    }
+    third_party = imported - sys.stdlib_module_names - {"looktwice", "vllm"}  # vllm: another environment's
+    homes = packages_distributions() | {"flash_attn": ["flash-attn"]}
+    missing = {
+        name for name in third_party if not {canonical(home) for home in homes[name]} & set(map(canonical, named))
+    }
+    assert len(third_party) > 10 and missing <= PARTS
+
+
+def names_imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_the_tiny_model_answers_from_the_wheel(environment: Path, tmp_path: Path) -> None:

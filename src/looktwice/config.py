@@ -57,6 +57,11 @@ def split_pairs(value: Any) -> Any:
     return pairs
 
 
+def all_or_none(value: Any) -> Any:
+    """Yes as `all` and no as `none`, as other trainers write it; other values stay."""
+    return {"true": "all", "false": "none"}.get(str(value).lower(), value)
+
+
 def check_file_size(value: str) -> str:
     """A size such as 500MB, as it is."""
     if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?(KB|MB|GB)", value):
@@ -121,6 +126,14 @@ class SampleConfig(Config):
     crop_max_pixels: Positive | None = knob(None, "most pixels of a resized crop")
     box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls; default: the checkpoint's (original_px)")
     max_length: Positive = knob(16384, "tokens of one sample, or of a prompt in stage 2")
+
+    @model_validator(mode="after")
+    def _check_pixels(self) -> SampleConfig:
+        for low, high in (("min_pixels", "max_pixels"), ("crop_min_pixels", "crop_max_pixels")):
+            fewest, most = getattr(self, low), getattr(self, high)
+            if fewest and most and fewest > most:
+                raise ValueError(f"{low} {fewest} is more than {high} {most}; swap them")
+        return self
 
     @property
     def pixel_bounds(self) -> dict[str, int | None]:
@@ -212,8 +225,8 @@ class StageConfig(Config):
     modules_to_save: Annotated[tuple[WholePart, ...], BeforeValidator(split_commas)] = knob(
         (), "parts trained whole beside LoRA: visual_head, visual_table"
     )
-    gradient_checkpointing: Literal["auto", "none", "llm", "vit", "all"] = knob(
-        "auto", "layers recomputed in backward; auto: all on a GPU, none on a CPU"
+    gradient_checkpointing: Annotated[Literal["auto", "none", "llm", "vit", "all"], BeforeValidator(all_or_none)] = (
+        knob("auto", "layers recomputed in backward; auto: all on a GPU, none on a CPU")
     )
     memory_efficient: bool = knob(False, "all layers recomputed, one sample a row: slower, same result")
     max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward; a batch becomes as many as it needs")
@@ -239,7 +252,7 @@ class SFTConfig(StageConfig):
     """Stage 1: supervised fine-tuning."""
 
     output_dir: Path = knob(Path("outputs/sft"), "run folder", flag="sft_output_dir")
-    num_workers: NonNegativeInt | None = knob(None, "processes preparing samples ahead; default: 4 on a GPU, else 0")
+    num_workers: NonNegativeInt | None = knob(None, "processes preparing samples; default: up to 4 on a GPU, else 0")
     num_train_epochs: NonNegative = knob(3.0, "passes over the training data", flag="num_epochs")
 
 
@@ -312,7 +325,7 @@ GRPO_PRESETS: dict[str, dict[str, Any]] = {
 """What `--preset` changes besides the defaults above (VLM-R3, arXiv 2505.16192, and its released trainer)."""
 
 
-class GenerationConfig(Config):
+class AnswerConfig(Config):
     """How an answer is generated; `OvisInference.generate` takes these for one call too."""
 
     max_new_tokens: Positive = knob(3072, "sampled tokens of an answer")
@@ -328,7 +341,7 @@ class GenerationConfig(Config):
     seed: int = knob(42, "seed of sampling")
 
     @model_validator(mode="after")
-    def _check_temperature(self) -> GenerationConfig:
+    def _check_temperature(self) -> AnswerConfig:
         if self.do_sample and self.temperature == 0 and "temperature" in self.model_fields_set:
             raise ValueError("temperature 0 is greedy and do_sample samples; leave one of them out")
         return self
@@ -346,7 +359,7 @@ class GenerationConfig(Config):
         return self.thinking_budget if self.enable_thinking_budget else None
 
 
-class InferenceConfig(GenerationConfig):
+class InferenceConfig(AnswerConfig):
     """Asking a model."""
 
     model_path: str = knob("outputs/grpo/final_model", "model folder or hub name; `tiny` is the built-in small model")
@@ -357,10 +370,17 @@ class InferenceConfig(GenerationConfig):
     quantization: Quantization = knob("none", "4 bits (nf4) or 8 for the language model")
     device: str | None = knob(None, DEVICE_HELP)
 
-    def generation(self, **given: Any) -> GenerationConfig:
-        """How one call generates: `given` first, then what was set here. Raises ConfigError as the class does."""
-        own = {name: getattr(self, name) for name in GenerationConfig.model_fields if name in self.model_fields_set}
-        return GenerationConfig(**{**own, **given})
+    def answer(self, **given: Any) -> AnswerConfig:
+        """How one call answers: `given` first, then what was set here. Raises ConfigError as the class does."""
+        for name in given.keys() & InferenceConfig.model_fields.keys() - AnswerConfig.model_fields.keys():
+            raise ConfigError(f"{name} is set when the model is loaded: InferenceConfig({name}=...)")
+        own = {name: getattr(self, name) for name in AnswerConfig.model_fields if name in self.model_fields_set}
+        # what is given decides alone whether to sample
+        if "temperature" in given:
+            own.pop("do_sample", None)
+        if given.get("do_sample") and not self.temperature:
+            own.pop("temperature", None)
+        return AnswerConfig(**{**own, **given})
 
 
 class ConvertConfig(Config):

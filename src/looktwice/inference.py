@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from looktwice.answers import extract_answer, split_thinking
-from looktwice.config import GenerationConfig, InferenceConfig
+from looktwice.config import AnswerConfig, InferenceConfig
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
@@ -63,7 +63,7 @@ class OvisInference:
         """The answer to one question about a picture (a path or a PIL picture), a video, or neither.
 
         `video` is a path, of which `num_frames` are seen, or a list of frames, which are all seen. Crops are cut from
-        pictures only. `generation` are fields of GenerationConfig that hold for this call, such as `temperature=0.7`.
+        pictures only. `generation` are fields of AnswerConfig that hold for this call, such as `temperature=0.7`.
 
         Keys: `response` (all the model wrote), `parsed` (`think_content`, `answer_content`, `grounding`), `crops`
         (each call's `box` in original pixels and `error`), `stop_reason`, `picture` (what was shown: sizes in pixels
@@ -78,15 +78,15 @@ class OvisInference:
 
     def generate_batch(self, questions: Sequence[Question], **generation: Any) -> list[dict[str, Any]]:
         """Answers to many questions, all advancing together; a video is given as VideoPart in the picture's place."""
-        finished = self._finished(questions, None, self.config.generation(**generation))
+        finished = self._finished(questions, None, self.config.answer(**generation))
         return [report(done.trajectory, *done.prompt.images[:1]) for done in finished]
 
     def play(self, questions: Sequence[Question], look: Look | None = None) -> list[Trajectory]:
         """The finished rollouts of the questions; `look` replaces the crop tool."""
-        return [done.trajectory for done in self._finished(questions, look, self.config.generation())]
+        return [done.trajectory for done in self._finished(questions, look, self.config.answer())]
 
     def _finished(
-        self, questions: Sequence[Question], look: Look | None, generation: GenerationConfig
+        self, questions: Sequence[Question], look: Look | None, generation: AnswerConfig
     ) -> Iterator[Episode]:
         """Episodes at their end: `batch_size` advance together, and only their pictures are held in memory."""
         rules = EpisodeRules(

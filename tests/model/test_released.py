@@ -591,3 +591,38 @@ def test_the_model_card_s_examples_run_with_transformers_alone_imported(model_fo
     assert [line for line in told if line[-1] == "str"] == [["IMAGES", "str"], ["VIDEO", "str"], ["TEXT", "str"]]
     # what is saved is what looktwice saves, no copy of its code
     assert {file.name for file in again.glob("*.py")} == {"configuration_ovis2_5.py", "modeling_ovis2_5.py"}
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(released: Ovis2_5ForConditionalGeneration) -> None:
+    model = copy.deepcopy(released)
+    model.compile(backend="eager")
+    twin = copy.deepcopy(model)
+    assert twin._compiled_call_impl is None
+    assert pickle.loads(pickle.dumps(model))._compiled_call_impl is None
+
+
+def test_the_tokenizer_comes_from_where_the_weights_came(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "inner")
+    loaded = Ovis2_5ForConditionalGeneration.from_pretrained(
+        pretrained_model_name_or_path=str(tmp_path), subfolder="inner"
+    )
+    assert loaded.text_tokenizer.get_vocab() == load_model(str(model_folder)).text_tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("item", "problem"),
+    [
+        ({"type": "text", "text": None}, "text is None; give a text"),
+        ({"type": "image", "image": None}, "image is None"),
+    ],
+)
+def test_nothing_in_a_part_is_named(released: Ovis2_5ForConditionalGeneration, item: dict, problem: str) -> None:
+    with pytest.raises(DataError, match=rf"messages\[0\]\.content\[0\]: {problem}"):
+        released.preprocess_inputs([{"role": "user", "content": [item]}])
+
+
+def test_pixels_and_grids_go_together(released: Ovis2_5ForConditionalGeneration, image: Image.Image) -> None:
+    ids, pixels, grids = released.preprocess_inputs(ask(image, "What is it?"))
+    for given in ({"pixel_values": pixels}, {"grid_thws": grids}):
+        with pytest.raises(ConfigError, match="pixel_values and grid_thws go together"):
+            released.generate(inputs=ids, max_new_tokens=2, **given)

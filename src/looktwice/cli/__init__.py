@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -16,8 +15,6 @@ VERBS = {"train": train.run, "ask": ask.run, "data": data.run, "export": export.
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0, 1 after an error a user can mend, 130 when interrupted."""
-    # on a CPU it warns at import about a faster kernel that nothing here needs
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     words = list(sys.argv[1:] if words is None else words)
     if words == ["--version"]:
         print(f"looktwice {__version__}")

@@ -17,6 +17,8 @@ Command = Callable[[Sequence[str]], int | None]
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 """Names and options of an argument that no config field stands for, as `add_argument` takes them."""
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""Words that may stand behind a switch."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,11 +47,13 @@ class Parser(argparse.ArgumentParser):
         }
         written: list[str] = []
         for word in words:
-            flag, _, value = word.rpartition("=")
-            if not flag and written and written[-1] in switches and value.lower() in ("true", "false"):
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            if not flag and written and written[-1] in switches and value.lower() in TRUTH:
                 flag = written.pop()
-            if flag in switches and value.lower() in ("true", "false"):
-                word = flag if value.lower() == "true" else _opposite(flag)
+            if flag in switches and (equals or value):
+                if value.lower() not in TRUTH:
+                    raise ConfigError(f"{flag} is {value!r}; write {flag} or {_opposite(flag)}")
+                word = flag if TRUTH[value.lower()] else _opposite(flag)
             written.append(word)
         return written
 
@@ -76,7 +80,8 @@ def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[s
             print(f"  {name:{width}} {(command.__doc__ or '').splitlines()[0]}")
         return 0
     if arguments[0] not in commands:
-        raise ConfigError(f'unknown command "{arguments[0]}".{nearest(arguments[0], commands)}')
+        hint = nearest(arguments[0], commands) or f" There are {', '.join(commands)}."
+        raise ConfigError(f'unknown command "{arguments[0]}".{hint}')
     return commands[arguments[0]](arguments[1:]) or 0
 
 

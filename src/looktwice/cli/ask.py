@@ -27,6 +27,8 @@ def run(words: Sequence[str]) -> None:
         argument("--question", help="the question, as a flag"),
         argument("--output_json", type=Path, help="also write the answer to this file"),
     )
+    if (given["image_path"] and given["image"]) or (given["question"] and given["text"]):
+        raise ConfigError("a picture or a question is given twice, with a flag and without; leave one out")
     image, question = given["image_path"] or given["image"], given["question"] or given["text"]
     if not image or not question:
         raise ConfigError('a picture and a question are needed: looktwice ask photo.jpg "What does the sign say?"')

@@ -8,7 +8,7 @@ from typing import Any
 
 from looktwice.cli.arguments import Parser, add_flags
 from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
-from looktwice.errors import ConfigError
+from looktwice.errors import CheckpointError, ConfigError
 from looktwice.paths import check_run_folder
 from looktwice.training.start import check_request
 
@@ -29,7 +29,10 @@ DOCUMENTED_PATHS = {
     "val_data_path": Path("data/val.jsonl"),
     "image_base_path": Path("data/images"),
 }
+BOTH_STAGES = {"": "sft_config", "grpo_": "grpo_config"}
+"""The config files of both stages, by the prefix of the flags that set a knob for that one alone."""
 DOCUMENTED_BATCH = {"train_batch_size": 1, "gradient_accumulation_steps": 8}
+NO_STAGE_1 = "no such model folder; run stage 1 first, or name the model to start from with --sft_checkpoint"
 PATHS_MEND = "put it there, or name your data: --train_data FILE --image_base_path FOLDER, and --val_data FILE if any"
 
 
@@ -37,6 +40,8 @@ def run(words: Sequence[str]) -> None:
     """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
     stage, model, data, sft, grpo = train_configs(words)
     if stage == "grpo":
+        if "sft_checkpoint_path" not in grpo.model_fields_set and not grpo.sft_checkpoint_path.exists():
+            raise CheckpointError(f"{grpo.sft_checkpoint_path}: {NO_STAGE_1}")
         check_request(str(grpo.sft_checkpoint_path), model, data, grpo)
     else:
         check_request(model.model_name, model, data, sft)
@@ -115,21 +120,21 @@ def given_values(file_flag: str, stage: str, flags: Mapping[str, Any]) -> dict[s
 def documented_defaults(stage: str, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The defaults of the documented scripts for what `values` leave open, by config file; those used are printed.
 
-    The data paths belong together: with training data of one's own, the other two are taken where they exist. Raises
-    ConfigError for a path that is not there.
+    The data paths belong together: none is taken beside training data of one's own. Raises ConfigError for one that is
+    not there.
     """
-    given = values["data_config"]
-    paths = {name: path for name, path in DOCUMENTED_PATHS.items() if name not in given}
-    for name, path in list(paths.items()):
-        if not path.exists():
+    paths = {} if "train_data_path" in values["data_config"] else dict(DOCUMENTED_PATHS)
+    shown: dict[str, object] = {}
+    for name in sorted(paths.keys() - values["data_config"].keys(), key=list(paths).index):
+        shown[flag_of(DataConfig, name)] = paths[name]
+        if not paths[name].exists():
             flag = flag_of(DataConfig, name)
-            if "train_data_path" in given:
-                del paths[name]
-            else:
-                raise ConfigError(f"{path}: not there, and it is the documented default of --{flag}; {PATHS_MEND}")
-    shown: dict[str, object] = {flag_of(DataConfig, name): path for name, path in paths.items()}
-    of_stage = values["grpo_config" if stage == "grpo" else "sft_config"]
-    shown |= {flag_of(SFTConfig, name): size for name, size in DOCUMENTED_BATCH.items() if name not in of_stage}
+            raise ConfigError(f"{paths[name]}: not there, and it is the documented default of --{flag}; {PATHS_MEND}")
+    for prefix, file_flag in {"sft": {"": "sft_config"}, "grpo": {"": "grpo_config"}}.get(stage, BOTH_STAGES).items():
+        for name, size in DOCUMENTED_BATCH.items():
+            flag = flag_of(SFTConfig, name)
+            if name not in values[file_flag] and flag not in shown:
+                shown[f"{prefix}{flag}"] = size
     if shown:
         print("documented defaults:", " ".join(f"--{flag} {value}" for flag, value in shown.items()))
     return {"model_config": {}, "data_config": paths, "sft_config": DOCUMENTED_BATCH, "grpo_config": DOCUMENTED_BATCH}

@@ -30,7 +30,7 @@ from looktwice.messages import THINK_CLOSE, THINK_OPEN, Conversation, ImagePart,
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.location import WEIGHT_FILES, adapter_base, local_adapter, locate
 from looktwice.processing.chat_template import EARLY_STOP
-from looktwice.processing.image_processor import own_settings
+from looktwice.processing.image_processor import HUB_ARGUMENTS, own_settings
 from looktwice.processing.images import normalise
 from looktwice.processing.processor import Ovis2_5Processor
 
@@ -46,6 +46,8 @@ PLACEHOLDERS = ("<image>", "<video>")
 class ReleasedCalls:
     """Mixed into the model's class, before transformers' GenerationMixin."""
 
+    hub_arguments: Mapping[str, Any] = {}
+    """What was said at loading of where the files come from, such as `revision`: the tokenizer comes from there too."""
     adapter_folder: str | None = None
     """Of the LoRA adapter on the model, if one was loaded: its tokenizer and pixel policy come before the base's."""
 
@@ -64,15 +66,18 @@ class ReleasedCalls:
                 "this model comes from no folder, so it has no tokenizer; load it with from_pretrained, or set "
                 "model.processor to an Ovis2_5Processor"
             )
-        folder = locate(name)
-        processor = Ovis2_5Processor.from_pretrained(folder)
-        if not own_settings(folder):
+        said = {} if name == self.adapter_folder else dict(self.hub_arguments)
+        folder = name if said else locate(name)
+        processor = Ovis2_5Processor.from_pretrained(folder, **said)
+        if not own_settings(folder, **said):
             processor.policy = RELEASED_PIXELS
         return processor
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is without the processor and reads it anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "processor"}
+        state: Any = super().__getstate__()
+        state.pop("processor", None)
+        return state
 
     @property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -80,7 +85,7 @@ class ReleasedCalls:
         return self.processor.tokenizer
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """transformers' own; of a LoRA adapter's folder it gives the base with the adapter in place.
 
         Told to trust the files of a folder, transformers gives a config of the class that stands there
@@ -89,9 +94,13 @@ class ReleasedCalls:
         """
         if isinstance(config, PretrainedConfig) and not isinstance(config, Ovis2_5Config):
             config = own_config(config)
-        adapter = None if path is None else local_adapter(path)
+        path = pretrained_model_name_or_path
+        said = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name)}
+        adapter = None if path is None or "subfolder" in said else local_adapter(path)
         if adapter is None or any((adapter / name).is_file() for name in WEIGHT_FILES):
-            return super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
+            loaded = super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
+            (loaded[0] if isinstance(loaded, tuple) else loaded).hub_arguments = said
+            return loaded
         # transformers takes a folder with a config.json for a whole model
         kwargs.pop("adapter_kwargs", None)
         base = locate(adapter_base(adapter))
@@ -142,7 +151,7 @@ class ReleasedCalls:
         grid_thws: Tensor | None = None,
         enable_thinking: bool = False,
         enable_thinking_budget: bool = False,
-        thinking_budget: int = 1024,
+        thinking_budget: int | None = 1024,
         streamer: Any = None,
         **options: Any,
     ) -> Any:
@@ -155,6 +164,8 @@ class ReleasedCalls:
         ids = options.pop("input_ids", None) if inputs is None else inputs
         if ids is None:
             raise ConfigError("generate was given no prompt; give inputs=, the ids that preprocess_inputs returned")
+        if (options.get("pixel_values") is None) != (grid_thws is None and "image_grid_thw" not in options):
+            raise ConfigError("pixel_values and grid_thws go together; give both as preprocess_inputs returned them")
         if grid_thws is not None:
             options["image_grid_thw"] = grid_thws
         pad_id, end_ids = self.text_tokenizer.pad_token_id, self.processor.end_ids
@@ -173,11 +184,11 @@ class ReleasedCalls:
         written.sequences = written.sequences[:, ids.shape[1] :]
         return written
 
-    def _thinking_limit(self: Any, num_prompt: int, budget: int, max_new_tokens: int | None) -> ThinkingBudget:
+    def _thinking_limit(self: Any, num_prompt: int, budget: int | None, max_new_tokens: int | None) -> ThinkingBudget:
         """Raises ConfigError unless an answer has room after the budget and the text that closes thinking."""
         template = self.processor.template
         closing_ids = template.encode(EARLY_STOP)
-        if budget < 1:
+        if budget is None or budget < 1:
             raise ConfigError(f"thinking_budget is {budget}; it must be 1 or more, or leave enable_thinking_budget out")
         if max_new_tokens is None or max_new_tokens <= budget + len(closing_ids):
             raise ConfigError(
@@ -221,8 +232,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     Content is a text, or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": picture or path}` and
     `{"type": "video", "video": frames or path}`; pictures come in lists alone. `<image>` and `<video>` are removed from
     texts, and so is what an assistant thought. An assistant's list of texts is kept, which the released template loses
-    by a slip. Raises DataError that names the message, ConfigError for a video beside
-    pictures.
+    by a slip. Raises DataError that names the message, ConfigError for a video beside pictures.
     """
     return Conversation(messages=tuple(_message(f"messages[{n}]", written) for n, written in enumerate(messages)))
 
@@ -247,11 +257,15 @@ def _part(where: str, item: Any) -> TextPart | ImagePart | VideoPart:
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind not in ("text", "image", "video") or kind not in item:
         raise DataError(f'{where} is {item!r:.80}; give {{"type": "text", "text": ...}}, or image or video likewise')
+    if kind != "text" and item[kind] is None:
+        raise DataError(f"{where}: {kind} is None; give a picture, a path, or for a video its frames")
     if kind == "image":
         return ImagePart(source=item["image"])
     if kind == "video":
         return VideoPart(source=item["video"])
     text = item["text"]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: text is {text!r:.80}; give a text")
     for placeholder in PLACEHOLDERS:
         text = text.replace(placeholder, "")
     return TextPart(text=text)

@@ -49,7 +49,9 @@ def run_table(learner: Learner, order: BatchOrder, model: ModelConfig) -> Table:
     batch = f"batch size {config.train_batch_size} x {config.gradient_accumulation_steps} accumulated"
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("samples", f"{order.num_samples:,}")
-    table.add_row("steps", f"{order.total_steps:,} of {order.samples_per_step} samples ({batch})")
+    # the last step of a pass may be short
+    limit = "up to " * (order.num_samples % order.samples_per_step > 0)
+    table.add_row("steps", f"{order.total_steps:,} of {limit}{order.samples_per_step:,} samples ({batch})")
     if isinstance(config, GRPOConfig):
         table.add_row("rollouts", f"{config.num_generations} of each sample")
     table.add_row("attention", ", ".join(sorted(attention)) + " (auto)" * (model.attn_implementation == "auto"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,6 +74,8 @@ def check_attention(model: ModelConfig, device: str) -> None:
     """Raise ConfigError for an attention that cannot train on the device."""
     if model.attn_implementation == "flex_attention" and device.startswith("cpu"):
         raise ConfigError("flex_attention has no backward on a CPU; use --attn_implementation sdpa")
+    if model.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ConfigError("flash_attention_2: flash-attn is not installed; install looktwice[flash] or use auto")
 
 
 def state_file(folder: Path) -> Path:
