@@ -1,4 +1,4 @@
-"""What data costs before and between the steps: opening a set, its first batch, and preparing a picture."""
+"""What data costs before and between the steps: opening a set, its first batch, preparing a picture, workers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import tempfile
 import time
 from contextlib import closing
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 from measure import medians, publish
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 import looktwice
 from looktwice.checking.check import judge
@@ -22,8 +24,9 @@ from looktwice.config import CheckConfig
 from looktwice.data.examples import Encoder, Packer
 from looktwice.data.loader import prepare_batches
 from looktwice.data.order import BatchOrder
+from looktwice.data.sample import Sample
 from looktwice.formats.files import RowFile
-from looktwice.formats.sample_file import SampleFile
+from looktwice.formats.sample_file import SampleFile, read_samples
 from looktwice.geometry import Size
 from looktwice.processing.image_processor import Ovis2_5ImageProcessor
 from looktwice.processing.images import open_image
@@ -36,6 +39,7 @@ NUM_IMAGES = 8
 NUM_ROWS_CHECKED = 2_000
 REPEATS_OF_CHECK = 5
 SAMPLES_PER_STEP = 16
+NUM_LARGE, LARGE_BATCH, REPEATS_OF_WORKERS = 160, 4, 5
 SIZES = (Size(640, 480), Size(640, 427), Size(480, 640), Size(500, 375), Size(1024, 768))
 
 
@@ -52,6 +56,7 @@ def main() -> None:
                 "open_1m_rows_mb": opened["megabytes"],
                 "first_batch_s": first_batch["finished"] - first_batch["started"],
                 "preprocess_vs_pillow": preprocess_vs_pillow(folder),
+                **workers_vs_plain(folder),
                 **check_rows_per_s(folder),
             }
         )
@@ -92,6 +97,55 @@ def first_batch(path: str) -> None:
         finished = time.time()
     assert sum(row.num_loss_tokens for row in batch.rows)
     print(json.dumps({"finished": finished}))
+
+
+def workers_vs_plain(folder: Path) -> dict[str, float]:
+    """Large pictures a second from two workers, in times of a plain DataLoader's over /dev/shm, and what an item costs
+    the process that asks. From the first batch on; medians of interleaved repeats."""
+    for number in range(NUM_IMAGES):
+        write_photo(folder / f"{number}.jpg", Size(896, 896))
+    path = write_set(folder / "large.jsonl", NUM_LARGE)
+    processor = Ovis2_5Processor.from_pretrained(TINY_MODEL)
+    processor.policy = processor.policy.override(image_max_pixels=896 * 896)
+    encoder = Encoder(processor=processor, max_length=100_000, length_policy="error")
+    samples = read_samples(path, folder)
+    batches = [samples[first : first + LARGE_BATCH] for first in range(0, NUM_LARGE, LARGE_BATCH)]
+    packer = Packer(max_tokens_per_row=100_000)
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    costs = []
+    for _ in range(REPEATS_OF_WORKERS):
+        for name, seconds in rates.items():
+            ours = prepare_batches(encoder, batches, join=packer, num_workers=2, where=attrgetter("where"))
+            plain = DataLoader(
+                Encoded(encoder),
+                batch_sampler=batches,
+                collate_fn=packer,
+                num_workers=2,
+                multiprocessing_context="forkserver",
+            )
+            with closing(ours) as prepared:
+                iterator = prepared if name == "ours" else iter(plain)
+                next(iterator)
+                started, cpu_started = time.perf_counter(), time.process_time()
+                num_items = sum(len(batch.rows[0].cu_seqlens) - 1 for batch in iterator)
+                seconds.append(num_items / (time.perf_counter() - started))
+                costs += [1000 * (time.process_time() - cpu_started) / num_items] if name == "ours" else []
+    medians_of = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "workers_items_per_s": medians_of["ours"],
+        "workers_vs_plain": medians_of["ours"] / medians_of["plain"],
+        "workers_ms_an_item_in_the_asking_process": statistics.median(costs),
+    }
+
+
+class Encoded(Dataset):
+    """A plain map-style dataset."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __getitem__(self, sample: Sample) -> object:
+        return self.encoder(sample)
 
 
 def preprocess_vs_pillow(folder: Path) -> float:
