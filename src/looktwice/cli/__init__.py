@@ -20,7 +20,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"looktwice {__version__}")
         return 0
     try:
-        return run_one("looktwice", VERBS, words)
+        return run_one("looktwice", VERBS, words, also=", or looktwice --version")
     except LooktwiceError as error:
         print(f"looktwice: {error}", file=sys.stderr)
         return 1

@@ -71,10 +71,10 @@ def _with_underscores(argument: str) -> str:
     return f"{start}{flag.removeprefix(start).replace('-', '_')}{equals}{value}"
 
 
-def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
+def run_one(program: str, commands: Mapping[str, Command], arguments: Sequence[str], *, also: str = "") -> int:
     """Run the command that the first argument names, or say which there are, and give its exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: {program} {{{','.join(commands)}}} ...\n")
+        print(f"usage: {program} {{{','.join(commands)}}} [--help] ...{also}\n")
         width = max(map(len, commands))
         for name, command in commands.items():
             print(f"  {name:{width}} {(command.__doc__ or '').splitlines()[0]}")
