@@ -58,7 +58,7 @@ def split_pairs(value: Any) -> Any:
 
 
 def all_or_none(value: Any) -> Any:
-    """Yes as `all` and no as `none`, as other trainers write it; other values stay."""
+    """True as `all` and false as `none`, as other trainers write it; other values stay."""
     return {"true": "all", "false": "none"}.get(str(value).lower(), value)
 
 

@@ -14,11 +14,7 @@ COMPRESSIONS = (".gz", ".zst")
 
 def check_data_file(path: Path) -> None:
     """Raise DataError, naming the nearest file beside it, when there is no file to read rows from."""
-    try:
-        is_there = path.exists()
-    except OSError as error:
-        raise DataError(f"{path}: the data file cannot be read ({error.strerror}); check path and rights") from error
-    if not is_there:
+    if not os.path.exists(path):
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such data file; check the path.{nearest(path.name, siblings)}")
     if path.is_dir():
@@ -35,7 +31,7 @@ def check_image_folder(path: Path) -> None:
 
 def check_shown_file(path: str) -> None:
     """Raise ImageError when there is no file to show, whatever it holds."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise ImageError(f"{path}: no such picture or video; check the path", "missing")
     if Path(path).is_dir():
         raise ImageError(f"{path}: a folder, not a picture or video; name the file", "missing")
@@ -64,16 +60,17 @@ def check_output_file(path: Path | None, flag: str, inputs: Iterable[Path | None
     """Make sure that a result can be written there, and over no file that is read. Raises ConfigError when not."""
     if path is None:
         return
-    if any(one and one.exists() and path.exists() and one.samefile(path) for one in inputs):
+    is_there = os.path.exists(path)  # of a name that is too long Path.exists raises an error
+    if is_there and any(one and os.path.exists(one) and one.samefile(path) for one in inputs):
         raise ConfigError(f"{flag} {path}: a file that is read; give another path")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if os.path.isdir(path) or not folder.is_dir() or not os.access(path if is_there else folder, os.W_OK):
         raise ConfigError(f"{flag} {path}: cannot be written; give another path")
 
 
 def check_run_folder(folder: Path) -> None:
     """Raise ConfigError when a run cannot write there. Nothing is made yet."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = f"{there} is no folder" if not there.is_dir() else f"no right to write in {there}"
         raise ConfigError(f"{folder}: cannot be made as a run folder ({reason}); give another one")

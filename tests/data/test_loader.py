@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import active_children
@@ -248,6 +249,28 @@ def test_an_error_of_joining_comes_as_itself_in_its_turn(num_workers: int) -> No
     assert next(batches) == [1, 2]
     with pytest.raises(DataError, match=r"^no number: never$"):
         next(batches)
+
+
+def test_an_error_of_the_tasks_need_not_pickle(load: Load) -> None:
+    def tasks() -> Iterator[int]:
+        yield 1
+        raise NoPickle("a", "b")
+
+    loader = load(tasks())
+    assert next(loader) == 1
+    with pytest.raises(NoPickle, match="^ab$"):
+        next(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_nothing_is_left_in_the_temporary_folder(
+    num_workers: int, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    loader = load(range(9), num_workers=num_workers)
+    next(loader)
+    loader.close()
+    assert list(tmp_path.glob("looktwice-*")) == []
 
 
 @BOTH_WAYS

@@ -601,6 +601,12 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(released: Ovis
     assert pickle.loads(pickle.dumps(model))._compiled_call_impl is None
 
 
+def test_a_token_of_the_hub_goes_into_no_pickle(model_folder: Path) -> None:
+    loaded = Ovis2_5ForConditionalGeneration.from_pretrained(str(model_folder), token="hf_secret")
+    assert loaded.hub_arguments == {"token": "hf_secret"}
+    assert b"hf_secret" not in pickle.dumps(loaded)
+
+
 def test_the_tokenizer_comes_from_where_the_weights_came(model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "inner")
     loaded = Ovis2_5ForConditionalGeneration.from_pretrained(

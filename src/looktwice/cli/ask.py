@@ -27,6 +27,8 @@ def run(words: Sequence[str]) -> None:
         argument("--question", help="the question, as a flag"),
         argument("--output_json", type=Path, help="also write the answer to this file"),
     )
+    if given["image_path"] and given["image"] and not given["question"] and not given["text"]:
+        given["image"], given["text"] = None, given["image"]  # the one word that is left is the question
     if (given["image_path"] and given["image"]) or (given["question"] and given["text"]):
         raise ConfigError("a picture or a question is given twice, with a flag and without; leave one out")
     image, question = given["image_path"] or given["image"], given["question"] or given["text"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import tempfile
 import threading
@@ -37,6 +38,8 @@ PRELOADED = ["looktwice.data.examples"]
 BATCHES_AHEAD = 2
 """Of each worker."""
 SECONDS_TO_STOP = 5.0
+MORE_THAN_CORES = "This DataLoader will create"
+"""Beginning of torch's warning about more workers than cores, which are the caller's choice."""
 
 
 def warm_up() -> None:
@@ -67,27 +70,33 @@ def prepare_batches(
     says `where(key)` of what it was at, or a ConfigError where it was at nothing.
     """
     # a folder for what travels: messages of more than a pipe takes at once would be torn when a worker is killed
-    with tempfile.TemporaryDirectory(prefix="looktwice-") as name:
-        folder, workers, outcomes = Path(name), list[BaseProcess](), None
-        loader = _data_loader(function, batches, join, num_workers, where, pin_memory, folder)
+    temporary = tempfile.TemporaryDirectory(prefix="looktwice-")
+    folder, workers, outcomes, failures = Path(temporary.name), list[BaseProcess](), None, list[Exception]()
+    try:
+        keys = _until_error(batches, failures, is_sent=num_workers > 0)
+        loader = _data_loader(function, keys, join, num_workers, where, pin_memory, folder)
         others = active_children()
-        try:
-            with _ctrl_c_held_back():
-                outcomes = iter(loader)
-                workers += [process for process in active_children() if process not in others]
-            while (outcome := _next(outcomes, workers, folder)) is not None:
-                if isinstance(outcome, _Failure):
-                    raise outcome.error
-                yield outcome.batch
-        finally:
+        with _ctrl_c_held_back(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", MORE_THAN_CORES)
+            outcomes = iter(loader)
+            workers += [process for process in active_children() if process not in others]
+        while (outcome := _next(outcomes, workers, folder)) is not None:
+            if isinstance(outcome, _Failure):
+                raise outcome.error
+            yield outcome.batch
+        if failures:
+            raise failures[0]
+    finally:
+        with _ctrl_c_held_back():
             _stop(workers)
             # here and now, not with a traceback that holds this frame: it would be taken apart before it can close
             del outcomes
+            temporary.cleanup()
 
 
 def _data_loader(
     function: Callable[[Key], Item],
-    batches: Iterable[Sequence[Key]],
+    keys: Iterable[list[Any]],
     join: Callable[[list[Item]], Batch],
     num_workers: int,
     where: Callable[[Key], str],
@@ -96,11 +105,11 @@ def _data_loader(
 ) -> DataLoader[Any]:
     if num_workers:
         warm_up()
-    with warnings.catch_warnings():  # more workers than cores are the caller's choice
-        warnings.filterwarnings("ignore", "This DataLoader will create")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", MORE_THAN_CORES)
         return DataLoader(
             _Dataset(function, where, folder),
-            batch_sampler=_with_error_in_turn(batches, is_sent=num_workers > 0),
+            batch_sampler=keys,
             collate_fn=_Collation(join, folder),
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -198,8 +207,6 @@ class _Dataset(Dataset[Any], Generic[Key, Item]):
 
     def __getitem__(self, key: Any) -> Any:
         try:
-            if isinstance(key, _Failure):
-                return key
             if get_worker_info():
                 key = pickle.loads(key)
                 _note(self.folder, self.where(key))
@@ -217,10 +224,14 @@ class _Collation(Generic[Item, Batch]):
 
     def __call__(self, items: list[Any]) -> _Made | _Failure | _Parcel:
         failures = [item for item in items if isinstance(item, _Failure)]
+        outcome: _Made | _Failure
         try:
             outcome = failures[0] if failures else _Made(self.join(items))
-            if not get_worker_info():
-                return outcome
+        except Exception as error:
+            outcome = _Failure(_portable(error))
+        if not get_worker_info():
+            return outcome
+        try:
             parcel = _Parcel.packed(outcome, self.folder)
             _note(self.folder, "")
             return parcel
@@ -228,13 +239,13 @@ class _Collation(Generic[Item, Batch]):
             return _Failure(_portable(error))
 
 
-def _with_error_in_turn(batches: Iterable[Sequence[Key]], *, is_sent: bool) -> Iterator[list[Any]]:
-    """The keys, pickled where they are sent, and an error that ends them as the last one: they are read ahead."""
+def _until_error(batches: Iterable[Sequence[Key]], failures: list[Exception], *, is_sent: bool) -> Iterator[list[Any]]:
+    """The keys, pickled where they are sent. They are read ahead, so an error ends them and waits in `failures`."""
     try:
         for batch in batches:
             yield [pickle.dumps(key) if is_sent else key for key in batch]
     except Exception as error:
-        yield [_Failure(error)]
+        failures.append(error)
 
 
 @dataclass(frozen=True)
@@ -246,13 +257,14 @@ class _Start:
     def __call__(self, worker: int) -> None:
         _note(self.folder, "")
         # torch's own watch is on the process that forked the worker, which lives as long as the worker does
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(self.folder,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -269,7 +281,8 @@ def _cause_of_death(dead: Sequence[BaseProcess], folder: Path) -> LooktwiceError
     code = worker.exitcode or 0
     cause = f"exit code {code}"
     if code < 0:
-        cause = f"{signal.Signals(-code).name}{', as when memory runs out' if code == -signal.SIGKILL else ''}"
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        cause = f"{name}{', as when memory runs out' if code == -signal.SIGKILL else ''}"
     if worker not in rows:
         return ConfigError(
             f"a worker process could not start ({cause}; what it said stands above); use 0 workers, and in a "

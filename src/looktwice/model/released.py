@@ -74,9 +74,10 @@ class ReleasedCalls:
         return processor
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle is without the processor and reads it anew."""
+        """A copy or a pickle is without the processor, which it reads anew, and without the hub's token."""
         state: Any = super().__getstate__()
         state.pop("processor", None)
+        state["hub_arguments"] = {name: said for name, said in self.hub_arguments.items() if name != "token"}
         return state
 
     @property
@@ -95,7 +96,7 @@ class ReleasedCalls:
         if isinstance(config, PretrainedConfig) and not isinstance(config, Ovis2_5Config):
             config = own_config(config)
         path = pretrained_model_name_or_path
-        said = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name)}
+        said = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) and name != "force_download"}
         adapter = None if path is None or "subfolder" in said else local_adapter(path)
         if adapter is None or any((adapter / name).is_file() for name in WEIGHT_FILES):
             loaded = super().from_pretrained(path, *args, config=config, **kwargs)  # type: ignore[misc]
