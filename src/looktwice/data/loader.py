@@ -38,8 +38,6 @@ PRELOADED = ["looktwice.data.examples"]
 BATCHES_AHEAD = 2
 """Of each worker."""
 SECONDS_TO_STOP = 5.0
-MORE_THAN_CORES = "This DataLoader will create"
-"""Beginning of torch's warning about more workers than cores, which are the caller's choice."""
 
 
 def warm_up() -> None:
@@ -73,12 +71,12 @@ def prepare_batches(
     temporary = tempfile.TemporaryDirectory(prefix="looktwice-")
     folder, workers, outcomes, failures = Path(temporary.name), list[BaseProcess](), None, list[Exception]()
     try:
+        if num_workers:
+            warm_up()
         keys = _until_error(batches, failures, is_sent=num_workers > 0)
-        loader = _data_loader(function, keys, join, num_workers, where, pin_memory, folder)
         others = active_children()
-        with _ctrl_c_held_back(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", MORE_THAN_CORES)
-            outcomes = iter(loader)
+        with _ctrl_c_held_back():
+            outcomes = _started(function, keys, join, num_workers, where, pin_memory, folder)
             workers += [process for process in active_children() if process not in others]
         while (outcome := _next(outcomes, workers, folder)) is not None:
             if isinstance(outcome, _Failure):
@@ -94,7 +92,7 @@ def prepare_batches(
             temporary.cleanup()
 
 
-def _data_loader(
+def _started(
     function: Callable[[Key], Item],
     keys: Iterable[list[Any]],
     join: Callable[[list[Item]], Batch],
@@ -102,12 +100,11 @@ def _data_loader(
     where: Callable[[Key], str],
     pin_memory: bool,
     folder: Path,
-) -> DataLoader[Any]:
-    if num_workers:
-        warm_up()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", MORE_THAN_CORES)
-        return DataLoader(
+) -> Iterator[Any]:
+    """The outcomes of a DataLoader whose workers are at work."""
+    with warnings.catch_warnings():  # more workers than cores are the caller's choice
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
             _Dataset(function, where, folder),
             batch_sampler=keys,
             collate_fn=_Collation(join, folder),
@@ -118,6 +115,7 @@ def _data_loader(
             multiprocessing_context=START_METHOD if num_workers else None,
             prefetch_factor=BATCHES_AHEAD if num_workers else None,
         )
+        return iter(loader)
 
 
 @contextmanager
