@@ -92,9 +92,12 @@ def export_model(model_path: str, folder: Path, config: ExportConfig) -> Exporte
         exported = _write(model_path, draft, config)
         if config.verify_with == "vllm":
             exported = replace(exported, vllm_difference=compare_with_vllm(draft, config, exported.dtype))
-        target.mkdir(exist_ok=True)
-        for path in draft.iterdir():
-            path.rename(target / path.name)
+        if target in draft.parents:
+            for path in draft.iterdir():
+                path.rename(target / path.name)
+        else:
+            check_new_folder(folder)  # another export may have been faster
+            draft.rename(target)
     return replace(exported, folder=folder)
 
 

@@ -21,9 +21,10 @@ from transformers import AutoModelForImageTextToText
 
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.adapters import LLM_LINEARS, PEFT_PREFIX, add_lora, trained_parameters
+from looktwice.model.files import weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import load_model, load_trained, released_name, save_model
+from looktwice.model.weights import load_model, load_trained, released_name, save_model, written_whole
 from looktwice.processing.processor import Ovis2_5Processor
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -527,3 +528,89 @@ def test_an_adapter_whose_base_cannot_be_rebuilt_is_refused(adapter_folder: Path
     file.write_text(json.dumps(fields), encoding="utf-8")
     with pytest.raises(CheckpointError, match=f"started with {start}, which changed the base's weights"):
         load_model(str(adapter_folder))
+
+
+# -- written at once, readable by all, and known again
+
+
+def test_a_folder_appears_by_one_rename_of_all_its_files(
+    model: Ovis2_5ForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed: list[tuple[Path, set[str]]] = []
+    rename = Path.rename
+
+    def noted(self: Path, target: Path) -> Path:
+        renamed.append((target, {path.name for path in self.iterdir()}))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", noted)
+    save_model(model, tmp_path / "new")
+    assert renamed == [(tmp_path / "new", {path.name for path in (tmp_path / "new").iterdir()})]
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+def test_a_save_that_is_killed_leaves_the_old_folder_or_the_new_one(killed_after: int, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    code = (
+        "import os, sys, pathlib\nfrom looktwice.model.weights import written_whole\n"
+        "left, rename = int(sys.argv[2]), pathlib.Path.rename\n"
+        "def counted(self, target):\n    global left\n    if not left:\n        os._exit(9)\n"
+        "    left -= 1\n    return rename(self, target)\n"
+        "pathlib.Path.rename = counted\n"
+        "with written_whole(pathlib.Path(sys.argv[1])) as draft:\n    (draft / 'model.safetensors').write_text('new')"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(folder), str(killed_after)]).returncode == 9
+    there = {path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else None
+    old, new = {"model.safetensors": "old", "notes.txt": "mine"}, {"model.safetensors": "new"}
+    assert there == [old, None, new][killed_after]
+    with written_whole(folder) as draft:
+        (draft / "model.safetensors").write_text("newer")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {**old, "model.safetensors": "newer"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weight_files_can_be_read_by_all_who_can_read_the_others(
+    model: Ovis2_5ForConditionalGeneration, saved_adapter: Path, tmp_path: Path
+) -> None:
+    save_model(model, tmp_path / "sharded", max_shard_size="2MB")
+    for folder in (tmp_path / "sharded", saved_adapter):
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+def test_weights_have_one_fingerprint_however_they_are_cut_into_files(
+    model: Ovis2_5ForConditionalGeneration, tmp_path: Path
+) -> None:
+    for name, size in (("whole", "5GB"), ("sharded", "2MB")):
+        save_model(model, tmp_path / name, max_shard_size=size)
+    assert weights_fingerprint(str(tmp_path / "whole")) == weights_fingerprint(str(tmp_path / "sharded"))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.vte.weight", "model.language_model.norm.weight"])
+def test_a_tensor_that_was_trained_changes_the_fingerprint(
+    name: str, model: Ovis2_5ForConditionalGeneration, tmp_path: Path
+) -> None:
+    save_model(model, tmp_path / "before")
+    trained = copy.deepcopy(model)
+    trained.get_parameter(name).data += 1e-3
+    save_model(trained, tmp_path / "after")
+    assert weights_fingerprint(str(tmp_path / "before")) != weights_fingerprint(str(tmp_path / "after"))
+
+
+@pytest.mark.parametrize("load", [load_model, Ovis2_5ForConditionalGeneration.from_pretrained])
+def test_an_adapter_is_not_put_on_a_base_that_was_changed(
+    load: Callable[[str], object], model: Ovis2_5ForConditionalGeneration, tmp_path: Path
+) -> None:
+    save_model(model, tmp_path / "base")
+    save_model(add_lora(load_model(str(tmp_path / "base")), r=2, alpha=4), tmp_path / "adapter")
+    load(str(tmp_path / "adapter"))
+    other = copy.deepcopy(model)
+    other.get_parameter("model.vte.weight").data += 1
+    save_model(other, tmp_path / "base")
+    with pytest.raises(CheckpointError, match="adapter: its base .*/base has other weights than when the adapter was"):
+        load(str(tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"looktwice": {}}))
+    load(str(tmp_path / "adapter"))  # an adapter made elsewhere says nothing of its base

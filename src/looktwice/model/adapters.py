@@ -151,19 +151,30 @@ def layers_named(model: nn.Module, targets: str) -> list[str]:
     ]
 
 
-def check_same_adapter(model: PeftModel, **given: Any) -> None:
-    """Refuse settings of `add_lora` that the adapter of a loaded model does not have. Raises ConfigError."""
+def adapter_settings(model: PeftModel) -> dict[str, Any]:
+    """The arguments of `add_lora` that the adapter of a model was made with."""
     adapter: Any = model.peft_config[model.active_adapter]
-    base = base_of(model)
-    has = {
+    pattern = adapter.target_modules
+    if not isinstance(pattern, str):  # PEFT's list of names, each the whole one or its end
+        pattern = rf"(.*\.)?({'|'.join(map(re.escape, sorted(pattern)))})"
+    return {
         "r": adapter.r,
         "alpha": adapter.lora_alpha,
         "dropout": adapter.lora_dropout,
-        "targets": adapted_layers(model),
+        "targets": next((name for name, known in LORA_TARGETS.items() if known == pattern), pattern),
         "use_dora": adapter.use_dora,
         "use_rslora": adapter.use_rslora,
-        "modules_to_save": {part for part, name in WHOLE_MODULES.items() if name in (adapter.modules_to_save or ())},
+        "modules_to_save": tuple(
+            part for part, name in WHOLE_MODULES.items() if name in (adapter.modules_to_save or ())
+        ),
     }
+
+
+def check_same_adapter(model: PeftModel, **given: Any) -> None:
+    """Refuse settings of `add_lora` that the adapter of a loaded model does not have. Raises ConfigError."""
+    base = base_of(model)
+    has = {**adapter_settings(model), "targets": adapted_layers(model)}
+    has["modules_to_save"] = set(has["modules_to_save"])
     as_compared: dict[str, Callable[[Any], Any]] = {
         "targets": lambda targets: layers_named(base, targets),
         "modules_to_save": set,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from looktwice.config import Quantization
 from looktwice.errors import CheckpointError
@@ -11,11 +12,15 @@ from looktwice.errors import CheckpointError
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
+BASE_FINGERPRINT = "base_fingerprint"
+UNFINISHED = ".unfinished"
+"""How the name of a folder ends that is still being written."""
 OWN_FIELDS = "looktwice"
 """The place in an adapter folder's config.json for what PEFT does not store: `quantization`, how the base was quantised
-while the adapter was trained."""
+while the adapter was trained, and `base_fingerprint`, which weights it had."""
 
 
 def locate(name: str) -> str:
@@ -54,10 +59,14 @@ def adapter_base(folder: Path) -> str:
     return name
 
 
+def own_fields(folder: Path) -> dict[str, Any]:
+    """What looktwice stored of an adapter beside PEFT's settings; empty of an adapter made elsewhere."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get(OWN_FIELDS, {})
+    except (OSError, ValueError, AttributeError):
+        return {}  # or a config.json that its readers will name
+
+
 def base_quantization(folder: Path) -> Quantization:
     """How the base of an adapter was quantised while it was trained; `none` also where the folder does not say."""
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return fields.get(OWN_FIELDS, {}).get("quantization", "none")
-    except (OSError, ValueError, AttributeError):
-        return "none"  # an adapter made elsewhere, or a config.json that its readers will name
+    return own_fields(folder).get("quantization", "none")

@@ -28,6 +28,7 @@ from looktwice.errors import CheckpointError, ConfigError, DataError
 from looktwice.geometry import PixelPolicy
 from looktwice.messages import THINK_CLOSE, THINK_OPEN, Conversation, ImagePart, Message, Role, TextPart, VideoPart
 from looktwice.model.configuration import Ovis2_5Config
+from looktwice.model.files import check_base, weights_fingerprint
 from looktwice.model.location import WEIGHT_FILES, adapter_base, local_adapter, locate
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.processing.image_processor import HUB_ARGUMENTS, own_settings
@@ -50,6 +51,8 @@ class ReleasedCalls:
     """What was said at loading of where the files come from, such as `revision`: the tokenizer comes from there too."""
     adapter_folder: str | None = None
     """Of the LoRA adapter on the model, if one was loaded: its tokenizer and pixel policy come before the base's."""
+    weights_fingerprint: str | None = None
+    """That of the files the network was loaded from, without an adapter; `model/files.py`."""
 
     @cached_property
     def processor(self: Any) -> Ovis2_5Processor:
@@ -105,6 +108,8 @@ class ReleasedCalls:
         # transformers takes a folder with a config.json for a whole model
         kwargs.pop("adapter_kwargs", None)
         base = locate(adapter_base(adapter))
+        if Path(base).is_dir():
+            check_base(adapter, weights_fingerprint(base))
         loaded = super().from_pretrained(base, *args, config=config, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.load_adapter(str(adapter))

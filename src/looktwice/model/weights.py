@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from looktwice.config import Quantization
@@ -31,40 +31,30 @@ from looktwice.model.adapters import (
     with_adapter,
 )
 from looktwice.model.configuration import Ovis2_5Config
+from looktwice.model.files import adapter_folder, check_base, tensor_files, weights_fingerprint
 from looktwice.model.location import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_FINGERPRINT,
     OWN_FIELDS,
     TINY,
-    WEIGHT_FILES,
+    UNFINISHED,
     adapter_base,
     base_quantization,
-    local_adapter,
     locate,
 )
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_config, quantization_of
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHANGES_BASE_FOR_GOOD = ("pissa_niter", "corda", "loftq")
 """Starts of LoRA after which an adapter fits no base on disk. PEFT repeats plain PiSSA and OLoRA when it loads."""
+MODEL_FILE = re.compile(r"(model.*|adapter_model)\.safetensors(\.index\.json)?|adapter_config\.json|trainer_state\.pt")
+"""The files of which none may be left when a folder is replaced: a whole model is not read beside an adapter."""
 MAX_SHARD_SIZE = "5GB"
 """That of the released folders."""
-UNFINISHED = ".unfinished"
-QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+REPLACED = ".replaced"
+"""How the name of a folder ends that another takes the place of."""
 logger = logging.getLogger(__name__)
-
-
-def adapter_folder(name: str) -> Path | None:
-    """The local folder of a LoRA adapter, or None when the name stands for a whole model."""
-    if Path(name).is_dir():
-        return local_adapter(name)
-    try:
-        if cached_file(name, ADAPTER_CONFIG, **QUIET) is None:
-            return None
-        weights = cached_file(name, ADAPTER_WEIGHTS, **QUIET)
-    except (OSError, ValueError):
-        return None  # what is wrong with the name is told by the loading of a whole model
-    return None if weights is None else Path(weights).parent
 
 
 def is_adapter(name: str) -> bool:
@@ -127,6 +117,7 @@ def load_model(
     if problems:
         raise CheckpointError(f"{name}: the weights do not fit config.json; {'; '.join(problems)}")
     model.name_or_path = name if name == TINY or not os.path.isdir(name) else os.path.abspath(name)
+    model.weights_fingerprint = weights_fingerprint(name)
     return model
 
 
@@ -139,31 +130,6 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a whole model's folder. Raises CheckpointError naming a file that is broken."""
-    path = folder / WEIGHT_FILES[0]
-    if path.is_file():
-        return dict.fromkeys(_tensor_names(path), path)
-    index = folder / WEIGHT_FILES[1]
-    try:
-        files = {
-            name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: no usable index of weights ({type(error).__name__}: {error})") from error
-    for path in sorted(set(files.values())):
-        _tensor_names(path)
-    return files
-
-
-def _tensor_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: a broken weight file ({error}); copy or download it again") from error
 
 
 def _load_adapter(folder: Path, **options: Any) -> PeftModel:
@@ -194,6 +160,7 @@ def _load_adapter(folder: Path, **options: Any) -> PeftModel:
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(f"{folder}: the adapter does not fit {base_name}; {reason}") from error
+    check_base(folder, base_of(model).weights_fingerprint)
     base_of(model).adapter_folder = str(folder.absolute())
     trained_over = base_quantization(folder)
     if trained_over != options["quantization"]:
@@ -249,13 +216,6 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def _clear_weights(folder: Path) -> None:
-    """Remove weights of an earlier save, so that a folder never holds an adapter beside a whole model."""
-    stale = [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS, *(folder / name for name in WEIGHT_FILES)]
-    for path in [*stale, *folder.glob("model-*.safetensors")]:
-        path.unlink(missing_ok=True)
-
-
 def released_state(model: Ovis2_5ForConditionalGeneration) -> dict[str, Tensor]:
     """The weights under the names of released files; a head tied to the embeddings is not stored."""
     state = model.state_dict()
@@ -303,35 +263,47 @@ def save_model(model: nn.Module, folder: str | Path, *, max_shard_size: str = MA
 def write_model(model: nn.Module, folder: Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> None:
     """What `save_model` does, into a folder without weights."""
     base = base_of(model)
-    if not isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
+        _write_adapter(model, base, folder)
+    else:
         base.save_pretrained(folder, max_shard_size=max_shard_size)
-        return
+    # safetensors writes files for the owner alone
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _write_adapter(model: PeftModel, base: Ovis2_5ForConditionalGeneration, folder: Path) -> None:
     for adapter in model.peft_config.values():
         adapter.base_model_name_or_path = str(base.name_or_path)
         adapter.inference_mode = True
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
     base.config.save_pretrained(folder)
-    if (quantization := quantization_of(base)) != "none":
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        fields[OWN_FIELDS] = {"quantization": quantization}
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields[OWN_FIELDS] = {"quantization": quantization_of(base)}
+    if base.weights_fingerprint:
+        fields[OWN_FIELDS][BASE_FINGERPRINT] = base.weights_fingerprint
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder inside `folder`: what is written there takes the place of what `folder` holds when all is done.
+    """An empty hidden folder beside `folder`: what is written there becomes `folder` by one rename when all is done.
 
-    Raises CheckpointError when it cannot be written; what was in `folder` before is then still there.
+    What `folder` held before is replaced, but for files that are not of a model. Raises CheckpointError when it cannot
+    be written; what was in `folder` before is then still there.
     """
-    draft = folder / UNFINISHED
+    folder = folder.absolute()
+    draft, replaced = (folder.with_name(f".{folder.name}{suffix}") for suffix in (UNFINISHED, REPLACED))
     try:
+        _settle(folder, replaced)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         yield draft
-        _clear_weights(folder)
-        for path in list(draft.iterdir()):
-            path.replace(folder / path.name)
+        if folder.exists():
+            folder.rename(replaced)
+        draft.rename(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: cannot be written ({error}); make room on the disk, or give another folder. What was saved "
@@ -339,3 +311,17 @@ def written_whole(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        _settle(folder, replaced)
+
+
+def _settle(folder: Path, replaced: Path) -> None:
+    """Of a folder that was being replaced keep what is not of a model; where nothing came in its place, keep it all."""
+    if not replaced.exists():
+        return
+    if not folder.exists():
+        replaced.rename(folder)
+        return
+    for path in replaced.iterdir():
+        if not (MODEL_FILE.fullmatch(path.name) or (folder / path.name).exists()):
+            path.rename(folder / path.name)
+    shutil.rmtree(replaced)
