@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/looktwice demo
+	$(BIN)/looktwice demo --overwrite
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

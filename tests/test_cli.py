@@ -16,6 +16,7 @@ from looktwice import cli
 from looktwice.cli import main
 from looktwice.cli.train import train_configs
 from looktwice.inference import OvisInference
+from looktwice.training import sft
 from looktwice.training.learner import Learner
 
 GOOD = {"Q": "What is it?", "A3": "<think>{Crop cup 1 [0, 0, 40, 40]}</think>\n\n<answer>cup</answer>"}
@@ -238,6 +239,48 @@ def test_a_question_without_an_answer_to_judge_by_is_found_before_either_stage(
 
 
 @pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("stage", ["sft", "grpo", "both"])
+def test_a_used_run_folder_is_refused_before_anything_is_loaded(stage, command, refusal, tmp_path, no_model) -> None:
+    used = tmp_path / "out" / ("sft" if stage == "sft" else "grpo") / "final_model"
+    used.mkdir(parents=True)
+    assert refusal(command(stage)) == (
+        f"DIR/out/{used.parent.name}: holds a run (final_model); replace it: --overwrite, or give another folder"
+    )
+
+
+def test_the_stages_do_not_share_a_run_folder(command, refusal, tmp_path) -> None:
+    message = refusal(command("both", sft_output_dir=tmp_path / "run", grpo_output_dir=tmp_path / "run"))
+    assert message == "DIR/run: the run folder of both stages; give each its own"
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_one_of_several_processes_is_refused(variable, command, refusal, monkeypatch) -> None:
+    monkeypatch.setenv(variable, "2")
+    assert f"started as one of 2 processes ({variable}); looktwice trains in one" in refusal(command())
+
+
+def test_a_run_without_steps_is_refused(command, refusal) -> None:
+    assert "num_epochs is 0, so nothing would be trained" in refusal(command(num_epochs=0))
+
+
+@pytest.mark.parametrize("save_steps", [None, 1])
+def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(
+    save_steps, command, tmp_path, monkeypatch, capsys
+) -> None:
+    def interrupt_at_the_second_step(*_: object) -> dict[str, float]:
+        monkeypatch.setattr(sft, "train_step", raise_interrupt)
+        return {}
+
+    def raise_interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft, "train_step", interrupt_at_the_second_step)
+    assert main(command(max_steps=3, save_steps=save_steps)) == 130
+    kept = f"{tmp_path}/out/sft/checkpoint-1 is kept; go on with --stage sft --resume_from_checkpoint latest"
+    nothing = f"nothing is kept, as {tmp_path}/out/sft holds no checkpoint; --save_steps N writes them"
+    assert capsys.readouterr().err.endswith(f"looktwice: interrupted; {kept if save_steps else nothing}\n")
+
+
 def test_a_run_folder_that_cannot_be_made_is_named(command, refusal, tmp_path) -> None:
     (tmp_path / "file").touch()
     message = refusal(command(sft_output_dir=tmp_path / "file" / "run"))
@@ -306,7 +349,8 @@ def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.C
     out = tmp_path / "out"
     assert capsys.readouterr().out.splitlines() == [
         f"stage 1 done: {out}/sft/final_model",
-        f"stage 2 done: {out}/grpo/final_model",
+        f"stage 2 changed nothing: none of 1 steps had anything to train on, and {out}/grpo/final_model holds the "
+        "weights it started from; group/dropped and data/too_long of log.jsonl say why",
     ]
     settings = json.loads((out / "grpo" / "final_model" / "train_config.json").read_text())
     assert settings["GRPOConfig"]["sft_checkpoint_path"] == f"{out}/sft/final_model"
@@ -337,7 +381,7 @@ SFT = ["train", "--stage", "sft", "--train_data", __file__, "--model_name", "tin
         (["data", "convert", "none.jsonl", "other.jsonl"], "none.jsonl: no such data file"),
         (["train", "--stage", "sft", "--train_data", "/"], "/: a directory, not a data file"),
         ([*SFT, "--sft_output_dir", f"{__file__}/run"], f"{__file__}/run: cannot be made as a run folder ("),
-        ([*SFT, "--resume_from_checkpoint", "none"], "none: no trainer_state.pt"),
+        ([*SFT, "--resume_from_checkpoint", "none"], "none: no such folder to resume from"),
         ([*SFT, "--attn_implementation", "flex_attention", "--device", "cpu"], "flex_attention has no backward"),
         ([*SFT, "--attn_implementation", "flash_attention_2"], "flash_attention_2: flash-attn is not installed"),
         (

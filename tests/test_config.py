@@ -353,6 +353,7 @@ CHECK_FLAGS = [
     "--model",
     "--model_name",
     "--num_workers",
+    "--overwrite",
     "--stage",
     "--val_data",
 ]
@@ -394,8 +395,17 @@ STATS_FLAGS = [
     "--sample",
     "--seed",
 ]
-CONVERT_FLAGS = ["--allow_loss", "--answer_key", "--box_frame", "--from", "--image_base_path", "--to"]
+CONVERT_FLAGS = [
+    "--allow_loss",
+    "--answer_key",
+    "--box_frame",
+    "--from",
+    "--image_base_path",
+    "--overwrite",
+    "--to",
+]
 TRAIN_FLAGS = [
+    "--allow_changes",
     "--answer_key",
     "--as_documented",
     "--attn_implementation",
@@ -417,6 +427,7 @@ TRAIN_FLAGS = [
     "--from",
     "--gradient_accumulation_steps",
     "--gradient_checkpointing",
+    "--grpo_allow_changes",
     "--grpo_batch_size",
     "--grpo_bf16",
     "--grpo_config",
@@ -439,6 +450,7 @@ TRAIN_FLAGS = [
     "--grpo_modules_to_save",
     "--grpo_num_epochs",
     "--grpo_output_dir",
+    "--grpo_overwrite",
     "--grpo_part_learning_rates",
     "--grpo_resume_from_checkpoint",
     "--grpo_save_steps",
@@ -475,6 +487,7 @@ TRAIN_FLAGS = [
     "--num_generations",
     "--num_iterations",
     "--num_workers",
+    "--overwrite",
     "--part_learning_rates",
     "--preset",
     "--quantization",
@@ -534,6 +547,7 @@ EXPORT_FLAGS = [
 ]
 DEMO_FLAGS = [
     "--output_dir",
+    "--overwrite",
     "--seed",
 ]
 

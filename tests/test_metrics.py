@@ -11,8 +11,8 @@ import pytest
 from looktwice.metrics import METRICS, Recorder
 
 
-def record(folder: Path, lines: dict[int, dict[str, float]], *, append: bool = False) -> list[dict[str, float]]:
-    with Recorder(folder, total_steps=9, shown=("loss", "optim/lr"), title="SFT", append=append) as recorder:
+def record(folder: Path, lines: dict[int, dict[str, float]], *, start: int = 0) -> list[dict[str, float]]:
+    with Recorder(folder, total_steps=9, shown=("loss", "optim/lr"), title="SFT", start=start) as recorder:
         for step, metrics in lines.items():
             recorder.log(step, metrics)
             recorder.advance(step, metrics)
@@ -24,10 +24,21 @@ def test_each_step_is_one_line_of_json(tmp_path) -> None:
     assert lines == [{"step": 1, "loss": 2.5}, {"step": 3, "loss": 1.12345679, "epoch": 1.0}]
 
 
-def test_a_new_run_begins_its_log_anew_and_a_resumed_one_appends(tmp_path) -> None:
-    record(tmp_path, {1: {"loss": 3.0}})
-    assert [line["step"] for line in record(tmp_path, {2: {"loss": 2.0}}, append=True)] == [1, 2]
-    assert [line["step"] for line in record(tmp_path, {5: {"loss": 1.0}})] == [5]
+def test_a_run_that_goes_on_drops_what_was_logged_of_later_steps(tmp_path) -> None:
+    record(tmp_path, {step: {"loss": 3.0} for step in (1, 2, 3)})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # the process was killed while it wrote
+    lines = record(tmp_path, {3: {"loss": 2.0}}, start=2)
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 3.0), (2, 3.0), (3, 2.0)]
+
+
+def test_the_curves_of_a_run_that_goes_on_have_each_step_once(tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record(tmp_path, {step: {"loss": 3.0} for step in (1, 2, 3)})
+    record(tmp_path, {3: {"loss": 2.0}}, start=2)
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in curves.Scalars("loss")] == [(1, 3.0), (2, 3.0), (3, 2.0)]
 
 
 def test_a_name_outside_the_table_is_refused_before_anything_is_written(tmp_path) -> None:

@@ -15,12 +15,15 @@ def test_a_target_is_found_bad_before_anything_is_written(tmp_path: Path) -> Non
     source = tmp_path / "d.jsonl"
     source.touch()
     with pytest.raises(DataError, match=r"d\.txt: end the name in"):
-        check_target(tmp_path / "d.txt", source)
+        check_target(tmp_path / "d.txt", source, overwrite=False)
     with pytest.raises(DataError, match=r"there is no folder .*none; make it"):
-        check_target(tmp_path / "none" / "d.jsonl", source)
+        check_target(tmp_path / "none" / "d.jsonl", source, overwrite=False)
     with pytest.raises(DataError, match=r"d\.jsonl: the file to read from; name another"):
-        check_target(source, source)
-    check_target(tmp_path / "e.jsonl", tmp_path / "absent.jsonl")
+        check_target(source, source, overwrite=True)
+    check_target(tmp_path / "e.jsonl", tmp_path / "absent.jsonl", overwrite=False)
+    with pytest.raises(DataError, match="something already; name another file, or replace it: --overwrite"):
+        check_target(source, tmp_path / "absent.jsonl", overwrite=False)
+    check_target(source, tmp_path / "absent.jsonl", overwrite=True)
 
 
 def test_a_data_file_is_a_file(tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ class CheckConfig(SampleConfig):
         None, "processes that examine rows; default: one a core for 50,000 rows and more, else 0"
     )
     decode: bool = knob(False, "decode every picture to its end; default: headers and end marks alone")
+    overwrite: bool = knob(False, "replace the file that --fix OUT names")
 
 
 class ShowConfig(SampleConfig):
@@ -233,7 +234,11 @@ class StageConfig(Config):
     logging_steps: Positive = knob(1, "steps between log lines")
     eval_steps: Positive | None = knob(None, "steps between evaluations; default: at each epoch's end")
     save_steps: Positive | None = knob(None, "steps between checkpoints; default: final_model only")
-    resume_from_checkpoint: Path | None = knob(None, "checkpoint-N folder of this run to go on from")
+    resume_from_checkpoint: Path | None = knob(
+        None, "checkpoint-N or run folder to go on from; latest: this run folder's last"
+    )
+    allow_changes: bool = knob(False, "go on from a checkpoint of other data, batches or steps")
+    overwrite: bool = knob(False, "remove the run that the run folder holds")
     seed: int = knob(42, "seed of order, sampling and new weights")
 
     @property
@@ -245,6 +250,12 @@ class StageConfig(Config):
     def _check_whole_parts(self) -> StageConfig:
         if both := [part for part in self.modules_to_save if part in self.frozen_parts]:
             raise ValueError(f"modules_to_save: {', '.join(both)} cannot be trained whole and frozen; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> StageConfig:
+        if self.num_train_epochs == 0 and self.max_steps is None:
+            raise ValueError("num_epochs is 0, so nothing would be trained; give more, or --max_steps")
         return self
 
 
@@ -392,6 +403,7 @@ class ConvertConfig(Config):
     answer_key: str | None = knob(None, "field of a question that holds its answer (documented format); default: A3, A")
     box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls, where the file does not say")
     allow_loss: bool = knob(False, "write the file also without what the format cannot hold")
+    overwrite: bool = knob(False, "replace the file that is there")
 
 
 class ExportConfig(Config):

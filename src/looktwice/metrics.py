@@ -50,20 +50,22 @@ METRICS: dict[str, str] = {
 """Every metric a run may log: area/quantity, its meaning and unit."""
 
 LOG_FILE = "log.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 class Recorder:
-    """Writes the metrics of one stage to `folder`, and shows a progress bar with the time left."""
+    """Writes the metrics of one stage to `folder`, and shows a progress bar with the time left.
 
-    def __init__(
-        self, folder: Path, *, total_steps: int, shown: tuple[str, ...], title: str, append: bool = False
-    ) -> None:
+    A run that goes on after `start` steps drops what was recorded of later ones.
+    """
+
+    def __init__(self, folder: Path, *, total_steps: int, shown: tuple[str, ...], title: str, start: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
 
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOG_FILE
-        self.is_started = append
-        self.board = SummaryWriter(str(folder / "tensorboard"))
+        keep_steps(self.path, start)
+        self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
         self.shown = shown
         self.console = Console(stderr=True)
         self.progress = Progress(
@@ -86,8 +88,6 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        if error is None and not self.is_started:
-            self.path.write_text("", encoding="utf-8")
         self.board.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -96,10 +96,8 @@ class Recorder:
         if unknown:
             raise KeyError(f"metrics {unknown} are not in the table METRICS")
         line: dict[str, Any] = {"step": step, **{name: round(float(value), 8) for name, value in metrics.items()}}
-        # an earlier log is replaced only once there is something to log
-        with self.path.open("a" if self.is_started else "w", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.is_started = True
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
 
@@ -111,3 +109,14 @@ class Recorder:
         self.progress.update(self.task, completed=step, latest=latest)
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.progress.tasks[0].total:.0f}  {latest}")
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Leave in a log only the whole lines of steps up to `last`: a run that was stopped may have logged more."""
+    if not path.exists():
+        return
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= last]
+    draft = path.with_name(f".{path.name}.unfinished")
+    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    draft.replace(path)

@@ -47,13 +47,16 @@ def kind_of_name(path: Path) -> tuple[str, str]:
     return kind, compression
 
 
-def check_target(target: Path, source: Path) -> None:
-    """Raise DataError when a data file could not be written there, or would be written over the one that is read."""
+def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
+    """Raise DataError when a data file could not be written there, or would be written over the one that is read, or
+    over another one without `overwrite`."""
     kind_of_name(target)
     if not target.absolute().parent.is_dir():
         raise DataError(f"{target}: there is no folder {target.parent}; make it, or name another place")
     if target.exists() and source.exists() and target.samefile(source):
         raise DataError(f"{target}: the file to read from; name another one to write to")
+    if os.path.lexists(target) and not overwrite:
+        raise DataError(f"{target}: there is something already; name another file, or replace it: --overwrite")
 
 
 def check_output_file(path: Path | None, flag: str, inputs: Iterable[Path | None] = ()) -> None:
@@ -76,7 +79,7 @@ def check_run_folder(folder: Path) -> None:
         raise ConfigError(f"{folder}: cannot be made as a run folder ({reason}); give another one")
 
 
-def check_new_folder(folder: Path) -> None:
-    """Raise ConfigError when there is something already."""
+def check_new_folder(folder: Path, *, otherwise: str = "") -> None:
+    """Raise ConfigError when there is something already; `otherwise` is what else a user can do."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: there is something already; give a new folder")
+        raise ConfigError(f"{folder}: there is something already; give a new folder{otherwise}")

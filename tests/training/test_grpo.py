@@ -423,6 +423,10 @@ def test_an_adapter_of_stage_1_is_what_stage_2_starts_from(run, model_folder, da
     adapter = train_sft(ModelConfig(model_name=str(model_folder), device="cpu"), data, settings)
     final, _ = run(sft_checkpoint_path=adapter, use_lora=True, max_steps=1, learning_rate=0)
     assert weights(final) == weights(adapter)
+    settings = json.loads((final / "train_config.json").read_text())
+    assert settings["ModelConfig"]["model_name"] == str(model_folder)
+    assert (settings["GRPOConfig"]["use_lora"], settings["GRPOConfig"]["lora_r"]) == (True, 4)
+    assert settings["GRPOConfig"]["lora_targets"] == "llm"
 
 
 def test_rewards_that_raise_are_counted_and_do_not_end_the_run(run) -> None:

@@ -7,6 +7,7 @@ import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
 from looktwice.training import learner as learner_module
 from looktwice.training.learner import Learner, TrainingError, towers_of
+from looktwice.training.record import Record
 from looktwice.training.run import batch_order, run_table, trained_table
 
+RECORD = Record(stage="sft", order={}, settings={})
 LoadLearner = Callable[..., Learner]
 
 
@@ -251,7 +254,7 @@ def test_lora_knobs_beside_lora_turned_off_are_no_mistake(load) -> None:
 
 
 def test_lora_cannot_be_turned_off_for_an_adapter_that_goes_on(load, tmp_path) -> None:
-    load(use_lora=True, lora_r=4).save(tmp_path, [], with_optimizer=False)
+    load(use_lora=True, lora_r=4).save(tmp_path, RECORD, with_optimizer=False)
     with pytest.raises(ConfigError, match=r"use_lora is off, but .* is an adapter, .*: looktwice export"):
         load(name=tmp_path, use_lora=False)
 
@@ -281,7 +284,7 @@ def test_every_kind_of_lora_trains_and_goes_on_from_disk(settings, load, example
     learner = load(use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0, **settings)
     losses = [update(learner, examples[:1]) for _ in range(3)]
     assert losses[-1] < losses[0]
-    learner.save(tmp_path, [], with_optimizer=False)
+    learner.save(tmp_path, RECORD, with_optimizer=False)
     assert update(load(name=tmp_path, **settings), examples[:1]) == pytest.approx(update(learner, examples[:1]))
 
 
@@ -355,7 +358,7 @@ def test_what_images_and_words_pass_through_is_not_quantised(load) -> None:
 def test_an_adapter_of_a_quantised_base_fits_the_whole_one(load, examples, tmp_path) -> None:
     learner = load(quantization="nf4", use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0)
     update(learner, examples[:1])
-    learner.save(tmp_path, [], with_optimizer=False)
+    learner.save(tmp_path, RECORD, with_optimizer=False)
     whole = load(name=tmp_path, quantization="none")
     for old, new in zip(learner.parameters, whole.parameters, strict=True):
         assert torch.equal(old, new)
@@ -365,7 +368,7 @@ def test_an_adapter_of_a_quantised_base_fits_the_whole_one(load, examples, tmp_p
 @pytest.fixture
 def quantised_adapter(bitsandbytes, load, tmp_path) -> Path:
     """A checkpoint of an adapter over a base in nf4."""
-    load(quantization="nf4", use_lora=True, lora_r=4).save(tmp_path / "adapter", [], with_optimizer=True)
+    load(quantization="nf4", use_lora=True, lora_r=4).save(tmp_path / "adapter", RECORD, with_optimizer=True)
     return tmp_path / "adapter"
 
 
@@ -441,36 +444,36 @@ def logits(model: torch.nn.Module, example: Example) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4}])
-def test_a_saved_model_gives_the_same_logits_and_names_its_settings(settings, load, examples, tmp_path) -> None:
+def test_a_saved_model_gives_the_same_logits_and_has_its_record(settings, load, examples, tmp_path) -> None:
     learner = load(learning_rate=0.01, warmup_ratio=0, **settings)
     start = logits(learner.model, examples[0])
     update(learner, examples[:1])
-    learner.save(tmp_path, [learner.config], with_optimizer=False)
+    learner.save(tmp_path, RECORD, with_optimizer=False)
     trained = logits(learner.model, examples[0])
     assert (trained - start).abs().max() > 0.01
     torch.testing.assert_close(logits(load_model(str(tmp_path)), examples[0]), trained, atol=1e-5, rtol=0)
-    assert json.loads((tmp_path / "train_config.json").read_text())["SFTConfig"]["learning_rate"] == 0.01
+    assert Record.read(tmp_path) == replace(RECORD, files=Record.read(tmp_path).files)
     assert not (tmp_path / "trainer_state.pt").exists()
 
 
 def test_an_adapter_goes_on_from_its_own_weights(load, examples, tmp_path) -> None:
     first = load(use_lora=True, lora_r=4, learning_rate=0.01, warmup_ratio=0)
     update(first, examples[:1])
-    first.save(tmp_path, [], with_optimizer=False)
+    first.save(tmp_path, RECORD, with_optimizer=False)
     second = load(name=tmp_path, use_lora=True)
     for old, new in zip(first.parameters, second.parameters, strict=True):
         assert torch.equal(old, new)
 
 
 def test_an_adapter_of_another_rank_than_asked_for_is_refused(load, examples, tmp_path) -> None:
-    load(use_lora=True, lora_r=4).save(tmp_path, [], with_optimizer=False)
+    load(use_lora=True, lora_r=4).save(tmp_path, RECORD, with_optimizer=False)
     with pytest.raises(ConfigError, match="lora_r is 16, the adapter to go on from has 4"):
         load(name=tmp_path, use_lora=True, lora_r=16)
 
 
 def test_a_whole_model_saved_over_an_adapter_replaces_it(load, tmp_path) -> None:
-    load(use_lora=True, lora_r=4).save(tmp_path, [], with_optimizer=False)
-    load().save(tmp_path, [], with_optimizer=False)
+    load(use_lora=True, lora_r=4).save(tmp_path, RECORD, with_optimizer=False)
+    load().save(tmp_path, RECORD, with_optimizer=False)
     assert not is_adapter(str(tmp_path))
 
 
@@ -480,7 +483,7 @@ def test_a_resumed_learner_makes_the_same_next_update(settings, load, examples, 
     learner = load(**settings)
     update(learner, examples[:1])
     learner.step = 1
-    learner.save(tmp_path, [], with_optimizer=True)
+    learner.save(tmp_path, RECORD, with_optimizer=True)
     resumed = load(**settings)
     resumed.resume(tmp_path)
     assert resumed.step == 1
@@ -492,10 +495,8 @@ def test_a_resumed_learner_makes_the_same_next_update(settings, load, examples, 
 
 def test_a_folder_without_the_optimizer_cannot_be_resumed(load, tmp_path) -> None:
     learner = load()
-    learner.save(tmp_path, [], with_optimizer=False)
-    with pytest.raises(
-        CheckpointError, match=r"no trainer_state\.pt; resume from a checkpoint-N folder, not final_model"
-    ):
+    learner.save(tmp_path, RECORD, with_optimizer=False)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.pt: no usable state; resume from another checkpoint"):
         learner.resume(tmp_path)
 
 
@@ -511,7 +512,7 @@ def test_a_folder_without_the_optimizer_cannot_be_resumed(load, tmp_path) -> Non
     ],
 )
 def test_a_checkpoint_of_another_training_is_not_resumed(saved, present, difference, load, tmp_path) -> None:
-    load(**saved).save(tmp_path, [], with_optimizer=True)
+    load(**saved).save(tmp_path, RECORD, with_optimizer=True)
     learner = load(**present)
     before = [parameter.clone() for parameter in learner.parameters]
     with pytest.raises(CheckpointError, match=f"{difference}; resume with the same settings"):
@@ -522,7 +523,7 @@ def test_a_checkpoint_of_another_training_is_not_resumed(saved, present, differe
 def test_a_resumed_learner_takes_the_present_rates_and_decay(load, examples, tmp_path) -> None:
     learner = load(learning_rate=0.01, weight_decay=0.1)
     update(learner, examples[:1])
-    learner.save(tmp_path, [], with_optimizer=True)
+    learner.save(tmp_path, RECORD, with_optimizer=True)
     resumed = load(learning_rate=0.002, weight_decay=0.3, part_learning_rates={"vit": 0.001})
     resumed.resume(tmp_path)
     groups = resumed.optimizer.param_groups
@@ -532,7 +533,7 @@ def test_a_resumed_learner_takes_the_present_rates_and_decay(load, examples, tmp
 
 def test_resuming_loads_no_second_model(load, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, resumed = load(), load()
-    learner.save(tmp_path, [], with_optimizer=True)
+    learner.save(tmp_path, RECORD, with_optimizer=True)
     monkeypatch.setattr(Ovis2_5ForConditionalGeneration, "from_pretrained", None)
     resumed.resume(tmp_path)
 
@@ -540,7 +541,7 @@ def test_resuming_loads_no_second_model(load, tmp_path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("content", [b"", b"no state", None])
 def test_a_broken_optimizer_state_is_named(content, load, tmp_path) -> None:
     learner = load()
-    learner.save(tmp_path, [], with_optimizer=True)
+    learner.save(tmp_path, RECORD, with_optimizer=True)
     file = tmp_path / "trainer_state.pt"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
     with pytest.raises(CheckpointError, match=r"trainer_state\.pt: no usable state; resume from another checkpoint"):
@@ -554,11 +555,11 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(
     """At the weights, and at the optimizer's state after them."""
     learner = load()
     update(learner, examples[:1])
-    learner.save(tmp_path, [], with_optimizer=True)
+    learner.save(tmp_path, RECORD, with_optimizer=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     update(learner, examples[:1])
     with file_limit(kilobytes), pytest.raises(CheckpointError, match=r"cannot be written \(.*; make room on the disk"):
-        learner.save(tmp_path, [], with_optimizer=True)
+        learner.save(tmp_path, RECORD, with_optimizer=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -11,7 +11,7 @@ import torch
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
 from looktwice.data.examples import Encoder, encode_sample
-from looktwice.errors import DataError
+from looktwice.errors import CheckpointError, DataError
 from looktwice.formats.sample_file import read_samples
 from looktwice.metrics import METRICS
 from looktwice.model.weights import load_model
@@ -29,13 +29,15 @@ Run = Callable[..., tuple[Path, list[dict[str, float]]]]
 def run(model_folder, dataset, tmp_path) -> Run:
     """Trains on the six samples of the data set; gives the final model's folder and the lines of the log."""
 
+    paths = {"train_data_path": dataset.train, "image_base_path": dataset.train.parent}
+
     def train(name: str = "run", *, data: dict[str, object] | None = None, **settings: object) -> tuple[Path, list]:
         model = ModelConfig(model_name=str(model_folder), device="cpu")
-        paths = {"train_data_path": dataset.train, "image_base_path": dataset.train.parent}
         folder = tmp_path / name
         final = train_sft(model, DataConfig(**{**paths, **(data or {})}), SFTConfig(output_dir=folder, **settings))
         return final, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
+    train.data = paths  # type: ignore[attr-defined]
     return train
 
 
@@ -81,14 +83,8 @@ def test_the_final_model_is_the_trained_one_and_can_be_loaded(run, model, model_
     loaded = load_model(str(final))
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
     settings = json.loads((final / "train_config.json").read_text())
-    assert set(settings) == {"ModelConfig", "DataConfig", "SFTConfig"}
+    assert set(settings) == {"run", "ModelConfig", "DataConfig", "SFTConfig"}
     assert settings["SFTConfig"]["max_steps"] == 1
-
-
-def test_a_run_without_steps_saves_the_model_it_started_from(run, model_folder) -> None:
-    final, lines = run(num_train_epochs=0)
-    assert lines == []
-    assert weights(final) == weights(model_folder)
 
 
 def test_pixel_bounds_and_box_frame_of_the_run_are_saved_with_the_model(run, dataset, tmp_path) -> None:
@@ -114,10 +110,37 @@ def test_a_resumed_run_ends_in_the_weights_and_the_log_of_an_uninterrupted_one(r
         assert [line[name] for line in lines] == [line[name] for line in expected[4:]]
 
 
-def test_a_run_resumed_in_its_own_folder_appends_to_its_log(run, tmp_path) -> None:
-    run(max_steps=2, num_train_epochs=0, save_steps=1)
-    _, lines = run(max_steps=2, num_train_epochs=0, resume_from_checkpoint=tmp_path / "run" / "checkpoint-1")
-    assert [line["step"] for line in lines] == [1, 2, 2]
+def test_a_run_resumed_in_its_own_folder_logs_each_step_once(run, tmp_path) -> None:
+    run(max_steps=3, save_steps=1)
+    _, lines = run(max_steps=3, resume_from_checkpoint="latest")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_goes_on_only_with_the_batches_it_began_with_unless_told(run) -> None:
+    run(max_steps=2, save_steps=1, train_batch_size=2)
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: .*batch_size was 2 and is 1"):
+        run(max_steps=2, resume_from_checkpoint="latest", train_batch_size=1)
+    run(max_steps=3, resume_from_checkpoint="latest", train_batch_size=1, allow_changes=True)
+
+
+def test_a_run_goes_on_only_from_the_model_it_began_with(run, model_folder, tmp_path) -> None:
+    final, _ = run(max_steps=2, save_steps=1, learning_rate=1e-3)
+    with pytest.raises(CheckpointError, match="checkpoint-1: its run started from another model"):
+        train_sft(
+            ModelConfig(model_name=str(final), device="cpu"),
+            DataConfig(**run.data),
+            SFTConfig(output_dir=tmp_path / "other", max_steps=2, resume_from_checkpoint=final.parent),
+        )
+
+
+def test_where_a_run_goes_on_is_told_first(run, tmp_path, capsys) -> None:
+    run(max_steps=3, save_steps=1, train_batch_size=2)
+    capsys.readouterr()
+    run(max_steps=3, resume_from_checkpoint="latest", save_steps=1, train_batch_size=2, learning_rate=1e-6)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == (
+        f"{tmp_path}/run/checkpoint-2: going on with step 3 of 3, epoch 0.67; learning_rate 2e-05 -> 1e-06"
+    )
 
 
 @pytest.mark.parametrize(("eval_steps", "evaluated"), [(None, [3, 6]), (2, [2, 4, 6]), (5, [5, 6])])

@@ -60,9 +60,9 @@ class Fixed:
         )
 
 
-def check_outputs(path: Path, target: Path) -> None:
+def check_outputs(path: Path, target: Path, *, overwrite: bool) -> None:
     """Raise DataError when the cleaned copy of a file, or its report, cannot be written, before the file is judged."""
-    check_target(target, path)
+    check_target(target, path, overwrite=overwrite)
     if report_of(target).exists() and path.exists() and report_of(target).samefile(path):
         raise DataError(f"{report_of(target)}: the file to read from; name another copy")
 
@@ -83,7 +83,7 @@ def fix(judge: Judge, fatal: Mapping[str, list[Problem]], target: Path) -> Fixed
     file = judge.files[0]
     if of_all := fatal.get(str(file.path)):
         raise DataError(f"no row would be left: {of_all[0]}")
-    check_outputs(file.path, target)
+    check_outputs(file.path, target, overwrite=judge.config.overwrite)
     done = Fixed(target=target, report=report_of(target), num_rows=len(file))
     rows = Cleaning(judge, fatal, done).rows()
     first = next(rows, None)

@@ -24,6 +24,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except LooktwiceError as error:
         print(f"looktwice: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("looktwice: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("looktwice: interrupted", *interrupt.args, sep="; ", file=sys.stderr)
         return 130

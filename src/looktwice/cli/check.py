@@ -34,7 +34,7 @@ def run(words: Sequence[str]) -> int:
     check_output_file(target, "--fix", inputs)
     check_image_folder(config.image_base_path)
     if target:
-        check_target(target, files[0])
+        check_target(target, files[0], overwrite=config.overwrite)
     if config.model_name:
         locate(config.model_name)
     from rich.console import Console
@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> int:
     from looktwice.report.terminal import verdict_table
 
     if target:
-        check_outputs(files[0], target)
+        check_outputs(files[0], target, overwrite=config.overwrite)
     processor = load_processor(config.model_name, config) if config.model_name else None
     judge = Judge(config, processor)
     fatal: defaultdict[str, list[Problem]] = defaultdict(list)

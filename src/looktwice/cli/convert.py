@@ -22,7 +22,7 @@ def run(words: Sequence[str]) -> None:
         argument("target", metavar="OUT", type=Path, help="file to write; its name says which kind"),
     )
     check_data_file(given["source"])
-    check_target(given["target"], given["source"])
+    check_target(given["target"], given["source"], overwrite=config.overwrite)
     from looktwice.formats.convert import convert_file
 
     print(convert_file(given["source"], given["target"], config))

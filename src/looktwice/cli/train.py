@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from looktwice.cli.arguments import Parser, add_flags
 from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.paths import check_run_folder
+from looktwice.training.folder import FINAL_MODEL, LATEST, check_free, check_run, checkpoints
 from looktwice.training.start import check_request
 
 FILE_FLAGS: dict[str, type[Config]] = {
@@ -46,27 +48,48 @@ def run(words: Sequence[str]) -> None:
     else:
         check_request(model.model_name, model, data, sft)
     if stage == "both":
-        check_reward(grpo.reward)
-        check_run_folder(grpo.output_dir)
-        from looktwice.processing.processor import load_processor
-        from looktwice.rewards import load_reward
-        from looktwice.training.run import prepare_output
-        from looktwice.training.sets import load_sets
-
-        # what stage 2 cannot use should not wait for stage 1 to end
-        load_reward(grpo.reward)
-        load_sets(data, load_processor(model.model_name, data), "grpo")
-        prepare_output(grpo)
+        grpo = grpo.model_copy(update={"sft_checkpoint_path": sft.output_dir / FINAL_MODEL})
+        check_stage_2(model, data, sft, grpo)
     if stage != "grpo":
         from looktwice.training.sft import train_sft
 
-        final = train_sft(model, data, sft)
-        print(f"stage 1 done: {final}")
-        grpo = grpo.model_copy(update={"sft_checkpoint_path": final})
+        with told_when_interrupted(sft):
+            train_sft(model, data, sft)
     if stage != "sft":
         from looktwice.training.grpo import train_grpo
 
-        print(f"stage 2 done: {train_grpo(model, data, grpo)}")
+        with told_when_interrupted(grpo):
+            train_grpo(model, data, grpo)
+
+
+def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GRPOConfig) -> None:
+    """Refuse what stage 2 cannot use, which should not wait for stage 1 to end."""
+    check_reward(grpo.reward)
+    if grpo.output_dir.absolute() == sft.output_dir.absolute():
+        raise ConfigError(f"{grpo.output_dir}: the run folder of both stages; give each its own")
+    check_run_folder(grpo.output_dir)
+    check_free(grpo.output_dir)
+    check_run(grpo, str(grpo.sft_checkpoint_path))
+    from looktwice.processing.processor import load_processor
+    from looktwice.rewards import load_reward
+    from looktwice.training.sets import load_sets
+
+    load_reward(grpo.reward)
+    load_sets(data, load_processor(model.model_name, data), "grpo")
+
+
+@contextmanager
+def told_when_interrupted(config: StageConfig) -> Iterator[None]:
+    """Let a Ctrl-C say what is in the run folder, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        stage = "sft" if isinstance(config, SFTConfig) else "grpo"
+        if found := checkpoints(config.output_dir):
+            told = f"{found[max(found)]} is kept; go on with --stage {stage} --resume_from_checkpoint {LATEST}"
+        else:
+            told = f"nothing is kept, as {config.output_dir} holds no checkpoint; --save_steps N writes them"
+        raise KeyboardInterrupt(told) from interrupt
 
 
 def train_configs(words: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, SFTConfig, GRPOConfig]:

@@ -23,6 +23,7 @@ from looktwice.inference import OvisInference
 from looktwice.model.location import TINY
 from looktwice.report.run_page import make_card, read_curve, write_page
 from looktwice.report.tables import Table
+from looktwice.training.folder import claimed, remove
 from looktwice.training.grpo import train_grpo
 from looktwice.training.sft import train_sft
 
@@ -91,7 +92,18 @@ class Demo:
 
 
 def run_demo(folder: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Run everything, write `summary.json` and `report.html`, and give back the summary."""
+    """Run everything, write `summary.json` and `report.html`, and give back the summary.
+
+    An earlier demo in the folder is replaced. Raises ConfigError when another process is at work there.
+    """
+    with claimed(folder):
+        for name in ("data", "sft", "grpo", "summary.json", "report.html"):
+            remove(folder / name)
+        return run_phases(folder, seed=seed)
+
+
+def run_phases(folder: Path, *, seed: int) -> dict[str, Any]:
+    """The demo in a folder of its own."""
     demo, started = Demo(folder, seed), time.perf_counter()
     disable_progress_bar()  # a bar for each loading of a model this small is noise
     with demo.phase("data", f"1/5 Drawing {NUM_TRAIN + NUM_RL + NUM_EVAL} pictures with questions"):

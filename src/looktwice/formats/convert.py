@@ -48,7 +48,7 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
     Raises DataError when a row cannot be read, with all problems counted, and when something would be lost and
     `allow_loss` is off. Neither leaves a file behind.
     """
-    check_target(Path(target), Path(source))
+    check_target(Path(target), Path(source), overwrite=config.overwrite)
     file = SampleFile(
         source,
         config.image_base_path,

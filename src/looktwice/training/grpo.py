@@ -26,6 +26,7 @@ from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
+from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner, Reference, Scores
 from looktwice.training.losses import (
     aggregate,
@@ -36,7 +37,16 @@ from looktwice.training.losses import (
     kl_estimate,
     policy_surrogate,
 )
-from looktwice.training.run import batch_order, close_step, is_due, prepare_output, run_table, save_final, trained_table
+from looktwice.training.run import (
+    batch_order,
+    begin,
+    close_step,
+    is_due,
+    planned,
+    run_table,
+    save_final,
+    trained_table,
+)
 from looktwice.training.sets import LengthReport, load_sets
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
@@ -62,39 +72,39 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     processor = load_processor(start, data)
     samples, held_out, refits = load_sets(data, processor, "grpo")
     score_rollout = load_reward(config.reward)
-    prepare_output(config)
-    lengths = LengthReport(config)
-    lengths.note(refits)
-    lengths.show()
     order = batch_order(len(samples), config)
-    learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
-    reference = learner.freeze_reference() if config.beta > 0 else None
-    if config.resume_from_checkpoint:
-        learner.resume(config.resume_from_checkpoint)
-    resolved = (model, data, config)
-    with Recorder(
-        config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", append=learner.step > 0
-    ) as recorder:
-        recorder.console.print(run_table(learner, order, model))
-        recorder.console.print(trained_table(learner))
-        eval_every = config.eval_steps or order.steps_per_epoch
-        while learner.step < order.total_steps:
-            started = time.perf_counter()
-            prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
-            metrics: dict[str, float] = {}
-            if prompts:
-                groups = roll_out(learner, prompts, config, score_rollout)
-                metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
-                metrics |= improve(learner, groups, config, reference)
-                metrics["time/update_s"] = time.perf_counter() - started - metrics["time/rollout_s"]
-            learner.step += 1
-            metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
-            if held_out and is_due(learner, eval_every):
-                metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, data, config, lengths)
-            metrics |= lengths.metrics
-            close_step(learner, recorder, metrics, resolved)
-    lengths.show()
-    return save_final(learner, resolved)
+    settings = (model, data, config)
+    with claimed(config.output_dir):
+        record = planned("grpo", settings, order, start)
+        learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
+        reference = learner.freeze_reference() if config.beta > 0 else None
+        record = begin(learner, record, settings, order)
+        lengths = LengthReport(config)
+        lengths.note(refits)
+        lengths.show()
+        with Recorder(
+            config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", start=learner.step
+        ) as recorder:
+            recorder.console.print(run_table(learner, order, model))
+            recorder.console.print(trained_table(learner))
+            eval_every = config.eval_steps or order.steps_per_epoch
+            while learner.step < order.total_steps:
+                started = time.perf_counter()
+                prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
+                metrics: dict[str, float] = {}
+                if prompts:
+                    groups = roll_out(learner, prompts, config, score_rollout)
+                    metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
+                    metrics |= improve(learner, groups, config, reference)
+                    metrics["time/update_s"] = time.perf_counter() - started - metrics["time/rollout_s"]
+                learner.step += 1
+                metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
+                if held_out and is_due(learner, eval_every):
+                    metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, data, config, lengths)
+                metrics |= lengths.metrics
+                close_step(learner, recorder, metrics, record)
+        lengths.show()
+        return save_final(learner, record)
 
 
 def fitted(

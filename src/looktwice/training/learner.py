@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from looktwice.config import LORA_KNOBS, Config, ModelConfig, Part, StageConfig
+from looktwice.config import LORA_KNOBS, ModelConfig, Part, StageConfig
 from looktwice.errors import CheckpointError, ConfigError, LooktwiceError
 from looktwice.model.adapters import (
     add_lora,
@@ -26,20 +25,16 @@ from looktwice.model.adapters import (
     trained_parameters,
 )
 from looktwice.model.attention import is_gpu, pick_attention
+from looktwice.model.files import adapter_folder, weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_of
-from looktwice.model.weights import (
-    adapter_folder,
-    load_model,
-    load_trained,
-    pick_device,
-    write_model,
-    written_whole,
-)
+from looktwice.model.weights import load_model, load_trained, pick_device, write_model, written_whole
 from looktwice.processing.packing import PackedBatch, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.training.start import STATE_FILE, check_attention, check_start, state_file
+from looktwice.training.folder import STATE_FILE
+from looktwice.training.record import Record
+from looktwice.training.start import check_attention, check_start
 
 
 class Scores(NamedTuple):
@@ -73,6 +68,7 @@ class Learner:
         self.config = config
         self.total_steps = total_steps
         self.step = 0
+        self.start: str | None = None
         self.parameters = [parameter for _, parameter in trained_parameters(model)]
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
 
@@ -107,7 +103,9 @@ class Learner:
         if towers == "auto":
             towers = "all" if is_gpu(device) else "none"
         recompute_layers(base_of(model), towers)
-        return cls(model, processor, config, total_steps=total_steps)
+        learner = cls(model, processor, config, total_steps=total_steps)
+        learner.start = weights_fingerprint(name)
+        return learner
 
     @property
     def base(self) -> Ovis2_5ForConditionalGeneration:
@@ -170,26 +168,26 @@ class Learner:
         """A copy of the trained weights as they are now, for the KL term."""
         return Reference(self.parameters)
 
-    def save(self, folder: Path, resolved: Sequence[Config], *, with_optimizer: bool) -> None:
-        """Write model, processor and resolved settings; with the optimizer's state, training can go on from there.
+    def save(self, folder: Path, record: Record, *, with_optimizer: bool) -> None:
+        """Write model, processor and the run's record; with the optimizer's state, training can go on from there.
 
         Raises CheckpointError when the folder cannot be written.
         """
-        settings = {type(config).__name__: config.model_dump(mode="json") for config in resolved}
         with written_whole(folder) as draft:
             write_model(self.model, draft)
             self.processor.save_pretrained(draft)
-            (draft / "train_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             if with_optimizer:
                 state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "trained": self.trained()}
                 try:
                     torch.save(state, draft / STATE_FILE)
                 except RuntimeError as error:  # how torch reports a full disk
                     raise OSError(str(error)) from error
+            record.write(draft, step=self.step)
 
     def trained(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that goes on from it: settings, then shapes by name."""
-        facts: dict[str, Any] = {"use_lora": isinstance(self.model, PeftModel)}
+        """What a checkpoint must have in common with the run that goes on from it: the weights it started from,
+        settings, then shapes by name."""
+        facts: dict[str, Any] = {"start": self.start, "use_lora": isinstance(self.model, PeftModel)}
         if isinstance(self.model, PeftModel):
             adapter: Any = self.model.peft_config[self.model.active_adapter]
             facts |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
@@ -203,12 +201,14 @@ class Learner:
         What was frozen before, such as the KL reference, stays as it is. Raises CheckpointError, before anything is
         changed, when the checkpoint is broken or this run trains something else.
         """
-        path = state_file(folder)
+        path = folder / STATE_FILE
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             step, moments, saved = (state[name] for name in ("step", "optimizer", "trained"))
         except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: no usable state; resume from another checkpoint ({error})") from error
+        if saved.get("start") != self.start:
+            raise CheckpointError(f"{folder}: its run started from another model; name that one to go on")
         if difference := first_difference(saved, self.trained()):
             raise CheckpointError(f"{folder}: {difference}; resume with the same settings")
         load_trained(self.model, folder)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from peft import PeftModel
 from rich.table import Table
 
-from looktwice.config import Config, GRPOConfig, ModelConfig, StageConfig
+from looktwice.config import LORA_KNOBS, GRPOConfig, ModelConfig, Stage, StageConfig
 from looktwice.data.order import BatchOrder
-from looktwice.errors import ConfigError
 from looktwice.metrics import Recorder
-from looktwice.model.adapters import part_sizes
+from looktwice.model.adapters import adapter_settings, part_sizes
+from looktwice.training.folder import FINAL_MODEL, check_final_model, check_run, checkpoint_of, make_room
 from looktwice.training.learner import Learner, towers_of
-from looktwice.training.start import FINAL_MODEL, state_file
-
-
-def prepare_output(config: StageConfig) -> None:
-    """Make sure that the run folder can be written, and a run to go on from is there.
-
-    Raises ConfigError or CheckpointError when not.
-    """
-    if config.resume_from_checkpoint:
-        state_file(config.resume_from_checkpoint)
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{config.output_dir}: cannot be made as a run folder ({error})") from error
+from looktwice.training.record import Record, Settings, plain
 
 
 def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
@@ -38,6 +26,41 @@ def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
         max_steps=config.max_steps,
         seed=config.seed,
     )
+
+
+def planned(stage: Stage, settings: Settings, order: BatchOrder, start: str) -> Record:
+    """The record of a run that may start from the model `start`, and go on from its checkpoint if it names one.
+
+    Raises ConfigError and CheckpointError where the run folder, or the checkpoint, is not for this run.
+    """
+    _, _, config = settings
+    check_run(config, start)
+    record = Record.of(stage, settings, num_samples=order.num_samples, total_steps=order.total_steps)
+    if checkpoint := checkpoint_of(config):
+        record.check_goes_on(Record.read(checkpoint), checkpoint, allow_changes=config.allow_changes)
+        check_final_model(config, total_steps=order.total_steps)
+    return record
+
+
+def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrder) -> Record:
+    """Go on from the checkpoint, if one is named, make room in the run folder, and give the record of what trains."""
+    record = replace(record, settings=plain(as_trained(settings, learner)))
+    if checkpoint := checkpoint_of(learner.config):
+        saved = Record.read(checkpoint)
+        learner.resume(checkpoint)
+        place = f"step {learner.step + 1:,} of {order.total_steps:,}, epoch {order.epoch(learner.step):.2f}"
+        print(f"{checkpoint}: going on with {place}", *record.changes_since(saved), sep="; ")
+    make_room(learner.config, checkpoint)
+    return record
+
+
+def as_trained(settings: Settings, learner: Learner) -> Settings:
+    """The settings with what the model brings along: its base, and the adapter that goes on."""
+    model, data, config = settings
+    if isinstance(learner.model, PeftModel):
+        has = {LORA_KNOBS[name]: value for name, value in adapter_settings(learner.model).items()}
+        config = config.model_copy(update={"use_lora": True, **has})
+    return model.model_copy(update={"model_name": str(learner.base.name_or_path)}), data, config
 
 
 def run_table(learner: Learner, order: BatchOrder, model: ModelConfig) -> Table:
@@ -82,7 +105,7 @@ def is_due(learner: Learner, every: int) -> bool:
     return learner.step == learner.total_steps or learner.step % every == 0
 
 
-def close_step(learner: Learner, recorder: Recorder, metrics: dict[str, float], resolved: Sequence[Config]) -> None:
+def close_step(learner: Learner, recorder: Recorder, metrics: dict[str, float], record: Record) -> None:
     """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due."""
     config = learner.config
     if is_due(learner, config.logging_steps) or any(name.startswith("eval/") for name in metrics):
@@ -90,11 +113,19 @@ def close_step(learner: Learner, recorder: Recorder, metrics: dict[str, float], 
     recorder.advance(learner.step, metrics)
     is_last = learner.step == learner.total_steps
     if config.save_steps and learner.step % config.save_steps == 0 and not is_last:
-        learner.save(config.output_dir / f"checkpoint-{learner.step}", resolved, with_optimizer=True)
+        learner.save(config.output_dir / f"checkpoint-{learner.step}", record, with_optimizer=True)
 
 
-def save_final(learner: Learner, resolved: Sequence[Config]) -> Path:
-    """Write the final model and give back its folder."""
+def save_final(learner: Learner, record: Record) -> Path:
+    """Write the final model, say so, and give back its folder; of a run that changed nothing, say that instead."""
     folder = learner.config.output_dir / FINAL_MODEL
-    learner.save(folder, resolved, with_optimizer=False)
+    learner.save(folder, record, with_optimizer=False)
+    stage = "stage 1" if record.stage == "sft" else "stage 2"
+    if learner.optimizer.state:
+        print(f"{stage} done: {folder}")
+    else:
+        print(
+            f"{stage} changed nothing: none of {learner.step:,} steps had anything to train on, and {folder} holds the "
+            "weights it started from; group/dropped and data/too_long of log.jsonl say why"
+        )
     return folder

@@ -15,10 +15,8 @@ from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.formats.sample_file import SampleFile
 from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.training.folder import LEFT_OUT
 from looktwice.training.start import required
-
-LEFT_OUT = "left_out.jsonl"
-"""In the run folder: the samples that were too long, one a line, and what was done with each."""
 
 CHECKED_AT_START = 2000
 """Samples that are read, decoded and measured before the model is loaded; a larger set would keep it waiting."""
@@ -93,8 +91,6 @@ class LengthReport:
 
     def __init__(self, config: StageConfig) -> None:
         self.path = config.output_dir / LEFT_OUT
-        if not config.resume_from_checkpoint:
-            self.path.unlink(missing_ok=True)
         self.seen: set[tuple[str, str]] = set()
         whole, _, cut = (self.path.read_text(encoding="utf-8") if self.path.exists() else "").rpartition("\n")
         for line in filter(None, whole.split("\n")):

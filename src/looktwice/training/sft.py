@@ -20,8 +20,18 @@ from looktwice.metrics import Recorder
 from looktwice.model.weights import pick_device
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import load_processor
+from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner
-from looktwice.training.run import batch_order, close_step, is_due, prepare_output, run_table, save_final, trained_table
+from looktwice.training.run import (
+    batch_order,
+    begin,
+    close_step,
+    is_due,
+    planned,
+    run_table,
+    save_final,
+    trained_table,
+)
 from looktwice.training.sets import LengthReport, load_sets
 
 WORKERS_BESIDE_A_GPU = 4
@@ -37,42 +47,42 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
         warm_up()
     processor = load_processor(model.model_name, data)
     train, held_out, refits = load_sets(data, processor, "sft")
-    prepare_output(config)
-    lengths = LengthReport(config)
-    lengths.note(refits)
-    lengths.show()
     order = batch_order(len(train), config)
-    learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps)
-    if config.resume_from_checkpoint:
-        learner.resume(config.resume_from_checkpoint)
-    resolved = (model, data, config)
-    encoder = Encoder(processor=processor, max_length=data.max_length, length_policy=data.length_policy)
-    batches = (
-        [train[number] for number in batch]
-        for step in range(learner.step, order.total_steps)
-        for batch in order.batches(step, config.train_batch_size)
-    )
-    with (
-        Recorder(
-            config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="SFT", append=learner.step > 0
-        ) as recorder,
-        closing(packed_batches(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
-    ):
-        recorder.console.print(run_table(learner, order, model))
-        recorder.console.print(trained_table(learner))
-        eval_every = config.eval_steps or order.steps_per_epoch
-        while learner.step < order.total_steps:
-            num_batches = len(order.batches(learner.step, config.train_batch_size))
-            rows = [row for batch in islice(rows_of_batches, num_batches) for row in batch]
-            metrics = train_step(learner, rows) if rows else {}
-            learner.step += 1
-            metrics["epoch"] = order.epoch(learner.step)
-            if held_out and is_due(learner, eval_every):
-                metrics["eval/loss"] = evaluation_loss(learner, held_out, encoder, lengths, num_workers=workers)
-            metrics |= lengths.metrics
-            close_step(learner, recorder, metrics, resolved)
-    lengths.show()
-    return save_final(learner, resolved)
+    settings = (model, data, config)
+    with claimed(config.output_dir):
+        record = planned("sft", settings, order, model.model_name)
+        learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps)
+        record = begin(learner, record, settings, order)
+        lengths = LengthReport(config)
+        lengths.note(refits)
+        lengths.show()
+        encoder = Encoder(processor=processor, max_length=data.max_length, length_policy=data.length_policy)
+        batches = (
+            [train[number] for number in batch]
+            for step in range(learner.step, order.total_steps)
+            for batch in order.batches(step, config.train_batch_size)
+        )
+        with (
+            Recorder(
+                config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="SFT", start=learner.step
+            ) as recorder,
+            closing(packed_batches(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
+        ):
+            recorder.console.print(run_table(learner, order, model))
+            recorder.console.print(trained_table(learner))
+            eval_every = config.eval_steps or order.steps_per_epoch
+            while learner.step < order.total_steps:
+                num_batches = len(order.batches(learner.step, config.train_batch_size))
+                rows = [row for batch in islice(rows_of_batches, num_batches) for row in batch]
+                metrics = train_step(learner, rows) if rows else {}
+                learner.step += 1
+                metrics["epoch"] = order.epoch(learner.step)
+                if held_out and is_due(learner, eval_every):
+                    metrics["eval/loss"] = evaluation_loss(learner, held_out, encoder, lengths, num_workers=workers)
+                metrics |= lengths.metrics
+                close_step(learner, recorder, metrics, record)
+        lengths.show()
+        return save_final(learner, record)
 
 
 def packed_batches(

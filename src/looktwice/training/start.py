@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, StageConfig, check_reward
-from looktwice.errors import CheckpointError, ConfigError
+from looktwice.errors import ConfigError
 from looktwice.model.location import base_quantization, local_adapter, locate
 from looktwice.paths import check_data_file, check_image_folder, check_run_folder
-
-FINAL_MODEL = "final_model"
-STATE_FILE = "trainer_state.pt"
+from looktwice.training.folder import check_free, check_run
 
 T = TypeVar("T")
 
@@ -26,15 +25,26 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
         if path is not None:
             check_data_file(path)
     check_image_folder(data.image_base_path)
+    check_one_process()
     check_run_folder(config.output_dir)
-    if config.resume_from_checkpoint:
-        state_file(config.resume_from_checkpoint)
+    check_free(config.output_dir)
+    check_run(config, name)
     if isinstance(config, GRPOConfig):
         check_reward(config.reward)
     check_attention(model, model.device or "")
     folder = locate(name)
     if Path(folder).is_dir():  # of a hub name it is known later whether it is an adapter
         check_start(name, local_adapter(folder), model, config)
+
+
+def check_one_process() -> None:
+    """Raise ConfigError where a launcher has started several processes, each of which would train on everything."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise ConfigError(
+                f"started as one of {os.environ[name]} processes ({name}); looktwice trains in one: start it by "
+                "itself, without torchrun or another launcher"
+            )
 
 
 def check_start(name: str, adapter: Path | None, model_config: ModelConfig, config: StageConfig) -> None:
@@ -76,11 +86,3 @@ def check_attention(model: ModelConfig, device: str) -> None:
         raise ConfigError("flex_attention has no backward on a CPU; use --attn_implementation sdpa")
     if model.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ConfigError("flash_attention_2: flash-attn is not installed; install looktwice[flash] or use auto")
-
-
-def state_file(folder: Path) -> Path:
-    """The optimizer state in a checkpoint folder. Raises CheckpointError when there is none."""
-    path = folder / STATE_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {STATE_FILE}; resume from a checkpoint-N folder, not {FINAL_MODEL}")
-    return path

@@ -1,0 +1,119 @@
+"""What a saved folder says of its run, and which runs may go on from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from looktwice.config import DataConfig, ModelConfig, SFTConfig
+from looktwice.errors import CheckpointError, ConfigError
+from looktwice.training import record as record_module
+from looktwice.training.record import Record, fingerprint
+
+CHECKPOINT = Path("checkpoint-4")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_text("{}\n")
+    return path
+
+
+def record(data: Path, *, num_samples: int = 40, total_steps: int = 10, **settings: object) -> Record:
+    configs = (ModelConfig(), DataConfig(train_data_path=data), SFTConfig(**settings))
+    return Record.of("sft", configs, num_samples=num_samples, total_steps=total_steps)
+
+
+def saved(here: Record, folder: Path, step: int = 4) -> Record:
+    folder.mkdir(exist_ok=True)
+    here.write(folder, step=step)
+    return Record.read(folder)
+
+
+def test_what_was_written_is_read(data, tmp_path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"12345")
+    read = saved(record(data), tmp_path / "saved")
+    assert (read.stage, read.step, read.files) == ("sft", 4, {"model.safetensors": 5})
+    assert read.order == record(data).order
+
+
+@pytest.mark.parametrize(("content", "found"), [(None, "missing"), (b"123", "3 bytes")])
+def test_a_folder_of_which_a_file_is_not_whole_is_named(content, found, data, tmp_path) -> None:
+    file = tmp_path / "saved" / "tokenizer.json"
+    file.parent.mkdir()
+    file.write_bytes(b"12345")
+    saved(record(data), file.parent)
+    file.unlink()
+    if content:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"tokenizer.json: {found}, was saved with 5 bytes"):
+        Record.read(file.parent)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"run": {"step": 1}}'])
+def test_a_folder_without_a_record_is_named(content, tmp_path) -> None:
+    if content is not None:
+        (tmp_path / "train_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="does not say what run it is of"):
+        Record.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({"train_batch_size": 2}, "batch_size was 4 and is 2"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1 and is 2"),
+        ({"seed": 1}, "seed was 42 and is 1"),
+        ({"num_samples": 39}, "samples was 40 and is 39"),
+        ({"total_steps": 20}, "steps was 10 and is 20"),
+    ],
+)
+def test_a_step_that_means_other_samples_is_refused_by_name_or_accepted(settings, difference, data, tmp_path) -> None:
+    there, here = saved(record(data), tmp_path / "saved"), record(data, **settings)
+    with pytest.raises(CheckpointError, match=f"{difference}.*accept with --allow_changes"):
+        here.check_goes_on(there, CHECKPOINT, allow_changes=False)
+    here.check_goes_on(there, CHECKPOINT, allow_changes=True)
+
+
+def test_other_data_are_refused_and_the_same_at_another_place_are_not(data, tmp_path) -> None:
+    there = saved(record(data), tmp_path / "saved")
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(data.read_bytes())
+    record(moved).check_goes_on(there, CHECKPOINT, allow_changes=False)
+    moved.write_text("[]\n")
+    with pytest.raises(CheckpointError, match="train_data was [0-9a-f]+ and is"):
+        record(moved).check_goes_on(there, CHECKPOINT, allow_changes=False)
+
+
+@pytest.mark.parametrize("step", [10, 12])
+def test_nothing_is_trained_beyond_the_end_whatever_is_allowed(step, data, tmp_path) -> None:
+    there = saved(record(data), tmp_path / "saved", step=step)
+    with pytest.raises(ConfigError, match=f"saved after step {step}, and this run ends with step 10"):
+        record(data).check_goes_on(there, CHECKPOINT, allow_changes=True)
+
+
+def test_a_checkpoint_of_the_other_stage_is_refused_whatever_is_allowed(data, tmp_path) -> None:
+    there = saved(Record(stage="grpo", order=record(data).order, settings={}), tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="of stage grpo, this run is sft"):
+        record(data).check_goes_on(there, CHECKPOINT, allow_changes=True)
+
+
+def test_other_settings_are_told(data, tmp_path) -> None:
+    there = saved(record(data, learning_rate=1e-3, output_dir="one"), tmp_path / "saved")
+    here = record(data, learning_rate=1e-4, output_dir="two", overwrite=True)
+    assert list(here.changes_since(there)) == ["learning_rate 0.001 -> 0.0001"]
+
+
+def test_a_large_file_is_told_apart_by_its_size_and_blocks_all_over_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(record_module, "HASHED_WHOLE", 10)
+    monkeypatch.setattr(record_module, "BLOCK", 4)
+    monkeypatch.setattr(record_module, "NUM_BLOCKS", 3)
+    file = tmp_path / "large"
+    seen = set()
+    for content in (b"0" * 20, b"0" * 21, b"1" + b"0" * 19, b"0" * 9 + b"1" + b"0" * 10, b"0" * 19 + b"1"):
+        file.write_bytes(content)
+        seen.add(fingerprint(file))
+    assert len(seen) == 5
