@@ -64,11 +64,11 @@ def _tensor_names(path: Path) -> list[str]:
         raise CheckpointError(f"{path}: a broken weight file ({error}); copy or download it again") from error
 
 
-def weights_fingerprint(name: str) -> str:
+def weights_fingerprint(name: str) -> str | None:
     """Which weights a model name stands for: a hash over the dtype, the shape and three blocks of each tensor of its
     files, an adapter's own or a whole model's, however these are cut into files.
 
-    Reads 12 KiB a tensor. Raises CheckpointError when the files are not there or broken.
+    Reads 12 KiB a tensor. None for a hub name without safetensors. Raises CheckpointError when a file is broken.
     """
     if (adapter := adapter_folder(locate(name))) is not None:
         return _fingerprint([adapter / ADAPTER_WEIGHTS])
@@ -76,7 +76,7 @@ def weights_fingerprint(name: str) -> str:
     if not Path(folder).is_dir():
         found = [path for file in WEIGHT_FILES if (path := cached_file(folder, file, **QUIET)) is not None]
         if not found:
-            raise CheckpointError(f"{name}: no weights in the local cache")
+            return None
         folder = str(Path(found[0]).parent)
     return _fingerprint(sorted(set(tensor_files(Path(folder)).values())))
 

@@ -16,8 +16,9 @@ Settings = tuple[ModelConfig, DataConfig, StageConfig]
 RECORD_FILE = "train_config.json"
 HASHED_WHOLE = 256 * 2**20
 BLOCK, NUM_BLOCKS = 2**16, 1024
-OWN_SETTINGS = ("output_dir", "resume_from_checkpoint", "overwrite", "allow_changes", "max_steps", "num_train_epochs")
-"""Settings in which a run and the one that goes on from it differ by nature, or that the order tells of."""
+OF_ONE_RUN = {"output_dir", "resume_from_checkpoint", "overwrite", "allow_changes", "max_steps", "num_train_epochs"}
+OF_ONE_RUN |= {"logging_steps", "save_steps", "eval_steps", "num_workers"}
+"""Settings that do not change what is learned, or that the order tells of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Record:
         for kind, values in self.settings.items():
             was = saved.settings.get(kind, {})
             for name, value in values.items():
-                if name in was and was[name] != value and name not in OWN_SETTINGS:
+                if name in was and was[name] != value and name not in OF_ONE_RUN:
                     yield f"{name} {was[name]} -> {value}"
 
 

@@ -15,6 +15,7 @@ from looktwice.model.adapters import adapter_settings, part_sizes
 from looktwice.training.folder import FINAL_MODEL, check_final_model, check_run, checkpoint_of, make_room
 from looktwice.training.learner import Learner, towers_of
 from looktwice.training.record import Record, Settings, plain
+from looktwice.training.start import check_one_process
 
 
 def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
@@ -34,6 +35,7 @@ def planned(stage: Stage, settings: Settings, order: BatchOrder, start: str) -> 
     Raises ConfigError and CheckpointError where the run folder, or the checkpoint, is not for this run.
     """
     _, _, config = settings
+    check_one_process()
     check_run(config, start)
     record = Record.of(stage, settings, num_samples=order.num_samples, total_steps=order.total_steps)
     if checkpoint := checkpoint_of(config):
