@@ -9,7 +9,7 @@ import pytest
 
 from looktwice.config import InferenceConfig
 from looktwice.data.sample import Sample
-from looktwice.evaluation.accuracy import evaluate
+from looktwice.evaluation.accuracy import evaluate, wilson_interval
 from looktwice.evaluation.controls import CONTROLS
 from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box, Size
@@ -75,3 +75,12 @@ def test_a_model_is_asked_every_question_under_every_control(control, model_fold
     assert len(result.is_right) == len(result.trajectories) == len(samples) == 4
     for sample, trajectory in zip(samples, result.trajectories):
         assert sample.question in inference.processor.decode(trajectory.prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("num_right", "num_asked", "interval"),
+    [(0, 400, (0.0, 0.0095)), (400, 400, (0.9905, 1.0)), (260, 400, (0.6020, 0.6951)), (5, 10, (0.2366, 0.7634))],
+)
+def test_intervals_are_those_of_wilson(num_right: int, num_asked: int, interval: tuple[float, float]) -> None:
+    # scipy.stats.binomtest(num_right, num_asked).proportion_ci(method="wilson")
+    assert wilson_interval(num_right, num_asked) == pytest.approx(interval, abs=5e-5)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import NormalDist, fmean
 
 from looktwice.answers import answers_match, extract_answer
 from looktwice.data.sample import Sample
@@ -24,6 +25,19 @@ class Evaluation:
     mean_iou: float | None
     is_right: tuple[bool, ...]
     trajectories: tuple[Trajectory, ...]
+
+
+def wilson_interval(num_right: int, num_asked: int) -> tuple[float, float]:
+    """Lowest and highest share of right answers that this many of so many leave plausible, at 95 %.
+
+    The score interval of Wilson (1927): unlike the usual plus and minus it holds near 0 and 1 too, as in
+    wilson_interval(0, 400) == (0.0, 0.0095...)
+    """
+    z = NormalDist().inv_cdf(0.975)
+    share, unsure = num_right / num_asked, z * z / num_asked
+    middle = (share + unsure / 2) / (1 + unsure)
+    half = math.sqrt(unsure * (share * (1 - share) + unsure / 4)) / (1 + unsure)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def evaluate(
