@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from looktwice.demo import pipeline
+from looktwice.report.run_page import write_run_page
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,24 @@ def test_the_summary_is_written_as_it_is_returned(run: tuple[Path, dict[str, Any
 
 def test_the_report_shows_the_questions(run: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = run
-    assert (folder / "report.html").read_text(encoding="utf-8").count("<article") == 4
+    shown = (folder / "report.html").read_text(encoding="utf-8").count("<article")
+    assert shown == 2  # a random model is never right: one course, two examples
+
+
+def test_the_answers_of_all_models_and_controls_to_each_question_are_kept(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = run
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        assert (folder / line["image"]).is_file() and len(line["gold_box"]) == 4
+        assert line["replies"].keys() == summary["accuracy"].keys() | summary["controls"].keys()
+        assert line["replies"]["sft"].keys() >= {"is_right", "response", "crops", "stop_reason"}
+
+
+def test_the_page_can_be_written_again_from_the_folder(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = run
+    before = (folder / "report.html").read_bytes()
+    assert write_run_page(folder).read_bytes() == before
 
 
 def test_both_final_models_are_left_behind(run: tuple[Path, dict[str, Any]]) -> None:

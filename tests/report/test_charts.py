@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from looktwice.geometry import Size
-from looktwice.report.charts import HEIGHT, MAX_BINS, WIDTH, count_bars, histogram, nice_step, size_dots
+from looktwice.report.charts import HEIGHT, MAX_BINS, WIDTH, count_bars, curve, histogram, nice_step, size_dots
 
 NAMES = {"title": "t", "x_name": "x", "y_name": "y"}
 
@@ -52,3 +52,30 @@ def test_sizes_are_dots_at_their_place_larger_where_frequent() -> None:
 def test_one_value_makes_a_chart_too() -> None:
     assert [bar.tip for bar in histogram([7], **NAMES).bars] == ["7: 1"]
     assert size_dots([Size(1, 1)], title="t").dots[0].x == WIDTH
+
+
+def test_a_share_is_drawn_on_an_axis_from_0_to_1_over_its_steps() -> None:
+    chart = curve([1, 50, 100], [0.25, 0.5, 1.0], title="t", y_name="share", is_share=True)
+    assert [tick.label for tick in chart.y_ticks] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert [(tick.at, tick.label) for tick in chart.x_ticks] == [(0, "0"), (150, "50"), (300, "100")]
+    assert chart.line == ((3.0, 120.0), (150.0, 80.0), (300.0, 0.0))
+    assert chart.x_name == "step"
+
+
+def test_another_curve_begins_at_0_and_ends_at_a_round_number_above() -> None:
+    chart = curve([10], [2.54], title="t", y_name="nats", is_share=False)
+    assert [tick.label for tick in chart.y_ticks] == ["0", "1", "2", "3"]
+    assert chart.line == ((300.0, 24.5),)
+
+
+def test_a_chart_says_in_words_what_there_is_to_see() -> None:
+    assert (
+        histogram([100, 320], title="t", x_name="tokens", y_name="samples").summary == "2 samples of 100 to 320 tokens"
+    )
+    assert count_bars([0, 2, 2], title="t", x_name="crops", y_name="answers").summary == "3 answers of 0 to 2 crops"
+    assert (
+        size_dots([Size(4, 3), Size(4, 3), Size(1, 1)], title="t").summary == "3 pictures of 2 sizes; 4 x 3 most often"
+    )
+    assert curve([1, 9], [2.5, 0.5], title="t", y_name="nats", is_share=False).summary == (
+        "nats from 2.5 at step 1 to 0.5 at step 9"
+    )

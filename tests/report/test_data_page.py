@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,8 @@ from looktwice.cli import main
 from looktwice.config import ShowConfig
 from looktwice.demo.task import DatasetFiles
 from looktwice.formats.sample_file import SampleFile
-from looktwice.geometry import Size
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.report.data_page import shown_width, write_samples_page
-from looktwice.report.html import MAX_IMAGE_BYTES, image_uri
+from looktwice.report.data_page import write_samples_page
 from looktwice.report.sample_view import ImageView, SampleView, view_file
 
 CALL = "<tool_call>[0, 0, 48, 60]</tool_call>"
@@ -78,15 +77,108 @@ def page(views: list[SampleView], tmp_path: Path) -> Page:
     return Page(tmp_path / "new" / "p.html")
 
 
+def page_of(tmp_path: Path, image: Image.Image, processor: Ovis2_5Processor, *rows: list[dict[str, object]]) -> Page:
+    """The page of rows about one picture, each with these questions."""
+    image.save(tmp_path / "b.png")
+    lines = [json.dumps({"image_path": "b.png", "QnA": asked}) for asked in rows]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n")
+    views = list(view_file(SampleFile(tmp_path / "b.jsonl", tmp_path), processor, ShowConfig(num_samples=9)))
+    write_samples_page(tmp_path / "b.html", title="b.jsonl", lead="lead", views=views)
+    return Page(tmp_path / "b.html")
+
+
 # -- data show
 
 
-def test_every_image_and_crop_is_in_the_page_as_the_model_sees_it(page: Page, views: list[SampleView]) -> None:
-    images = [image for turn in views[0].turns for image in turn.images]
-    shown = page.of_tag("img")
-    assert [image_in(one["src"]).size for one in shown] == [image.seen for image in images]
-    assert np.array_equal(np.asarray(image_in(shown[0]["src"])), np.asarray(images[0].image))
+def test_what_the_model_sees_stands_beside_the_picture_and_after_each_call(
+    page: Page, views: list[SampleView], image: Image.Image
+) -> None:
+    whole, first, second = [one for turn in views[0].turns for one in turn.images]
+    picture, *shown = [image_in(one["src"]) for one in page.of_tag("img")]
+    assert picture.size == image.size
+    for found, expected in zip(shown, (whole.image, first.image, second.image), strict=True):
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
     assert len(page.of_class("crop")) == 2
+
+
+def test_small_pictures_are_enlarged_with_hard_pixels_in_whole_steps(page: Page) -> None:
+    shown = [(one["width"], one["height"], one["class"]) for one in page.of_tag("img")]
+    # the overview of 96 x 80 three times as large, the picture of 160 x 120 as wide as that, crops of 48 x 48 twice
+    assert shown == [("288", "216", "pixels"), ("288", "240", "pixels"), *[("96", "96", "pixels")] * 2]
+
+
+def test_every_picture_says_in_words_what_it_shows(page: Page) -> None:
+    assert [one["alt"] for one in page.of_tag("img")] == [
+        "the whole picture, gold box, box of crop 1, 2",
+        "the whole picture as the model sees it",
+        *["the crop as the model sees it"] * 2,
+    ]
+
+
+def test_people_read_no_tags_and_no_box_twice(page: Page) -> None:
+    said = page.text[page.text.index('<div class="said">') : page.text.index("<details>")]
+    assert not re.search(r"&lt;/?(think|answer|tool_call)|im_start", said)
+    assert said.count("[0, 0, 48, 60]") == 2  # two calls
+    assert [text for _, text in page.of_class("thinking")] == ["1 < 2 & <b>", "dann"]
+    assert [text for _, text in page.of_class("answer")] == ["谢"]
+
+
+def test_a_box_that_is_cut_otherwise_than_it_is_written_is_told_with_both(
+    tmp_path: Path, image: Image.Image, processor: Ovis2_5Processor
+) -> None:
+    page = page_of(tmp_path, image, processor, [{"Q": "Wo?", "A3": "<tool_call>[100.5, 0, 200, 60]</tool_call>"}])
+    assert "crop 1: [100.5, 0, 200, 60], cut 100,0,160,60, 60 x 60, seen as" in page.text
+
+
+def test_a_picture_stands_once_above_all_its_questions(
+    tmp_path: Path, image: Image.Image, processor: Ovis2_5Processor
+) -> None:
+    asked = [
+        {"Q": "One?", "A3": f"{CALL} a", "box": [10, 20, 50, 80]},
+        {"Q": "Two?", "A3": f"{CALL} b <tool_call>[60, 0, 108, 60]</tool_call>", "box": [60, 0, 108, 60]},
+    ]
+    page = page_of(tmp_path, image, processor, asked)
+    assert len(page.of_class("card")) == 1 and len(page.of_class("question")) == 2
+    assert len(page.of_class("picture")) == 2 and len(page.of_class("crop")) == 3
+    # crops are numbered by question, equal boxes drawn once
+    labels = [text for tag, _, text in page.elements if tag == "b"]
+    assert labels == ["1", "1.1, 2.1", "2", "2.2"]
+    assert "crop 2.1: [0, 0, 48, 60]" in page.text
+
+
+def test_each_picture_of_a_conversation_has_its_place_in_the_words(
+    tmp_path: Path, image: Image.Image, processor: Ovis2_5Processor
+) -> None:
+    image.save(tmp_path / "a.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png")
+    turns = [{"from": "human", "value": "<image> left, <image> right?"}, {"from": "gpt", "value": "Yes."}]
+    row = {"id": "1", "image": ["a.png", "b.png"], "conversations": turns}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
+    views = list(view_file(SampleFile(tmp_path / "c.jsonl", tmp_path), processor, ShowConfig()))
+    write_samples_page(tmp_path / "c.html", title="c", lead="", views=views)
+    page = Page(tmp_path / "c.html")
+    assert len(page.of_class("picture")) == 4
+    assert [text for _, text in page.of_class("chip")][:2] == ["picture 1", "picture 2"]
+    assert [text for _, text in page.of_class("text")] == ["left,", "right?", "Yes."]
+
+
+def test_many_samples_have_a_list_of_contents(
+    tmp_path: Path, image: Image.Image, processor: Ovis2_5Processor, page: Page
+) -> None:
+    assert not page.of_tag("nav")
+    many = page_of(tmp_path, image, processor, *[[{"Q": f"Number {number}?", "A3": "No."}] for number in range(4)])
+    links = [(attributes["href"], text.strip()) for tag, attributes, text in many.elements if tag == "a"]
+    assert [href for href, _ in links] == [f"#row-{number}" for number in range(1, 5)]
+    assert [attributes["id"] for attributes in many.of_tag("article")] == [href[1:] for href, _ in links]
+    assert "Number 3?</li>" in many.text
+
+
+def test_a_picture_of_thousands_of_pixels_becomes_a_thumbnail(tmp_path: Path, processor: Ovis2_5Processor) -> None:
+    large = Image.effect_noise((3000, 2000), 60).convert("RGB")
+    page = page_of(tmp_path, large, processor, [{"Q": "Wo?", "A3": f"{CALL} a"}])
+    thumbnail = page.of_tag("img")[0]
+    assert image_in(thumbnail["src"]).size == (int(thumbnail["width"]), int(thumbnail["height"])) == (336, 224)
+    assert len(page.text) < 150_000
 
 
 def test_the_page_needs_nothing_else(page: Page) -> None:
@@ -95,12 +187,18 @@ def test_the_page_needs_nothing_else(page: Page) -> None:
 
 
 def test_calls_and_gold_box_stand_on_the_first_image_where_they_are(page: Page) -> None:
-    calls = [attributes for attributes, _ in page.of_class("call")]
-    assert [(one["x"], one["y"], one["width"], one["height"]) for one in calls] == [("0", "0", "48", "60")] * 2
-    [(gold, _)] = [one for one in page.of_class("gold") if "x" in one[0]]
-    assert (float(gold["x"]), float(gold["y"]), float(gold["width"]), float(gold["height"])) == (10, 20, 40, 60)
-    assert page.of_tag("svg")[0]["viewbox"] == "0 0 160 120"
-    assert [text for _, text in page.of_class("number")] == ["1", "2"]
+    gold, crop = [attributes for attributes, _ in page.of_class("mark")]
+    assert "gold" in gold["class"] and "gold" not in crop["class"]
+    # top, right, bottom, left: [10, 20, 50, 80] and [0, 0, 48, 60] of 160 x 120
+    assert gold["style"] == "inset:16.67% 68.75% 33.33% 6.25%"
+    assert crop["style"] == "inset:0.00% 70.00% 50.00% 0.00%"
+    assert [text for tag, _, text in page.elements if tag == "b"] == ["1, 2"]
+
+
+def test_boxes_have_a_white_halo_inside_and_outside(page: Page) -> None:
+    rule = re.search(r"\.mark \{(.*?)\}", page.text)
+    assert rule and "border: 3px solid" in rule[1]
+    assert "outline: 2px solid #fff" in rule[1] and "box-shadow: inset 0 0 0 1.5px #fff" in rule[1]
 
 
 def test_tokens_joined_are_the_text_and_trained_ones_are_marked(page: Page, views: list[SampleView]) -> None:
@@ -122,35 +220,6 @@ def test_a_sample_that_cannot_be_trained_stands_there_with_its_reason(page: Page
     assert "<gone>.png: no such picture" in problem
 
 
-@pytest.mark.parametrize("mode", ["noise", "plain"])
-def test_an_image_in_a_page_is_limited_in_bytes(mode: str) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (896, 896, 3), dtype=np.uint8)
-    uri = image_uri(Image.fromarray(pixels) if mode == "noise" else Image.new("RGB", (896, 896), "red"))
-    assert len(base64.b64decode(uri.partition(",")[2])) <= MAX_IMAGE_BYTES
-    assert uri.startswith(f"data:image/{'jpeg' if mode == 'noise' else 'png'};base64,")
-    assert image_in(uri).size == ((448, 448) if mode == "noise" else (896, 896))
-
-
-@pytest.mark.parametrize(
-    ("seen", "is_crop", "width"),
-    [
-        (Size(400, 300), False, 400),
-        (Size(960, 480), False, 480),
-        (Size(440, 880), False, 220),
-        (Size(96, 96), False, 240),
-        (Size(48, 48), True, 96),
-        (Size(512, 256), True, 288),
-        (Size(32, 3200), False, 4),
-        (Size(16, 16000), True, 1),
-    ],
-)
-def test_images_are_fitted_to_the_page(seen: Size, is_crop: bool, width: int) -> None:
-    rectangle = (0, 0, 1, 1) if is_crop else None
-    image = Image.new("RGB", seen)
-    view = ImageView(number=1, original=seen, rectangle=rectangle, num_tokens=3, image=image)
-    assert shown_width(view) == width
-
-
 # -- the commands
 
 
@@ -163,7 +232,7 @@ def test_show_prints_samples_and_writes_the_page(
     said = capsys.readouterr().out
     assert f"{dataset.train}: format documented" in said.splitlines()[0]
     assert said.count("% of the tokens are trained") == 2
-    assert len(Page(tmp_path / "p.html").of_tag("img")) == 4
+    assert len(Page(tmp_path / "p.html").of_tag("img")) == 6
 
 
 def test_show_refuses_a_row_and_a_seed_together(dataset: DatasetFiles, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as ConsoleTable
 from transformers.utils.logging import disable_progress_bar
 
 from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
@@ -19,10 +18,13 @@ from looktwice.demo.task import DatasetFiles, make_dataset
 from looktwice.evaluation.accuracy import Evaluation, evaluate
 from looktwice.evaluation.controls import CONTROLS
 from looktwice.formats.sample_file import read_samples
+from looktwice.geometry import Size
 from looktwice.inference import OvisInference
+from looktwice.inference import report as plain
 from looktwice.model.location import TINY
-from looktwice.report.run_page import make_card, read_curve, write_page
-from looktwice.report.tables import Table
+from looktwice.processing.images import image_size
+from looktwice.report.run_page import ANSWERS_FILE, SUMMARY_FILE, run_tables, write_run_page
+from looktwice.report.terminal import titled
 from looktwice.training.folder import claimed, remove
 from looktwice.training.grpo import train_grpo
 from looktwice.training.sft import train_sft
@@ -30,7 +32,6 @@ from looktwice.training.sft import train_sft
 CHANCE = 0.1
 NUM_TRAIN, NUM_RL, NUM_EVAL = 200, 600, 400
 SFT_EPOCHS, GRPO_STEPS = 2, 80
-NUM_CARDS = 8
 MAX_NEW_TOKENS = 96
 
 
@@ -92,12 +93,12 @@ class Demo:
 
 
 def run_demo(folder: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Run everything, write `summary.json` and `report.html`, and give back the summary.
+    """Run everything, write `summary.json`, `answers.jsonl` and `report.html`, and give back the summary.
 
     An earlier demo in the folder is replaced. Raises ConfigError when another process is at work there.
     """
     with claimed(folder):
-        for name in ("data", "sft", "grpo", "summary.json", "report.html"):
+        for name in ("data", "sft", "grpo", SUMMARY_FILE, ANSWERS_FILE, "report.html"):
             remove(folder / name)
         return run_phases(folder, seed=seed)
 
@@ -129,11 +130,13 @@ def run_phases(folder: Path, *, seed: int) -> dict[str, Any]:
     with demo.phase("eval_grpo", "5/5 Asking again, then with controls in place of the crop"):
         inference, grpo = demo.ask(str(grpo_model), samples)
         demo.console.print(f"accuracy {grpo.accuracy:.3f}")
-        controls = {name: evaluate(inference, samples, control=name, seed=seed).accuracy for name in CONTROLS}
+        controls: dict[str, Evaluation] = {
+            name: evaluate(inference, samples, control=name, seed=seed) for name in CONTROLS
+        }
     demo.seconds["total"] = round(time.perf_counter() - started, 1)
     summary = {
         "accuracy": {"base": base.accuracy, "sft": sft.accuracy, "grpo": grpo.accuracy},
-        "controls": controls,
+        "controls": {name: evaluation.accuracy for name, evaluation in controls.items()},
         "chance": CHANCE,
         "crop": {
             "valid_share": grpo.valid_share,
@@ -144,74 +147,33 @@ def run_phases(folder: Path, *, seed: int) -> dict[str, Any]:
         "seed": seed,
         "seconds": demo.seconds,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    report(demo, summary, samples, grpo)
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    evaluations = {"base": base, "sft": sft, "grpo": grpo, **controls}
+    write_answers(folder / ANSWERS_FILE, samples, evaluations, inference.processor.overview_size)
+    page = write_run_page(folder)
+    for line in titled(run_tables(folder)):
+        demo.console.print(line)
+    places = f"\nreport: {page}\nfigures: {folder / SUMMARY_FILE}\nanswers: {folder / ANSWERS_FILE}"
+    demo.console.print(places, markup=False, highlight=False, soft_wrap=True)
     return summary
 
 
-def report(demo: Demo, summary: dict[str, Any], samples: list[Sample], evaluation: Evaluation) -> None:
-    """The table on the console and the HTML page."""
-    tables = summary_tables(summary)
-    for table in tables:
-        shown = ConsoleTable(*table.header, title=table.title, title_justify="left")
-        for row in table.rows:
-            shown.add_row(*row)
-        demo.console.print(shown)
-    right = [i for i, is_right in enumerate(evaluation.is_right) if is_right][: NUM_CARDS - 2]
-    wrong = [i for i, is_right in enumerate(evaluation.is_right) if not is_right][: NUM_CARDS - len(right)]
-    cards = [make_card(evaluation.trajectories[i], samples[i], is_right=evaluation.is_right[i]) for i in right + wrong]
-    curves = [
-        read_curve(demo.folder / "sft" / "log.jsonl", "loss", "SFT: loss"),
-        read_curve(demo.folder / "grpo" / "log.jsonl", "reward/accuracy", "R-GRPO: accuracy of rollouts"),
-        read_curve(
-            demo.folder / "grpo" / "log.jsonl", "tool/mean_iou", "R-GRPO: overlap of crops with the right place"
-        ),
-    ]
-    page = demo.folder / "report.html"
-    curves = [curve for curve in curves if curve.steps]
-    lead = (
-        f"{summary['n_eval']} questions never seen in training; greedy answers; seed {summary['seed']}; "
-        f"{summary['seconds']['total']:.0f} s in all."
-    )
-    write_page(page, title="looktwice demo", lead=lead, tables=tables, curves=curves, cards=cards)
-    demo.console.print(f"report: {page}\nfigures: {demo.folder / 'summary.json'}")
-
-
-def summary_tables(summary: dict[str, Any]) -> tuple[Table, ...]:
-    accuracy, controls, crop = summary["accuracy"], summary["controls"], summary["crop"]
-    return (
-        Table(
-            title="Accuracy",
-            header=("model", "right answers"),
-            rows=(
-                ("pretrained", f"{accuracy['base']:.1%}"),
-                ("after SFT", f"{accuracy['sft']:.1%}"),
-                ("after R-GRPO", f"{accuracy['grpo']:.1%}"),
-                ("chance", f"{summary['chance']:.1%}"),
-            ),
-        ),
-        Table(
-            title="The same model without its crop",
-            header=("instead of the crop", "right answers"),
-            rows=(
-                ("nothing, answer now", f"{controls['no_crop']:.1%}"),
-                ("another place", f"{controls['random_crop']:.1%}"),
-                ("grey", f"{controls['blank_crop']:.1%}"),
-            ),
-            note="The digits cannot be read in the whole picture, so the answers come from the crops.",
-        ),
-        Table(
-            title="Crops after R-GRPO",
-            header=("figure", "value"),
-            rows=(
-                ("calls per answer", f"{crop['calls_per_answer']:.2f}"),
-                ("valid calls", "-" if crop["valid_share"] is None else f"{crop['valid_share']:.1%}"),
-                ("mean overlap (IoU)", "-" if crop["mean_iou"] is None else f"{crop['mean_iou']:.2f}"),
-            ),
-        ),
-        Table(
-            title="Seconds",
-            header=("phase", "s"),
-            rows=tuple((name, f"{seconds:.0f}") for name, seconds in summary["seconds"].items()),
-        ),
-    )
+def write_answers(
+    path: Path, samples: Sequence[Sample], evaluations: Mapping[str, Evaluation], overview_size: Callable[[Size], Size]
+) -> None:
+    """A line of JSON a question: its picture, as a path from there, and the reply of each model and each control."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, sample in enumerate(samples):
+            image = sample.image_paths[0]
+            line = {
+                "image": Path(image).relative_to(path.parent).as_posix(),
+                "seen": overview_size(image_size(image)),
+                "question": sample.question,
+                "solution": sample.solution,
+                "gold_box": sample.gold_box,
+                "replies": {
+                    name: {"is_right": evaluation.is_right[number], **plain(evaluation.trajectories[number])}
+                    for name, evaluation in evaluations.items()
+                },
+            }
+            file.write(json.dumps(line) + "\n")

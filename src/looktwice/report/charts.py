@@ -1,4 +1,4 @@
-"""Small charts as plain geometry for SVG: bars and dots in a plot of 300 x 160, y downwards."""
+"""Small charts as plain geometry for SVG: bars, dots and lines in a plot of 300 x 160, y downwards."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class Tick(NamedTuple):
     label: str
 
 
+SHARE_TICKS = tuple(Tick(HEIGHT * (1 - share), f"{share:g}") for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+
+
 class Bar(NamedTuple):
     x: float
     y: float
@@ -42,15 +45,17 @@ class Dot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A plot with axes; `x_name` and `y_name` say what they count."""
+    """A plot with axes; `x_name` and `y_name` say what they count, `summary` what there is to see, in words."""
 
     title: str
+    summary: str
     x_name: str
     y_name: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     bars: tuple[Bar, ...] = ()
     dots: tuple[Dot, ...] = ()
+    line: tuple[tuple[float, float], ...] = ()
 
 
 def nice_step(span: float, max_steps: int) -> int:
@@ -77,7 +82,15 @@ def histogram(values: Sequence[int], *, title: str, x_name: str, y_name: str) ->
     ]
     every = math.ceil(num_bins / 6)
     x_ticks = [Tick(number * width, f"{(first + number) * step:,}") for number in range(0, num_bins + 1, every)]
-    return Chart(title=title, x_name=x_name, y_name=y_name, x_ticks=tuple(x_ticks), y_ticks=y_ticks, bars=tuple(bars))
+    return Chart(
+        title=title,
+        summary=_summary(values, x_name, y_name),
+        x_name=x_name,
+        y_name=y_name,
+        x_ticks=tuple(x_ticks),
+        y_ticks=y_ticks,
+        bars=tuple(bars),
+    )
 
 
 def count_bars(values: Sequence[int], *, title: str, x_name: str, y_name: str) -> Chart:
@@ -93,7 +106,15 @@ def count_bars(values: Sequence[int], *, title: str, x_name: str, y_name: str) -
         for number, label in enumerate(labels)
     ]
     x_ticks = [Tick((number + 0.5) * width, label) for number, label in enumerate(labels)]
-    return Chart(title=title, x_name=x_name, y_name=y_name, x_ticks=tuple(x_ticks), y_ticks=y_ticks, bars=tuple(bars))
+    return Chart(
+        title=title,
+        summary=_summary(values, x_name, y_name),
+        x_name=x_name,
+        y_name=y_name,
+        x_ticks=tuple(x_ticks),
+        y_ticks=y_ticks,
+        bars=tuple(bars),
+    )
 
 
 def size_dots(sizes: Sequence[Size], *, title: str) -> Chart:
@@ -101,7 +122,7 @@ def size_dots(sizes: Sequence[Size], *, title: str) -> Chart:
     counts = Counter(sizes)
     right, x_ticks = _axis(max(size.width for size in counts), WIDTH)
     top, y_ticks = _upwards(max(size.height for size in counts))
-    most = max(counts.values())
+    [(most_frequent, most)] = counts.most_common(1)
     dots = [
         Dot(
             x=round(WIDTH * size.width / right, 1),
@@ -113,12 +134,34 @@ def size_dots(sizes: Sequence[Size], *, title: str) -> Chart:
     ]
     return Chart(
         title=title,
+        summary=f"{len(sizes):,} pictures of {len(counts):,} sizes; {' x '.join(map(str, most_frequent))} most often",
         x_name="width in pixels",
         y_name="height in pixels",
         x_ticks=x_ticks,
         y_ticks=y_ticks,
         dots=tuple(dots),
     )
+
+
+def curve(steps: Sequence[int], values: Sequence[float], *, title: str, y_name: str, is_share: bool) -> Chart:
+    """A metric over the steps of a run, on an axis from 0 up: to 1 for a share, else to a round number."""
+    right, x_ticks = _axis(max(steps), WIDTH)
+    top, y_ticks = (1, SHARE_TICKS) if is_share else _upwards(max(1, math.ceil(max(values))))
+    return Chart(
+        title=title,
+        summary=f"{y_name} from {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}",
+        x_name="step",
+        y_name=y_name,
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        line=tuple(
+            (round(WIDTH * step / right, 1), round(HEIGHT * (1 - value / top), 1)) for step, value in zip(steps, values)
+        ),
+    )
+
+
+def _summary(values: Sequence[int], x_name: str, y_name: str) -> str:
+    return f"{len(values):,} {y_name} of {min(values):,} to {max(values):,} {x_name}"
 
 
 def _bar(x: float, width: float, share: float, tip: str) -> Bar:

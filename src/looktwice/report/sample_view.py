@@ -24,7 +24,7 @@ from looktwice.data.sample import Sample
 from looktwice.errors import DataError, LooktwiceError
 from looktwice.formats.sample_file import SampleFile
 from looktwice.geometry import Box, Size
-from looktwice.messages import Role
+from looktwice.messages import ImageSource, Role
 from looktwice.processing.images import PatchedImage, image_size, name_of
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.rollout.conversation import encode_conversation, in_model_frame, open_images
@@ -55,12 +55,12 @@ _VISIBLE |= {0x7F: 0x2421, 0x0A: "↵\n", **dict.fromkeys(range(0x80, 0xA0), 0xF
 class ImageView:
     """A picture or a crop in its place. `original` is its size in the file, or that of the cut `rectangle`.
 
-    `source` is the picture's path, "" for a crop. `number` counts pictures, and apart from them crops, from 1.
-    `num_tokens` counts its two marks too. `image` is made of the patches that the model reads.
+    `source` is the picture's path or address, None for a crop. `number` counts pictures, and apart from them crops,
+    from 1. `num_tokens` counts its two marks too. `image` is made of the patches that the model reads.
     """
 
     number: int
-    source: str = ""
+    source: ImageSource | None = None
     original: Size
     rectangle: tuple[int, int, int, int] | None
     num_tokens: int
@@ -75,6 +75,11 @@ class ImageView:
         return Size(*self.image.size)
 
     @property
+    def num_atoms(self) -> int:
+        """Its tokens without the two marks."""
+        return self.num_tokens - NUM_MARKS
+
+    @property
     def name(self) -> str:
         return f"{'crop' if self.is_crop else 'picture'} {self.number}"
 
@@ -82,14 +87,11 @@ class ImageView:
     def caption(self) -> str:
         """Such as `crop 1 234,0-545,287 → 311x287, seen as 320x288: 90 tokens`, marks not counted."""
         (width, height), (seen_width, seen_height) = self.original, self.seen
-        place = f"{self.source} " if self.source else ""
+        place = f"{name_of(self.source)} " if self.source else ""
         if self.rectangle:
             x1, y1, x2, y2 = self.rectangle
             place = f"{x1},{y1}-{x2},{y2} → "
-        return (
-            f"{self.name} {place}{width}x{height}, seen as {seen_width}x{seen_height}: "
-            f"{self.num_tokens - NUM_MARKS} tokens"
-        )
+        return f"{self.name} {place}{width}x{height}, seen as {seen_width}x{seen_height}: {self.num_atoms} tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,10 @@ class SampleView:
     solution: str = ""
     note: str = ""
     problem: str = ""
+
+    @property
+    def whole_images(self) -> list[ImageView]:
+        return [image for turn in self.turns for image in turn.images if not image.is_crop]
 
     @property
     def crops(self) -> list[ImageView]:
@@ -263,7 +269,7 @@ def turns_of(example: Example, sample: Sample, processor: Ovis2_5Processor) -> t
         turns[-1].append(
             ImageView(
                 number=num_crops if rectangle else num_images,
-                source="" if rectangle else name_of(sample.image_paths[num_images - 1]),
+                source=None if rectangle else sample.image_paths[num_images - 1],
                 original=original,
                 rectangle=rectangle,
                 num_tokens=part.num_tokens + NUM_MARKS,
