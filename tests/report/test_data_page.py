@@ -151,15 +151,20 @@ def test_each_picture_of_a_conversation_has_its_place_in_the_words(
 ) -> None:
     image.save(tmp_path / "a.png")
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png")
-    turns = [{"from": "human", "value": "<image> left, <image> right?"}, {"from": "gpt", "value": "Yes."}]
-    row = {"id": "1", "image": ["a.png", "b.png"], "conversations": turns}
+    turns = [
+        {"from": "human", "value": "<image> left, <image> right, <image> left again?"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+    row = {"id": "1", "image": ["a.png", "b.png", "a.png"], "conversations": turns}
     (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
     views = list(view_file(SampleFile(tmp_path / "c.jsonl", tmp_path), processor, ShowConfig()))
     write_samples_page(tmp_path / "c.html", title="c", lead="", views=views)
     page = Page(tmp_path / "c.html")
     assert len(page.of_class("picture")) == 4
-    assert [text for _, text in page.of_class("chip")][:2] == ["picture 1", "picture 2"]
-    assert [text for _, text in page.of_class("text")] == ["left,", "right?", "Yes."]
+    # the one that is shown twice stands there once
+    assert "picture 1, picture 3: " in page.text
+    assert [text for _, text in page.of_class("chip")][:3] == ["picture 1", "picture 2", "picture 3"]
+    assert [text for _, text in page.of_class("text")] == ["left,", "right,", "left again?", "Yes."]
 
 
 def test_many_samples_have_a_list_of_contents(

@@ -121,6 +121,11 @@ def test_a_refused_call_is_told_with_what_the_tool_said(folder: Path) -> None:
     assert of_base.verdict == "no answer before the limit"
 
 
+def test_a_call_that_never_ran_is_told_too(folder: Path) -> None:
+    of_base = example_of(line(base=reply(said="<tool_call>[9, 9, 19, 19]</tool_call>")), folder).replies[0]
+    assert of_base.parts == (Passage("call", "[9, 9, 19, 19]"),)
+
+
 def test_steps_without_the_metric_are_left_out_of_a_curve(folder: Path) -> None:
     chart = read_curve(folder, "sft", "loss", "SFT: loss", "nats")
     assert chart and len(chart.line) == 2 and chart.summary == "nats from 2 at step 1 to 1 at step 3"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -76,19 +76,20 @@ def row_of(views: Sequence[SampleView], number: int) -> Row:
 
     Where it has several samples, crops have two numbers, as in `2.1`: that of the sample and their own.
     """
-    images: dict[tuple[str, Size], ImageView] = {}
+    images: defaultdict[tuple[str, Size], dict[str, ImageView]] = defaultdict(dict)
     marks: defaultdict[tuple[str, Size], list[Mark]] = defaultdict(list)
     prefixes = [f"{place}." if len(views) > 1 else "" for place in range(1, len(views) + 1)]
     for view, prefix in zip(views, prefixes):
         keys = [(str(image.source), image.seen) for image in view.whole_images]
-        images.update(zip(keys, view.whole_images))
+        for key, image in zip(keys, view.whole_images):
+            images[key][image.name] = image
         if keys:
             marks[keys[0]] += _marks_of(view, prefix)
     return Row(
         anchor=f"row-{number}",
         where=views[0].where,
         summary=_summary(views),
-        images=tuple(_pair(image, merged(marks[key])) for key, image in images.items()),
+        images=tuple(_pair(named, merged(marks[key])) for key, named in images.items()),
         questions=tuple(
             Question(view=view, turns=tuple((turn, tuple(_read(turn, prefix))) for turn in view.turns))
             for view, prefix in zip(views, prefixes)
@@ -114,12 +115,14 @@ def _summary(views: Sequence[SampleView]) -> str:
     return f"{short(words)}{more}"
 
 
-def _pair(image: ImageView, marks: Sequence[Mark]) -> tuple[Figure, Figure]:
+def _pair(named: Mapping[str, ImageView], marks: Sequence[Mark]) -> tuple[Figure, Figure]:
+    """A picture under the names that it has, of which there are several where a conversation shows it again."""
+    image = next(iter(named.values()))
     assert image.source is not None
     return whole_figures(
         open_image(image.source),
         image.image,
-        caption=f"{image.name}: {name_of(image.source)}, {image.original.width} x {image.original.height}",
+        caption=f"{', '.join(named)}: {name_of(image.source)}, {image.original.width} x {image.original.height}",
         seen_caption=f"as the model sees it: {image.seen.width} x {image.seen.height}, {image.num_atoms} tokens",
         marks=marks,
     )

@@ -14,7 +14,7 @@ from looktwice.geometry import Size
 
 MAX_IMAGE_BYTES = 100_000
 MAX_EXACT_BYTES = 30_000
-JPEG_QUALITIES = (90, 75, 50)
+JPEG_QUALITIES = (80, 60, 40)
 
 
 def write_html(path: Path, template: str, **values: Any) -> None:

@@ -208,10 +208,13 @@ def _reply(reply: Mapping[str, Any], model: str, image: Image.Image) -> Reply:
 
 
 def _read(reply: Mapping[str, Any], image: Image.Image) -> Iterator[Passage | Figure]:
-    """What was said, each call followed by its crop; the answer is left to the verdict."""
+    """What was said, each call followed by its crop; the answer is left to the verdict.
+
+    A call that a limit cut off before it ran, or whose tag was spelled in other tokens, is told without one.
+    """
     crops = iter(reply["crops"])
     for passage in passages_of(reply["response"]):
-        crop = next(crops) if passage.kind == "call" else None
+        crop = next(crops, None) if passage.kind == "call" else None
         if crop and crop["box"]:
             size = Size(*crop["size"])
             caption = f"{passage.text}, seen as {size.width} x {size.height}"
