@@ -42,14 +42,14 @@ PART_PREFIXES: dict[Part, tuple[str, ...]] = {
 }
 WHOLE_MODULES: dict[WholePart, str] = {"visual_head": "model.visual_tokenizer.head", "visual_table": "model.vte"}
 INSIDE_ADAPTER = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module)(\.|$)")
-BESIDE_BASE = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
-"""LoRA's own weights, and the copies that PEFT keeps of parts trained whole as they were."""
+UNUSED_COPY = re.compile(r"\.original_module(\.|$)")
+"""What PEFT keeps of a part that is trained whole, as it was."""
 PEFT_PREFIX = "base_model.model."
 
 
 class PartSize(NamedTuple):
-    """Parameters of one part: `total` of the network itself, quantised ones counted as what they stand for; `trained`
-    with those of adapters."""
+    """Parameters of one part with its adapters, and those of them that are trained. Quantised ones count as what they
+    stand for, a part that is trained whole counts once."""
 
     part: Part
     total: int
@@ -211,7 +211,7 @@ def part_sizes(model: nn.Module) -> list[PartSize]:
     for name, parameter in model.named_parameters():
         quantised = getattr(parameter, "quant_state", None)
         count = parameter.numel() if quantised is None else quantised.shape.numel()
-        sizes[part_of(name)][0] += count * (BESIDE_BASE.search(name) is None)
+        sizes[part_of(name)][0] += count * (UNUSED_COPY.search(name) is None)
         sizes[part_of(name)][1] += count * parameter.requires_grad
     return [PartSize(part, total, trained) for part, (total, trained) in sizes.items()]
 
