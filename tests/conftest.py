@@ -6,7 +6,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Sequence
+import pty
+import select
+import sys
+import termios
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -24,6 +28,39 @@ from looktwice.rollout.engine import Continuation, Request, Respond, Segment
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_console() -> Iterator[None]:
+    """What a terminal or a continuous integration sets is no matter of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture
+def open_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Callable[[], str]]]:
+    """Makes stderr a terminal of 80 columns, and gives a function that gives what was written to it since."""
+    read_end, write_end = pty.openpty()
+    termios.tcsetwinsize(write_end, (24, 80))
+    with os.fdopen(read_end, "rb", buffering=0) as screen, os.fdopen(write_end, "w") as stream:
+
+        def written() -> str:
+            stream.flush()
+            text = b""
+            while select.select([screen], [], [], 0)[0]:
+                text += screen.read(65536)
+            return text.decode()
+
+        def open_it() -> Callable[[], str]:
+            # in the test, since pytest sets stderr anew after the fixtures
+            monkeypatch.setattr(sys, "stderr", stream)
+            monkeypatch.setenv("COLUMNS", "80")  # rich asks descriptor 2
+            monkeypatch.setenv("TERM", "xterm-256color")
+            return written
+
+        yield open_it
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -343,15 +344,40 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"looktwice {looktwice.__version__}\n"
 
 
+def test_a_log_has_whole_lines_in_their_order_and_no_bars_of_other_libraries() -> None:
+    code = """
+import sys
+from looktwice.cli import main
+main(["--version"])
+from tqdm import tqdm
+list(tqdm(range(3)))
+print("later", file=sys.stderr)
+"""
+    outer = {name: value for name, value in os.environ.items() if name not in ("PYTHONUNBUFFERED", "TQDM_DISABLE")}
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    log = subprocess.run([sys.executable, "-c", code], **both, env=outer, check=True)
+    assert log.stdout.decode() == f"looktwice {looktwice.__version__}\nlater\n"
+
+
 def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     short = {"max_steps": 1, "num_generations": 2, "max_new_tokens": 4, "grpo_max_steps": 1}
     assert main(command("both", **short)) == 0
     out = tmp_path / "out"
-    assert capsys.readouterr().out.splitlines() == [
+    printed, log = capsys.readouterr()
+    assert printed.splitlines() == [
         f"stage 1 done: {out}/sft/final_model",
         f"stage 2 changed nothing: none of 1 steps had anything to train on, and {out}/grpo/final_model holds the "
         "weights it started from; group/dropped and data/too_long of log.jsonl say why",
     ]
+    # off a terminal: no bar of ours or of another library, only whole lines
+    assert "\r" not in log and "\x1b" not in log
+    facts = (
+        ["stage", "model", "trained", "samples", "steps", "effective"],
+        ["attention", "gradient", "precision", "run"],
+    )
+    table = ["part", "vit", "visual_head", "visual_table", "llm", "embeddings", "all"]
+    sft, grpo = ([*facts[0], *more, *facts[1], *table, "step"] for more in ([], ["rollouts"]))
+    assert [line.split()[0] for line in log.splitlines()] == [*sft, *grpo]
     settings = json.loads((out / "grpo" / "final_model" / "train_config.json").read_text())
     assert settings["GRPOConfig"]["sft_checkpoint_path"] == f"{out}/sft/final_model"
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from looktwice.metrics import METRICS, Recorder
+from looktwice.metrics import METRICS, Recorder, four_digits
 
 
 def record(folder: Path, lines: dict[int, dict[str, float]], *, start: int = 0) -> list[dict[str, float]]:
     with Recorder(folder, total_steps=9, shown=("loss", "optim/lr"), title="SFT", start=start) as recorder:
         for step, metrics in lines.items():
+            recorder.advance(step)
             recorder.log(step, metrics)
-            recorder.advance(step, metrics)
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
@@ -47,9 +47,57 @@ def test_a_name_outside_the_table_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "log.jsonl").exists()
 
 
-def test_the_console_shows_the_chosen_metrics(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    record(tmp_path, {4: {"loss": 2.5, "optim/lr": 1e-5, "epoch": 1.0}})
-    assert "step 4/9  loss 2.5  lr 1e-05\n" in capsys.readouterr().err
+MANY = {"loss": 0.123456, "optim/lr": 1e-05, "epoch": 1.0, "perf/tokens_per_s": 18384.2, "tool/valid_share": 1.0}
+
+
+def show(folder: Path, *, total_steps: int = 12, columns: tuple[str, ...] = tuple(MANY)) -> None:
+    with Recorder(folder, total_steps=total_steps, shown=columns, title="R-GRPO") as recorder:
+        for step in (1, 2, 12):
+            recorder.advance(step)
+            recorder.log(step, MANY)
+
+
+def without_times(text: str) -> str:
+    return re.sub(r"\d:\d\d:\d\d", "TIME", text)
+
+
+def test_off_a_terminal_a_step_is_one_whole_line_and_nothing_moves(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # many job runners set it
+    show(tmp_path)
+    metrics = "loss 0.1235  lr 1e-05  epoch 1  tokens_per_s 18,384  tool/valid_share 1  elapsed TIME"
+    assert without_times(capsys.readouterr().err).splitlines() == [
+        f"step  1/12  {metrics}",
+        f"step  2/12  {metrics}  left TIME",
+        f"step 12/12  {metrics}  left TIME",
+    ]
+
+
+def test_a_terminal_has_a_history_of_steps_above_a_bar_with_count_and_time(tmp_path, open_terminal) -> None:
+    written = open_terminal()
+    show(tmp_path)
+    lines = re.split(r"[\r\n]+", without_times(re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written())).strip())
+    assert max(map(len, lines)) <= 80
+    history = [line for line in lines if not line.startswith("R-GRPO")]
+    assert history[:2] == [
+        "step  1/12  loss 0.1235  lr 1e-05  epoch 1  tokens_per_s 18,384",
+        "    tool/valid_share 1",
+    ]
+    assert [line[:10] for line in history[::2]] == ["step  1/12", "step  2/12", "step 12/12"]
+    assert re.fullmatch(r"R-GRPO ━{40} 12/12 TIME left TIME", lines[-1])
+
+
+def test_a_bar_keeps_its_time_when_steps_take_minutes(tmp_path, monkeypatch) -> None:
+    with Recorder(tmp_path, total_steps=10, shown=(), title="R-GRPO") as recorder:
+        now = recorder.progress.get_time()
+        for step in (1, 2, 3):
+            monkeypatch.setattr(recorder.progress, "get_time", lambda step=step: now + 300 * step)
+            recorder.advance(step)
+        assert recorder.lines(3, {})[0].endswith("  left 0:35:00")
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.69314, "0.6931"), (2e-5, "2e-05"), (0, "0"), (123456.7, "123,457")])
+def test_a_number_is_shown_to_four_digits(value: float, text: str) -> None:
+    assert four_digits(value) == text
 
 
 def test_every_name_is_lower_case_and_explained() -> None:

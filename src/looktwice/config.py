@@ -231,7 +231,7 @@ class StageConfig(Config):
     )
     memory_efficient: bool = knob(False, "all layers recomputed, one sample a row: slower, same result")
     max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward; a batch becomes as many as it needs")
-    logging_steps: Positive = knob(1, "steps between log lines")
+    logging_steps: Positive = knob(1, "steps between log lines; the first and the last have one always")
     eval_steps: Positive | None = knob(None, "steps between evaluations; default: at each epoch's end")
     save_steps: Positive | None = knob(None, "steps between checkpoints; default: final_model only")
     resume_from_checkpoint: Path | None = knob(

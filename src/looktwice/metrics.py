@@ -1,17 +1,21 @@
 """What a run records: the table of metric names, and the recorder that writes them.
 
-One JSON line per step is the record; TensorBoard gets the same numbers; the console shows a few.
+One JSON line per logged step is the record; TensorBoard gets the same numbers; the console shows a few.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from looktwice.console import open_console
 
 METRICS: dict[str, str] = {
     "loss": "training loss of the step, per trained token",
@@ -51,10 +55,13 @@ METRICS: dict[str, str] = {
 
 LOG_FILE = "log.jsonl"
 TENSORBOARD = "tensorboard"
+OWN_NAMES = ("optim/", "perf/", "time/")
+"""Areas whose metrics are shown by the rest of their name, which is clear without."""
 
 
 class Recorder:
-    """Writes the metrics of one stage to `folder`, and shows a progress bar with the time left.
+    """Writes the metrics of one stage to `folder` and shows the chosen ones: a line for each logged step, and on a
+    terminal a bar below them.
 
     A run that goes on after `start` steps drops what was recorded of later ones.
     """
@@ -67,7 +74,7 @@ class Recorder:
         keep_steps(self.path, start)
         self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
         self.shown = shown
-        self.console = Console(stderr=True)
+        self.console = open_console(stderr=True)
         self.progress = Progress(
             TextColumn(title),
             BarColumn(),
@@ -75,10 +82,12 @@ class Recorder:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[latest]}"),
             console=self.console,
+            disable=not self.console.is_interactive,
+            redirect_stdout=open_console().is_interactive,
+            speed_estimate_period=math.inf,  # one step of R-GRPO may take longer than rich looks back
         )
-        self.task = self.progress.add_task(title, total=total_steps, latest="")
+        self.task = self.progress.add_task(title, total=total_steps, completed=start)
 
     def __enter__(self) -> Recorder:
         self.progress.start()
@@ -91,7 +100,7 @@ class Recorder:
         self.board.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of a step. Raises KeyError for a name that is not in METRICS."""
+        """Record and show the metrics of a step. Raises KeyError for a name that is not in METRICS."""
         unknown = [name for name in metrics if name not in METRICS]
         if unknown:
             raise KeyError(f"metrics {unknown} are not in the table METRICS")
@@ -100,15 +109,43 @@ class Recorder:
             file.write(json.dumps(line) + "\n")
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
+        self.console.out("\n".join(self.lines(step, metrics)))
 
-    def advance(self, step: int, metrics: dict[str, float]) -> None:
-        """Move the bar to `step` and show the chosen metrics beside it."""
-        latest = "  ".join(
-            f"{name.removeprefix('optim/')} {metrics[name]:.4g}" for name in self.shown if name in metrics
-        )
-        self.progress.update(self.task, completed=step, latest=latest)
-        if not self.console.is_terminal:
-            self.console.print(f"step {step}/{self.progress.tasks[0].total:.0f}  {latest}")
+    def advance(self, step: int) -> None:
+        """Move the bar: so many steps are done."""
+        self.progress.update(self.task, completed=step)
+
+    def lines(self, step: int, metrics: dict[str, float]) -> list[str]:
+        """What is shown of a step: as many lines as a terminal asks for, or one that has the times of the bar too."""
+        [task] = self.progress.tasks
+        total = f"{task.total:.0f}"
+        facts = [f"step {step:>{len(total)}}/{total}"]
+        facts += [f"{short_name(name)} {four_digits(metrics[name])}" for name in self.shown if name in metrics]
+        if self.console.is_interactive:
+            return folded(facts, self.console.width)
+        times = {"elapsed": task.elapsed, "left": task.time_remaining}
+        facts += [f"{name} {timedelta(seconds=int(time))}" for name, time in times.items() if time is not None]
+        return ["  ".join(facts)]
+
+
+def short_name(name: str) -> str:
+    return name.partition("/")[2] if name.startswith(OWN_NAMES) else name
+
+
+def four_digits(value: float) -> str:
+    """A number to four digits: 0.6931, 2e-05, 18,384."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def folded(facts: Sequence[str], width: int) -> list[str]:
+    """The facts side by side in lines of at most `width` columns, none of them broken."""
+    lines = [facts[0]]
+    for fact in facts[1:]:
+        if len(lines[-1]) + 2 + len(fact) > width:
+            lines.append(f"    {fact}")
+        else:
+            lines[-1] += f"  {fact}"
+    return lines
 
 
 def keep_steps(path: Path, last: int) -> None:

@@ -84,6 +84,29 @@ def test_a_saved_model_is_loaded_again_as_it_was(
     assert [name for name, value in model.state_dict().items() if not torch.equal(again[name], value)] == []
 
 
+def test_off_a_terminal_no_bar_is_shown(model_folder: Path, tmp_path: Path, capsys) -> None:
+    save_model(load_model(str(model_folder)), tmp_path)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_a_bar_is_shown_while_a_model_is_loaded_but_not_across_that_of_a_run(
+    model_folder: Path, tmp_path: Path, open_terminal
+) -> None:
+    written = open_terminal()
+    model = load_model(str(model_folder))
+    assert "Loading weights: " in (shown := written()) and "\n" not in shown
+    save_model(model, tmp_path)
+    assert written() == ""
+
+
+def test_of_bitsandbytes_only_warnings_that_mean_nothing_here_are_silenced() -> None:
+    def warns(name: str) -> bool:
+        return logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+    assert not warns("bitsandbytes.backends.cpu.ops") and not warns("bitsandbytes.autograd._functions")
+    assert warns("bitsandbytes.cextension")  # such as that it was built without a GPU
+
+
 def test_a_model_is_saved_in_the_dtype_it_has(model: Ovis2_5ForConditionalGeneration, tmp_path: Path) -> None:
     save_model(copy.deepcopy(model).to(torch.bfloat16), tmp_path)
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}

@@ -8,10 +8,13 @@ from dataclasses import replace
 from PIL import Image
 from rich.console import Console
 
+from looktwice.checking.check import Verdict
+from looktwice.data.problems import PLACES_SHOWN, Problem
+from looktwice.data.reasons import REASONS
 from looktwice.geometry import Size
 from looktwice.report.sample_view import ImageView, Piece, SampleView, TurnView
 from looktwice.report.tables import Table
-from looktwice.report.terminal import TRAINED_STYLES, sample_lines, sequence_text, titled
+from looktwice.report.terminal import TRAINED_STYLES, sample_lines, sequence_text, titled, verdict_lines
 
 IMAGE = ImageView(number=1, original=Size(64, 48), rectangle=None, num_tokens=14, image=Image.new("RGB", (64, 48)))
 CROP = ImageView(
@@ -46,10 +49,10 @@ def test_the_gold_answer_stands_below() -> None:
     assert printed(*sample_lines(replace(VIEW, solution="red"))).endswith("two marks.\nGold answer: red")
 
 
-def printed(*parts: object) -> str:
-    console = Console(file=io.StringIO(), width=90, no_color=True)
+def printed(*parts: object, width: int = 90) -> str:
+    console = Console(file=io.StringIO(), width=width, no_color=True)
     for part in parts:
-        console.print(part)
+        console.print(part, crop=False)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
@@ -87,3 +90,39 @@ def test_a_note_stands_above_the_sequence() -> None:
 def test_a_table_without_titles_of_columns_has_none() -> None:
     table = Table(title="Set", header=("", ""), rows=(("rows", "7"),), note="Counted.")
     assert printed(*titled([table])) == "\nSet\nrows  7\nCounted."
+
+
+PLACE = "/".join(["a_long_name_of_a_folder"] * 5)
+
+
+def test_the_place_of_a_sample_is_never_broken() -> None:
+    view = SampleView(where=f"{PLACE}.jsonl:1", place="QnA[0].A", problem=f"{PLACE}/1.png: no such picture; mend")
+    assert printed(*sample_lines(view), width=40).splitlines() == [f"{view.where}  QnA[0].A", view.problem]
+
+
+def test_a_table_of_texts_is_never_broken() -> None:
+    table = Table(title="Left", header=("what",), rows=((f"1 x {PLACE}",),), note="Why.")
+    assert printed(*titled([table]), width=40).splitlines() == ["", "Left", f"1 x {PLACE}", "Why."]
+
+
+def test_each_reason_of_a_verdict_has_its_count_its_mend_and_whole_places() -> None:
+    verdict = Verdict()
+    for number in range(PLACES_SHOWN + 1):
+        where = f"{PLACE}.jsonl:{number}"
+        verdict.add(Problem(reason="picture_missing", where=where, field="picture", what="no such picture"))
+    verdict.add(Problem(reason="no_call", where=f"{PLACE}.jsonl:9", field="", what="no call"))
+    lines = printed(*verdict_lines(verdict), width=40).splitlines()
+    assert lines == [
+        "reason           training  count",
+        "picture_missing  stops         4",
+        "    no file at the path of a picture; check the path and --image_base_path",
+        *(f"    {PLACE}.jsonl:{number}: picture: no such picture" for number in range(PLACES_SHOWN)),
+        "    ...",
+        "no_call          note          1",
+        f"    {REASONS['no_call'].meaning}; {REASONS['no_call'].mend}",
+        f"    {PLACE}.jsonl:9: no call",
+    ]
+
+
+def test_a_verdict_without_reasons_has_no_lines() -> None:
+    assert list(verdict_lines(Verdict())) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,9 +56,10 @@ def test_every_step_is_logged_with_what_the_table_of_metrics_explains(run) -> No
         assert line["loss"] > 0 and line["optim/grad_norm"] > 0 and line["perf/tokens_per_s"] > 0
 
 
-def test_fewer_lines_are_logged_when_asked_and_the_last_one_always(run) -> None:
+def test_fewer_lines_are_logged_and_shown_when_asked_but_the_first_and_the_last_always(run, capsys) -> None:
     _, lines = run(num_train_epochs=1, train_batch_size=1, max_steps=5, logging_steps=2)
-    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert [line["step"] for line in lines] == [1, 2, 4, 5]
+    assert re.findall(r"^step (\d)/5 ", capsys.readouterr().err, re.MULTILINE) == ["1", "2", "4", "5"]
 
 
 def test_two_samples_are_learned_by_heart(run, dataset, tmp_path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from looktwice import __version__
 from looktwice.cli import ask, data, demo, export, train
@@ -16,6 +18,10 @@ VERBS = {"train": train.run, "ask": ask.run, "data": data.run, "export": export.
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0, 1 after an error a user can mend, 130 when interrupted."""
     words = list(sys.argv[1:] if words is None else words)
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log the bars of other libraries are rubbish
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log has it in order with stderr
     if words == ["--version"]:
         print(f"looktwice {__version__}")
         return 0

@@ -37,13 +37,12 @@ def run(words: Sequence[str]) -> int:
         check_target(target, files[0], overwrite=config.overwrite)
     if config.model_name:
         locate(config.model_name)
-    from rich.console import Console
-
     from looktwice.checking.check import Judge
     from looktwice.checking.fix import check_outputs, fix
+    from looktwice.console import open_console
     from looktwice.data.problems import Problem
     from looktwice.processing.processor import load_processor
-    from looktwice.report.terminal import verdict_table
+    from looktwice.report.terminal import verdict_lines
 
     if target:
         check_outputs(files[0], target, overwrite=config.overwrite)
@@ -51,16 +50,16 @@ def run(words: Sequence[str]) -> int:
     judge = Judge(config, processor)
     fatal: defaultdict[str, list[Problem]] = defaultdict(list)
     verdict = judge.judge(files, fatal if target else None)
-    console = Console()
+    console = open_console()
     for path, name in verdict.formats.items():
-        console.print(f"{path}: format {name}", markup=False, highlight=False, soft_wrap=True)
-    if verdict.counts:
-        console.print(verdict_table(verdict))
+        console.out(f"{path}: format {name}")
+    for line in verdict_lines(verdict):
+        console.print(line, crop=False)
     for flag, unchecked in verdict.unchecked.items():
-        console.print(f"not checked without {flag}: {unchecked}", highlight=False)
+        console.print(f"not checked without {flag}: {unchecked}")
     if given["json"]:
         write_json(given["json"], verdict.as_json())
     if target:
-        console.print(str(fix(judge, fatal, target)), markup=False, highlight=False, soft_wrap=True)
-    console.print(str(verdict), style=None if verdict.would_train else "red", highlight=False, soft_wrap=True)
+        console.out(str(fix(judge, fatal, target)))
+    console.out(str(verdict), style=None if verdict.would_train else "red")
     return 0 if verdict.would_train else 1

@@ -29,8 +29,7 @@ def run(words: Sequence[str]) -> None:
     check_image_folder(config.image_base_path)
     check_output_file(given["html"], "--html", [given["file"]])
     locate(config.model_name)
-    from rich.console import Console
-
+    from looktwice.console import open_console
     from looktwice.errors import counted
     from looktwice.formats.sample_file import SampleFile
     from looktwice.processing.processor import load_processor
@@ -42,15 +41,15 @@ def run(words: Sequence[str]) -> None:
     processor = load_processor(config.model_name, config)
     found = f"format {file.format.name} ({file.format.description}), {counted(len(file), 'row')}"
     lead = f"{file.path}: {found}, as {config.model_name} sees them"
-    console = Console()
-    console.print(lead, markup=False, highlight=False, soft_wrap=True)
+    console = open_console()
+    console.out(lead)
     views = []
     for view in view_file(file, processor, config):
         console.print()
         for line in sample_lines(view):
-            console.print(line)
+            console.print(line, crop=False)
         if given["html"]:
             views.append(view)
     if given["html"]:
         write_samples_page(given["html"], title=file.path.name, lead=lead, views=views)
-        console.print(f"\npage: {given['html']}", markup=False, highlight=False, soft_wrap=True)
+        console.out(f"\npage: {given['html']}")

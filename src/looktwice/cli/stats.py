@@ -29,10 +29,10 @@ def run(words: Sequence[str]) -> None:
     check_image_folder(config.image_base_path)
     check_output_file(given["html"], "--html", given["files"])
     locate(config.model_name)
-    from rich.console import Console
     from rich.progress import track
 
     from looktwice.checking.statistics import Statistics, rows_to_measure
+    from looktwice.console import open_console
     from looktwice.errors import counted
     from looktwice.formats.sample_file import SampleFile
     from looktwice.processing.processor import load_processor
@@ -41,17 +41,18 @@ def run(words: Sequence[str]) -> None:
     from looktwice.report.terminal import titled
 
     processor = load_processor(config.model_name, config)
-    statistics, console, notices = Statistics(), Console(), Console(stderr=True)
+    statistics, console, notices = Statistics(), open_console(), open_console(stderr=True)
     leads = []
     for path in given["files"]:
         file = SampleFile.of(path, config)
         rows = rows_to_measure(len(file), config.num_rows, config.seed)
         leads.append(f"{path}: format {file.format.name}, {len(rows):,} of {counted(len(file), 'row')}")
-        console.print(leads[-1], markup=False, highlight=False, soft_wrap=True)
-        statistics.read(file, track(rows, description="measuring", console=notices, transient=True), processor)
+        console.out(leads[-1])
+        bar = track(rows, "measuring", console=notices, transient=True, disable=not notices.is_interactive)
+        statistics.read(file, bar, processor)
     tables = statistics_tables(statistics, config)
     for part in titled(tables):
-        console.print(part)
+        console.print(part, crop=False)
     if not statistics.measures:
         raise DataError("no sample could be measured; see the table above and `looktwice data check`")
     if given["html"]:
@@ -59,4 +60,4 @@ def run(words: Sequence[str]) -> None:
         lead = f"{'; '.join(leads)}. Tokens and pixels as {config.model_name} has them."
         charts = statistics_charts(statistics)
         write_statistics_page(given["html"], title=title, lead=lead, tables=tables, charts=charts)
-        console.print(f"\npage: {given['html']}", markup=False, highlight=False, soft_wrap=True)
+        console.out(f"\npage: {given['html']}")

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
-
 from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
+from looktwice.console import open_console
 from looktwice.data.sample import Sample
 from looktwice.demo.task import DatasetFiles, make_dataset
 from looktwice.evaluation.accuracy import Evaluation, evaluate
@@ -41,18 +39,18 @@ class Demo:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
         self.seed = seed
-        self.console = Console()
+        self.console = open_console()
         self.seconds: dict[str, float] = {}
         self.model = ModelConfig(model_name=TINY, device="cpu")
 
     @contextmanager
     def phase(self, name: str, text: str) -> Iterator[None]:
         """Announce a phase, and say how long it took."""
-        self.console.print(f"[bold]{text}[/bold]")
+        self.console.out(text, style="bold")
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 1)
-        self.console.print(f"    {self.seconds[name]:.1f} s", style="dim")
+        self.console.out(f"    {self.seconds[name]:.1f} s", style="dim")
 
     def data_config(self, train: Path, held_out: Path | None) -> DataConfig:
         return DataConfig(train_data_path=train, val_data_path=held_out, image_base_path=train.parent)
@@ -106,7 +104,6 @@ def run_demo(folder: Path, *, seed: int = 0) -> dict[str, Any]:
 def run_phases(folder: Path, *, seed: int) -> dict[str, Any]:
     """The demo in a folder of its own."""
     demo, started = Demo(folder, seed), time.perf_counter()
-    disable_progress_bar()  # a bar for each loading of a model this small is noise
     with demo.phase("data", f"1/5 Drawing {NUM_TRAIN + NUM_RL + NUM_EVAL} pictures with questions"):
         files = make_dataset(
             folder / "data",
@@ -114,22 +111,22 @@ def run_phases(folder: Path, *, seed: int) -> dict[str, Any]:
             num_rl=NUM_RL,
             num_eval=NUM_EVAL,
             seed=seed,
-            show_progress=demo.console.is_terminal,
+            show_progress=demo.console.is_interactive,
         )
         samples = read_samples(files.eval, files.eval.parent)
     with demo.phase("eval_base", f"2/5 Asking the pretrained tiny model {len(samples)} questions"):
         _, base = demo.ask(TINY, samples)
-        demo.console.print(f"accuracy {base.accuracy:.3f} (chance {CHANCE})")
+        demo.console.out(f"accuracy {base.accuracy:.3f} (chance {CHANCE})")
     with demo.phase("sft", f"3/5 SFT on {NUM_TRAIN} rationales"):
         sft_model = demo.sft(files)
     with demo.phase("eval_sft", "    asking again"):
         _, sft = demo.ask(str(sft_model), samples)
-        demo.console.print(f"accuracy {sft.accuracy:.3f}")
+        demo.console.out(f"accuracy {sft.accuracy:.3f}")
     with demo.phase("grpo", "4/5 R-GRPO: rollouts with crops, rewards, policy updates"):
         grpo_model = demo.grpo(files, sft_model)
     with demo.phase("eval_grpo", "5/5 Asking again, then with controls in place of the crop"):
         inference, grpo = demo.ask(str(grpo_model), samples)
-        demo.console.print(f"accuracy {grpo.accuracy:.3f}")
+        demo.console.out(f"accuracy {grpo.accuracy:.3f}")
         controls: dict[str, Evaluation] = {
             name: evaluate(inference, samples, control=name, seed=seed) for name in CONTROLS
         }
@@ -152,9 +149,9 @@ def run_phases(folder: Path, *, seed: int) -> dict[str, Any]:
     write_answers(folder / ANSWERS_FILE, samples, evaluations, inference.processor.overview_size)
     page = write_run_page(folder)
     for line in titled(run_tables(folder)):
-        demo.console.print(line)
+        demo.console.print(line, crop=False)
     places = f"\nreport: {page}\nfigures: {folder / SUMMARY_FILE}\nanswers: {folder / ANSWERS_FILE}"
-    demo.console.print(places, markup=False, highlight=False, soft_wrap=True)
+    demo.console.out(places)
     return summary
 
 

@@ -2,5 +2,7 @@
 
 import logging
 
-# on a CPU it warns at import, which PEFT does, about a faster kernel that nothing here needs
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# warns at import, which PEFT does, about a faster kernel for CPUs that nothing here needs
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# warns of each layer in each forward that int8 computes in float16
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

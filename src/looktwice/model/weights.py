@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from looktwice.config import Quantization
+from looktwice.console import open_console
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.adapters import (
     PEFT_PREFIX,
@@ -127,9 +128,22 @@ def _without_report() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with _bars(are_shown=open_console(stderr=True).is_interactive):
+            yield
     finally:
         transformers_logging.set_verbosity(level)
+
+
+@contextmanager
+def _bars(*, are_shown: bool) -> Iterator[None]:
+    """Whether bars of transformers are shown, which are no part of what a finished command leaves on the screen."""
+    previous = transformers_logging.set_tqdm_hook(
+        lambda bar, args, settings: bar(*args, **{**settings, "disable": not are_shown, "leave": False})
+    )
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
 
 
 def _load_adapter(folder: Path, **options: Any) -> PeftModel:
@@ -266,7 +280,8 @@ def write_model(model: nn.Module, folder: Path, *, max_shard_size: str = MAX_SHA
     if isinstance(model, PeftModel):
         _write_adapter(model, base, folder)
     else:
-        base.save_pretrained(folder, max_shard_size=max_shard_size)
+        with _bars(are_shown=False):  # a checkpoint is written while the bar of the run moves
+            base.save_pretrained(folder, max_shard_size=max_shard_size)
     # safetensors writes files for the owner alone
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):

@@ -9,6 +9,7 @@ from rich.table import Table as Columns
 from rich.text import Text
 
 from looktwice.checking.check import Verdict
+from looktwice.console import whole_line
 from looktwice.data.problems import PLACES_SHOWN
 from looktwice.data.reasons import REASONS
 from looktwice.report.sample_view import ImageView, SampleView
@@ -22,9 +23,9 @@ IMAGE_STYLE, CROP_STYLE = "bold magenta", "bold red"
 
 def sample_lines(view: SampleView) -> Iterator[RenderableType]:
     """A sample from its place in the file to its table of tokens."""
-    yield Text.assemble((view.where, "bold"), f"  {view.place}")
+    yield whole_line((view.where, "bold"), f"  {view.place}")
     if view.problem:
-        yield Text(view.problem, style="red")
+        yield whole_line((view.problem, "red"))
         return
     if view.note:
         yield Text(view.note, style="yellow")
@@ -47,21 +48,19 @@ def sequence_text(view: SampleView) -> Text:
     return text
 
 
-def verdict_table(verdict: Verdict) -> Columns:
-    """Reasons with their counts, mends and first places."""
-    columns = Columns(box=None, header_style="bold", pad_edge=False)
-    columns.add_column("reason", no_wrap=True)
-    columns.add_column("training", no_wrap=True)
-    columns.add_column("count", justify="right", no_wrap=True)
-    columns.add_column("what it is, its mend, and the first places", overflow="fold")
+def verdict_lines(verdict: Verdict) -> Iterator[RenderableType]:
+    """Reasons with their counts, and below each what it is, its mend and the first places."""
+    width = max(map(len, verdict.reasons), default=0)
+    if verdict.reasons:
+        yield whole_line((f"{'reason':{width}}  training  count", "bold"))
     for name in verdict.reasons:
         reason, count = REASONS[name], verdict.counts[name]
         style, training = ("red", "stops") if reason.is_fatal else ("yellow", "note")
-        text = Text(f"{reason.meaning}; {reason.mend}", style="bold")
-        text.append("".join(f"\n{problem.place}" for problem in verdict.first[name][:PLACES_SHOWN]), style="not bold")
-        text.append("\n..." * (count > PLACES_SHOWN), style="not bold")
-        columns.add_row(Text(name, style=style), Text(training, style=style), f"{count:,}", text)
-    return columns
+        yield whole_line((f"{name:{width}}  {training:8}", style), f"  {count:5,}")
+        yield whole_line((f"    {reason.meaning}; {reason.mend}", "bold"))
+        yield from (whole_line(f"    {problem.place}") for problem in verdict.first[name][:PLACES_SHOWN])
+        if count > PLACES_SHOWN:
+            yield whole_line("    ...")
 
 
 def columns_of(table: Table) -> Columns:
@@ -81,6 +80,9 @@ def titled(tables: Sequence[Table]) -> Iterator[RenderableType]:
 
 
 def _noted(table: Table) -> Iterator[RenderableType]:
-    yield columns_of(table)
+    if len(table.header) == 1:  # texts, with paths
+        yield from (whole_line(text) for [text] in table.rows)
+    else:
+        yield columns_of(table)
     if table.note:
         yield Text(table.note, style="dim")

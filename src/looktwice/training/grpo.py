@@ -37,16 +37,8 @@ from looktwice.training.losses import (
     kl_estimate,
     policy_surrogate,
 )
-from looktwice.training.run import (
-    batch_order,
-    begin,
-    close_step,
-    is_due,
-    planned,
-    run_table,
-    save_final,
-    trained_table,
-)
+from looktwice.training.overview import show_overview
+from looktwice.training.run import batch_order, begin, close_step, is_due, planned, save_final
 from looktwice.training.sets import LengthReport, load_sets
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
@@ -85,8 +77,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         with Recorder(
             config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", start=learner.step
         ) as recorder:
-            recorder.console.print(run_table(learner, order, model))
-            recorder.console.print(trained_table(learner))
+            show_overview(recorder.console, learner, order, model)
             eval_every = config.eval_steps or order.steps_per_epoch
             while learner.step < order.total_steps:
                 started = time.perf_counter()

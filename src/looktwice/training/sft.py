@@ -22,16 +22,8 @@ from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import load_processor
 from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner
-from looktwice.training.run import (
-    batch_order,
-    begin,
-    close_step,
-    is_due,
-    planned,
-    run_table,
-    save_final,
-    trained_table,
-)
+from looktwice.training.overview import show_overview
+from looktwice.training.run import batch_order, begin, close_step, is_due, planned, save_final
 from looktwice.training.sets import LengthReport, load_sets
 
 WORKERS_BESIDE_A_GPU = 4
@@ -68,8 +60,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
             ) as recorder,
             closing(packed_batches(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
         ):
-            recorder.console.print(run_table(learner, order, model))
-            recorder.console.print(trained_table(learner))
+            show_overview(recorder.console, learner, order, model)
             eval_every = config.eval_steps or order.steps_per_epoch
             while learner.step < order.total_steps:
                 num_batches = len(order.batches(learner.step, config.train_batch_size))

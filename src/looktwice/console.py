@@ -1,0 +1,39 @@
+"""Consoles: where text is wrapped and coloured, and where something may move."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console, Group
+from rich.text import Text
+
+UNWRAPPED = 10_000
+"""Columns of a console that is no terminal: as many as any table needs."""
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """A console that writes what it is given, without markup.
+
+    On a terminal it wraps, and `is_interactive` says that bars may move; TERM, NO_COLOR and COLUMNS hold. In a pipe, a
+    file or a notebook nothing moves, FORCE_COLOR or not, and nothing is wrapped but tables where COLUMNS is set. A line
+    that must stay whole, such as one with a path, is written with `out`: then only the terminal itself wraps it.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    is_terminal = stream is not None and stream.isatty()  # it is None where the caller closed it
+    has_width = is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    return Console(
+        stderr=stderr,
+        width=None if has_width else UNWRAPPED,
+        force_interactive=None if is_terminal else False,
+        force_jupyter=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+
+
+def whole_line(*parts: str | tuple[str, str]) -> Group:
+    """A line that only the terminal itself wraps, of texts and texts with their style; print it with `crop=False`."""
+    # a group, because `print` makes one text of bare ones, which no longer says that it is not to be wrapped
+    return Group(Text.assemble(*parts, no_wrap=True, overflow="ignore"))
