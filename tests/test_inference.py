@@ -21,6 +21,7 @@ from looktwice.messages import VideoPart
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 from looktwice.training.learner import Learner
+from looktwice.training.record import Record
 
 ROOT = Path(__file__).parents[1]
 
@@ -177,7 +178,7 @@ def test_an_adapter_folder_answers_as_the_model_under_training(ask, model_folder
     with torch.no_grad():
         for parameter in learner.parameters:
             parameter.normal_(0, 0.2)
-    learner.save(tmp_path, [], with_optimizer=False)
+    learner.save(tmp_path, Record(stage="sft", order={}, settings={}), with_optimizer=False)
     adapted = ask(model_path=str(tmp_path))
     answer = adapted.generate(image, "What is it?")
     adapted.model = learner.base
