@@ -15,6 +15,7 @@ from looktwice.answers import (
     normalise_answer,
     split_thinking,
     strip_tool_text,
+    unwrapped,
 )
 
 
@@ -78,17 +79,44 @@ def test_answer_in_a_block_is_found_behind_any_text(content, before):
     assert extract_answer(f"{before}<answer>{content}</answer>") == (content.strip() or None)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (" a cup ", "a cup"),
+        ("<answer>a cup</answer>", "a cup"),
+        ("<think>Two.</think>\n\n<answer>\n$\\boxed{2}$\n</answer>", "2"),
+        ("<think>Two.</think> 2", "2"),
+        ("So it is \\boxed{\\text{B}}.", "B"),
+        ("$7$", "7"),
+        ("$$\\frac{1}{2}$$", "\\frac{1}{2}"),
+        ("\\(7\\)", "7"),
+        ("\\[ 7 \\]", "7"),
+        ("$5 or $6", "$5 or $6"),
+        ("$$", "$$"),
+        ("<answer>a cup", "<answer>a cup"),
+        ("<answer> </answer>", ""),
+        ("\\boxed{}", ""),
+    ],
+)
+def test_an_answer_is_taken_out_of_what_wraps_it(text, said):
+    assert unwrapped(text) == said
+    assert answers_match(f"{said}", text) == (said != "")
+
+
 def test_tool_text_is_removed_call_by_call():
     text = "a<tool_call>[1]</tool_call>b<tool_call>[2]</tool_call><tool_response>Refused.</tool_response>c<tool_call>[3"
     assert strip_tool_text(text) == "abc<tool_call>[3"
 
 
-@pytest.mark.parametrize("text", ["<answer>", "<tool_call>", "{", "<think>", "\\boxed{", "answer is ", " ", "a. "])
+@pytest.mark.parametrize(
+    "text", ["<answer>", "<tool_call>", "{", "<think>", "\\boxed{", "answer is ", " ", "a. ", "$", "\\("]
+)
 def test_repeated_marks_take_linear_time(text):
     start = time.perf_counter()
     extract_answer(text * 4000)
     extract_choice(text * 4000, ["red", "blue"])
     strip_tool_text(text * 4000)
+    unwrapped(text * 4000)
     assert time.perf_counter() - start < 1.0
 
 
@@ -125,6 +153,21 @@ def test_repeated_marks_take_linear_time(text):
         ("red", "(B) red"),
         ("B", "B. red"),
         ("B) red", "(B) red"),
+        ("0.00001", "1e-05"),
+        ("1 \\times 10^{-5}", "1e-05"),
+        ("1.2 x 10^3", "1200"),
+        ("2.5E3", "2,500"),
+        ("0.1", "0.10000000149011612"),
+        ("0.3", "0.30000000000000004"),
+        ("12.34", "12.3400001526"),
+        ("10000.1", "10000.099609375"),
+        ("R&B", "R&amp;B"),
+        ("red", "red\u200b"),
+        ("5%", "5\\%"),
+        ("1/2", "\\frac{1}{2}"),
+        ("1,234", "1{,}234"),
+        ("$7$", "7"),
+        ("7", "$7$/seven"),
     ],
 )
 def test_right_answer_in_another_writing_matches(prediction, solution):
@@ -161,6 +204,12 @@ def test_right_answer_in_another_writing_matches(prediction, solution):
         ("a", "a cat"),
         ("B", "A B"),
         ("vitamin", "vitamin a"),
+        ("0.11", "0.10000000149011612"),
+        ("16777216", "16777217"),
+        ("1234567.9", "1234567.891"),
+        ("0.1", "1e-05"),
+        ("1e-05", "1e-06"),
+        ("red", "red <answer>blue</answer>"),
         ("STOP " + "x" * MAX_ANSWER_CHARS, "STOP"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from looktwice.errors import ConfigError
 from looktwice.geometry import Box, Size
 from looktwice.processing.chat_template import EARLY_STOP
-from looktwice.rewards import CODE, PAPER, REWARD_PRESETS, ROBUST, load_reward, score
+from looktwice.rewards import CODE, PAPER, REWARD_PRESETS, ROBUST, can_be_earned, load_reward, score
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 
 CROP = ToolCall(requested=Box(10, 20, 110, 90), box=Box(10, 20, 110, 90), size=Size(192, 128), error=None)
@@ -246,3 +246,24 @@ def test_unusable_reward_setting_names_the_mend(tmp_path):
     (tmp_path / "rewards.txt").write_text("")
     with pytest.raises(ConfigError, match="its name must end in"):
         load_reward(f"{tmp_path}/rewards.txt:f")
+
+
+@pytest.mark.parametrize(
+    ("solution", "is_earnable"),
+    [
+        ("a cup", True),
+        ("<think>Hm.</think><answer>$7$</answer>", True),
+        ("x" * 1000, True),
+        ("x" * 1001, False),
+        (f"cup / {'x' * 1001}", True),
+        ("<answer>a cup", False),
+        ("a cup</answer>", False),
+    ],
+)
+def test_a_gold_answer_can_be_earned_where_saying_it_is_right(solution, is_earnable):
+    assert can_be_earned(solution) is is_earnable
+
+
+@given(st.text(max_size=40).filter(lambda text: text.split()))
+def test_whatever_text_can_be_earned(solution):
+    assert can_be_earned(solution)

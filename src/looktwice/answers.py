@@ -6,6 +6,7 @@ MathVista). No model judges here; what the rules cannot decide is wrong.
 
 from __future__ import annotations
 
+import html
 import re
 import string
 import unicodedata
@@ -26,9 +27,23 @@ _TOOL_TEXT = re.compile(
 )
 _STATED_ANSWER = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*(\S.*)", re.IGNORECASE)
 
+_MATH = re.compile(
+    r"\$\$\s*([^$\s][^$]*)\$\$|\$\s*([^$\s][^$]*)\$|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]"
+    r"|\\(?:text|mathrm|mathbf)\{([^{}]+)\}|\\boxed\{()\s*\}",
+    re.DOTALL,
+)
+"""A whole text in the delimiters or a command of LaTeX."""
+_LATEX = ((re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"), (re.compile(r"\\([$%&#_])"), r"\1"))
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u2212", "''\"\"-")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\s+(?=[^\W\d_]{2})")
-_NUMBER = re.compile(r"([$€£]?) ?([+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|[+-]?\.[0-9]+) ?(%?)")
+_NUMBER = re.compile(
+    r"([$€£]?) ?([+-]?(?:[0-9]{1,3}(?:\{?,\}?[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|[+-]?\.[0-9]+)"
+    r"(?:e([+-]?[0-9]{1,3})| ?(?:x|\*|×|·|\\times|\\cdot) ?10\^\{?([+-]?[0-9]{1,3})\}?)? ?(%?)"
+)
+_STORED_NUMBER = re.compile(r"(?=(?:\D*\d){9})[^.]*\.\d{7,}\D*(?:e[+-]?\d+)?")
+"""Nine digits and more, seven of them decimals: what a table holds of a number that somebody wrote shorter."""
+_STORED_ERROR = Fraction(1, 2**24)
+"""By which share a float32 is off at the most."""
 _FRACTION = re.compile(r"([+-]?[0-9]+) ?/ ?([0-9]+)")
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _MAX_YES_NO_CHARS = 48
@@ -87,6 +102,31 @@ def extract_answer(text: str) -> str | None:
     return _last_boxed(rest) or (stated[-1].strip() if stated else last_line)
 
 
+def unwrapped(text: str) -> str:
+    """What a gold answer or a prediction says, stripped of what it is wrapped in; "" where that holds nothing.
+
+    Wrappings are thinking and the answer block, `\\boxed{…}`, and around all of the rest `$…$`, `\\(…\\)`, `\\text{…}`.
+
+    Example: unwrapped("<think>Two.</think><answer>$\\\\boxed{2}$</answer>") == "2"
+    """
+    block = find_answer_block(text)
+    said = split_thinking(text)[1] if block is None else block
+    said = _last_boxed(said) or said
+    while whole := _MATH.fullmatch(said):
+        said = "".join(filter(None, whole.groups())).strip()
+    return said
+
+
+def alternatives(solution: str) -> list[str]:
+    """The gold answer unwrapped, and where it names several, split at `/`, each of them."""
+    solution = unwrapped(solution) or solution
+    parts = [part.strip() for part in re.split("(?<!<)/", solution)]
+    is_one_thing = re.search(r"[0-9]\s*/\s*[0-9]", solution) or any(
+        not part or (len(part) == 1 and part.isalpha()) for part in parts
+    )
+    return [solution] if is_one_thing or len(parts) == 1 else [solution, *parts]
+
+
 def extract_choice(text: str, options: Sequence[str] = ()) -> str | None:
     """The letter ("A", "B", …) a response to a multiple-choice question picks, or None when none or several.
 
@@ -118,33 +158,31 @@ def extract_choice(text: str, options: Sequence[str] = ()) -> str | None:
 def answers_match(prediction: str | None, solution: str) -> bool:
     """Whether an extracted answer is right by rules.
 
-    The solution counts as a whole and, split at `/`, as alternatives; it stays whole when it looks like a date, a
-    fraction or a unit (digits on both sides of a slash, or a part that is empty or one letter). One alternative must
-    be equal up to case, whitespace, articles, quotes and closing punctuation; or equal as a number ("7", "7.0",
-    "seven", "1,000"); or be the only one of yes and no in an answer below 48 characters; or be the letter picked
-    ("B", "(B)", "B. red").
+    Both are unwrapped first. The solution counts as a whole and, split at `/`, as alternatives; it stays whole when it
+    looks like a date, a fraction or a unit (digits on both sides of a slash, or a part that is empty or one letter).
+    One alternative must be equal up to case, whitespace, articles, quotes and closing punctuation; or equal as a number
+    ("7", "7.0", "seven", "1,000", "1e-05", and "0.1" where a table made 0.10000000149011612 of it); or be the only one
+    of yes and no in an answer below 48 characters; or be the letter picked ("B", "(B)", "B. red").
     """
     if prediction is None or len(prediction) > MAX_ANSWER_CHARS:
         return False
-    return any(_same_answer(prediction, alternative) for alternative in _alternatives(solution))
+    prediction = unwrapped(prediction) or prediction
+    return any(_same_answer(prediction, alternative) for alternative in alternatives(solution))
 
 
 def normalise_answer(text: str) -> str:
     """Lower case, single spaces, straight quotes; no articles, no enclosing quotes, no closing punctuation.
 
-    What would become empty ("?" read from a sign) keeps its punctuation.
+    What would become empty ("?" read from a sign) keeps its punctuation. Entities of HTML, invisible characters, and
+    the LaTeX of fractions and escaped signs are written plainly.
     """
-    text = " ".join(unicodedata.normalize("NFC", text).translate(_QUOTES).casefold().split())
+    text = html.unescape(unicodedata.normalize("NFC", text))
+    text = "".join(character for character in text if unicodedata.category(character) != "Cf") or text
+    for latex, plain in _LATEX:
+        text = latex.sub(plain, text)
+    text = " ".join(text.translate(_QUOTES).casefold().split())
     bare = text.lstrip("\"'`* ").rstrip("\"'`*.,;:!? ")
     return _ARTICLE.sub("", bare) or text
-
-
-def _alternatives(solution: str) -> list[str]:
-    parts = [part.strip() for part in solution.split("/")]
-    is_one_thing = re.search(r"[0-9]\s*/\s*[0-9]", solution) or any(
-        not part or (len(part) == 1 and part.isalpha()) for part in parts
-    )
-    return [solution] if is_one_thing or len(parts) == 1 else [solution, *parts]
 
 
 def _same_answer(prediction: str, solution: str) -> bool:
@@ -153,7 +191,7 @@ def _same_answer(prediction: str, solution: str) -> bool:
         return bool(predicted)
     number = _as_number(wanted)
     if number is not None:
-        return _as_number(predicted) == number
+        return _is_number(predicted, number, is_stored=_STORED_NUMBER.fullmatch(wanted) is not None)
     if wanted in ("yes", "no"):
         said = {"yes", "no"} & set(re.findall(r"\w+", predicted))
         return said == {wanted} and len(predicted) < _MAX_YES_NO_CHARS
@@ -174,7 +212,18 @@ def _as_number(text: str) -> tuple[str, Fraction, str] | None:
     if fraction:
         return ("", Fraction(int(fraction[1]), int(fraction[2])), "") if int(fraction[2]) else None
     number = _NUMBER.fullmatch(text)
-    return (number[1], Fraction(number[2].replace(",", "")), number[3]) if number else None
+    if number is None:
+        return None
+    value = Fraction(re.sub("[{,}]", "", number[2])) * Fraction(10) ** int(number[3] or number[4] or 0)
+    return number[1], value, number[5]
+
+
+def _is_number(text: str, wanted: tuple[str, Fraction, str], *, is_stored: bool) -> bool:
+    """Whether a text is the wanted number, up to what storing a number in a table changes."""
+    said = _as_number(text)
+    if said is None or not is_stored:
+        return said == wanted
+    return said[::2] == wanted[::2] and abs(said[1] - wanted[1]) <= _STORED_ERROR * abs(wanted[1])
 
 
 def _last_boxed(text: str) -> str | None:

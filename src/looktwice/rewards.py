@@ -18,11 +18,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from looktwice.answers import answers_match, extract_answer, split_thinking, strip_tool_text
+from looktwice.answers import alternatives, answers_match, extract_answer, split_thinking, strip_tool_text
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from looktwice.config import check_reward
 from looktwice.errors import ConfigError, nearest
-from looktwice.processing.chat_template import EARLY_STOP, THINK_CLOSE
+from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
+from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.rollout.trajectory import Trajectory
 
 _THINK_THEN_ANSWER = re.compile(
@@ -102,6 +103,13 @@ def score(trajectory: Trajectory, solution: str, preset: RewardPreset = ROBUST) 
         "region": min(preset.region_cap, preset.region_per_crop * num_crops) * is_right,
     }
     return Reward(total=sum(parts.values()), parts=parts)
+
+
+def can_be_earned(solution: str) -> bool:
+    """Whether any answer is right for this gold answer: one that says it, or one of its alternatives, as models do."""
+    thinking = f"{THINK_OPEN}{THINK_CLOSE}\n\n"
+    written = (f"{thinking}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}" for answer in alternatives(solution))
+    return any(score(Trajectory(prompt_ids=[], text=text), solution).accuracy for text in written)
 
 
 def load_reward(spec: str) -> RewardFunction:

@@ -9,6 +9,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,7 +138,7 @@ def test_training_refuses_what_is_fatal_and_nothing_else(
             if stage == "sft":
                 encoder(sample)
             else:
-                fitted([sample], ready, data, None)
+                fitted([sample], ready, data, SimpleNamespace(note=lambda refits: None))
 
     judged = judge(
         [path], CheckConfig(image_base_path=image_folder, val_data_path=held_out, **case.get("options", {})), ready

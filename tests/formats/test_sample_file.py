@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from looktwice.calls import parse_call, split_calls
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
+from looktwice.formats.reading import number_text
 from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box
 from looktwice.messages import Conversation, assistant, user
@@ -195,6 +197,16 @@ def test_one_leading_image_mark_is_taken_off_the_question(
         ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer>a"}]}, "A3: the <answer> block is empty"),
         ({"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer> </answer>"}]}, "A3: the <answer> block is empty"),
         ({"image_path": "x", "QnA": [{**GOOD, "answer": True}]}, "QnA[0].answer: true or false where a text belongs"),
+        ({"image_path": "x", "QnA": [{**GOOD, "answer": True}]}, 'belongs; write "yes" or "no"'),
+        (
+            {"image_path": "x", "QnA": [{**GOOD, "answer": ["a", "b"]}]},
+            'belongs; write one text, "cup / mug" for either',
+        ),
+        ({"image_path": "x", "QnA": [{**GOOD, "answer": "<answer> </answer>"}]}, "QnA[0].answer: nothing in <answer>"),
+        (
+            {"image_path": "x", "QnA": [{"Q": "q", "A3": "<answer>\\boxed{}</answer>"}]},
+            "A3: the <answer> block is empty",
+        ),
         ({"image_path": "x", "QnA": [{**GOOD, "answer": ""}]}, "QnA[0].answer: the text is empty"),
         ({"image_path": "x", "QnA": [{**GOOD, "box": [1, 2, 3]}]}, "QnA[0].box: a box has 4 numbers"),
         ({"image_path": "x", "QnA": [{**GOOD, "box": [5, 2, 3, 4]}]}, "QnA[0].box: a box runs from top-left"),
@@ -248,3 +260,61 @@ def test_all_real_records_are_read_completely() -> None:
     assert not any(re.search(r"\{\s*crop[^}]*\[", sample.response, re.IGNORECASE) for sample in samples)
     assert all(sample.solution and sample.solution in sample.response for sample in samples)
     assert sum("{" in sample.response for sample in samples) == 1  # braces that hold no crop
+
+
+# -- gold answers
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2, "2"),
+        (2.0, "2"),
+        (-0.5, "-0.5"),
+        (1e-05, "0.00001"),
+        (1.5e7, "15000000"),
+        (0.10000000149011612, "0.1"),
+        (12.34000015258789, "12.34"),
+        (123456.7890625, "123456.7890625"),
+        (16777217.0, "16777217"),
+        (1e300, "1E+300"),
+        (Decimal("2.50"), "2.5"),
+    ],
+)
+def test_a_number_is_written_as_people_write_it(value: float | Decimal, text: str) -> None:
+    assert number_text(value) == text
+
+
+@pytest.mark.parametrize("missing", ["NaN", "null", "Infinity", "-Infinity", "1e999"])
+def test_a_gold_answer_that_is_missing_is_no_answer(missing: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    question = json.dumps(GOOD)[:-1]
+    path.write_text(f'{{"image_path": "x.jpg", "QnA": [{question}, "answer": {missing}}}]}}\n')
+    [sample] = read_samples(path, "")
+    assert (sample.solution, sample.extra) == ("a cup", {})
+
+
+def test_values_that_are_missing_in_a_table_are_absent_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    answers = arrow.array([0.1, float("nan"), None], arrow.float32())
+    table = {
+        "image_path": ["x.jpg"] * 3,
+        "question": ["q"] * 3,
+        "response_list": [["<answer>a cup</answer>"]] * 3,
+        "answer": answers,
+        "box": [[1.0, 2.0, 3.0, 4.0], [float("nan")] * 4, None],
+        "score": [1.0, float("nan"), None],
+    }
+    parquet.write_table(arrow.table(table), tmp_path / "d.parquet")
+    samples = read_samples(tmp_path / "d.parquet", "")
+    assert [sample.solution for sample in samples] == ["0.1", "a cup", "a cup"]
+    assert [sample.gold_box for sample in samples] == [Box(1, 2, 3, 4), None, None]
+    assert [sample.extra for sample in samples] == [{"score": 1.0}, {}, {}]
+
+
+def test_the_gold_answer_of_ms_swift_is_read_and_ours_goes_before_it(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "<image>What?"}], "images": ["x.jpg"]}
+    rows = [{**row, "solution": "<answer>B</answer>"}, {**row, "solution": "B", "answer": "C"}]
+    samples = read_samples(write(tmp_path / "d.jsonl", *rows), "")
+    assert [sample.solution for sample in samples] == ["<answer>B</answer>", "C"]
+    assert [sample.extra for sample in samples] == [{}, {}]

@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from looktwice.answers import find_answer_block
-from looktwice.calls import format_call, parse_call, split_calls
+from looktwice.answers import find_answer_block, unwrapped
+from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.config import SampleConfig, Stage
 from looktwice.data.image_files import ImageFacts, Source, decoded, inspect_all, measured
 from looktwice.data.reasons import BOX_REASONS, REASONS
 from looktwice.data.sample import Sample, text_of
 from looktwice.errors import BoxError, DataError, counted, short
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
-from looktwice.messages import THINK_CLOSE, THINK_OPEN, ImagePart, Message, TextPart
+from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, ImagePart, Message, TextPart
 from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
 from looktwice.processing.images import ImageHeader, name_of
 from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
+from looktwice.rewards import can_be_earned
 
 MAX_PROBLEMS_SHOWN = 20
 PLACES_SHOWN = 3
@@ -37,6 +38,9 @@ PLACEHOLDERS = (*(token for token in VISUAL_TOKENS if "_" not in token), "<audio
 """What formats write in a text for something that is shown, and this one may not."""
 _BRACES = re.compile(r"\{[^{}]*\}")
 _FOUR_NUMBERS = re.compile(r"(?<![0-9.])(?:[0-9.]+\s*,\s*){3}[0-9.]")
+_MISSING = re.compile(r"nan|NaN|NAN|NaT|<NA>|#N/A|null|NULL|None|undefined|-?inf|-?Infinity")
+"""What programs write for a value that is not there."""
+_COLLECTION = re.compile(r"[\[{].*[\"'].*[\]}]", re.DOTALL)
 RELEASED_FACTOR = 32
 """Pixels a side of a visual token of the released models."""
 
@@ -191,8 +195,25 @@ def turn_problems(sample: Sample, stage: Stage, view: View) -> Iterator[Problem]
         yield problem_of(sample, "no_gold_answer", 'no <answer> block and no field "answer"')
     elif roles[-1] == "assistant" and find_answer_block(sample.response) is None:
         yield problem_of(sample, "no_answer_block", "no <answer>…</answer> in the answer")
+    if stage != "sft" and sample.solution:
+        yield from gold_answer_problems(sample, view)
     for message in messages:
         yield from text_problems(sample, message, view)
+
+
+def gold_answer_problems(sample: Sample, view: View) -> Iterator[Problem]:
+    """What keeps a gold answer, judged as the reward judges it, from ever being given."""
+    gold = unwrapped(sample.solution)
+    tags = (TOOL_CALL_OPEN, TOOL_CALL_CLOSE, THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+    tokens = [token for token in (*view.special_texts, *tags) if token in gold]
+    if tokens or not can_be_earned(sample.solution):
+        reason, what = "gold_unreachable", f"it has {', '.join(tokens)}" if tokens else f"{len(gold):,} characters"
+    elif _MISSING.fullmatch(gold) or _COLLECTION.fullmatch(gold):
+        reason, what = "gold_unlikely", "no answer in words or numbers"
+    else:
+        return
+    what = f'the gold answer "{short(gold)}": {what}'
+    yield Problem(reason=reason, where=sample.where, field=question_field(sample), what=what)
 
 
 def text_problems(sample: Sample, message: Message, view: View) -> Iterator[Problem]:

@@ -52,6 +52,14 @@ REASONS: dict[str, Reason] = {
     # answers
     "no_target": _fatal("no assistant turn to train on", "add the answer, or use the row for R-GRPO"),
     "no_gold_answer": _fatal("no gold answer to judge rollouts by", 'add <answer>…</answer> or the field "answer"'),
+    "gold_unreachable": _note(
+        "a gold answer that no answer equals by the rules of the reward",
+        "write the short answer alone, in at most 1,000 characters",
+    ),
+    "gold_unlikely": _note(
+        "a gold answer that reads like a missing value, a list or an object",
+        "write it as a model would say it, or remove it",
+    ),
     "no_answer_block": _note("an answer without <answer>", "add <answer>…</answer>; R-GRPO and evaluation need it"),
     "answer_block": _fatal("an <answer> block that is empty or not closed", "write <answer>…</answer> with text in it"),
     "think_not_closed": _note("<think> and </think> do not pair", "write each once, around the reasoning"),

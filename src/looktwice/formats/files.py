@@ -157,7 +157,8 @@ class _TextRows:
 
     def values(self, index: int, where: str) -> dict[str, Any]:
         try:
-            values = json.loads(self.raw(index).rstrip(b"\r\n").decode("utf-8"), object_pairs_hook=_unique)
+            text = self.raw(index).rstrip(b"\r\n").decode("utf-8")
+            values = json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
         except UnicodeDecodeError as error:
             place = f"byte {error.start + 1} of the {self.unit}"
             raise RowError(f"{where}: {place} is not UTF-8; save the file as UTF-8", "not_utf8") from error
@@ -181,6 +182,11 @@ class _TextRows:
             except (ValueError, RecursionError):
                 values = None
             yield values if isinstance(values, dict) else None
+
+
+def _constant(name: str) -> float | None:
+    # no JSON, but what Python writes; NaN is how tables say that a value is missing
+    return None if name == "NaN" else float(name)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -297,7 +303,7 @@ class _ParquetRows:
     """Rows of a Parquet file. A row group is unpacked when one of its rows is first asked for, into a nameless file.
 
     Reading in any order then costs no more than reading in order, and memory holds only the pages in use.
-    Fields that are null are left out: Parquet gives every row the fields of all.
+    Fields that are null or NaN are left out: Parquet gives every row the fields of all.
     """
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
@@ -328,7 +334,7 @@ class _ParquetRows:
             [row] = table.slice(index - int(self.ends[group]) + len(table), 1).to_pylist()
         except (self.arrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             raise RowError(f"{where}: the row cannot be read ({error}); make the file again", "broken_row") from error
-        return _without_nulls(row)
+        return _without_missing(row)
 
     def quick_values(self) -> Iterator[dict[str, Any] | None]:
         for index in range(len(self)):
@@ -346,10 +352,14 @@ class _ParquetRows:
             return self.arrow.ipc.open_file(self.arrow.memory_map(file.name)).read_all()
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_missing(value: Any) -> Any:
+    """Objects without their fields that are null or NaN, which is how tables say that a value is missing."""
     if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        known = ((name, _without_missing(inner)) for name, inner in value.items())
+        return {name: inner for name, inner in known if inner is not None}
+    if isinstance(value, list):
+        return [_without_missing(inner) for inner in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 @contextmanager

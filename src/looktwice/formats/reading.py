@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
-from looktwice.answers import find_answer_block
+from looktwice.answers import find_answer_block, unwrapped
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, parse_call, split_calls
 from looktwice.data.problems import Problem, Tally
 from looktwice.data.reasons import BOX_REASONS
@@ -22,8 +24,15 @@ from looktwice.geometry import BOX_FRAMES, Box, BoxFrame, check_box
 from looktwice.messages import ANSWER_OPEN, Conversation, Message
 from looktwice.processing.images import DATA_URL, data_url
 
-GOLD_FIELDS = ("answer", "box", "box_frame")
+ANSWER_FIELDS = ("answer", "solution")
+"""Where the short gold answer stands: our name for it, and that of ms-swift and TRL."""
+GOLD_FIELDS = (*ANSWER_FIELDS, "box", "box_frame")
 """Optional in every format: the short gold answer, the gold box in original pixels, the frame of the boxes in calls."""
+
+FLOAT32_DIGITS, FLOAT32_LIMIT = 15, 3e38
+"""Digits from which on a float32 is taken for a number that a table has rounded, and the end of its range."""
+PLAIN_DIGITS = 16
+"""Digits before or after the point up to which a number is written without exponent."""
 
 _FILE_ADDRESS = re.compile(r"file://(?:localhost(?=/))?(.*)", re.DOTALL)
 _WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs)://", re.IGNORECASE)
@@ -52,7 +61,7 @@ class Reading:
 class Fields:
     """One JSON object. `path` is its place in the row, such as "QnA[0]."; problems are noted, not raised.
 
-    Null counts as absent, because Parquet fills up every row to the same fields.
+    Null counts as absent, because Parquet fills up every row to the same fields; NaN is null by now.
     """
 
     def __init__(
@@ -170,10 +179,11 @@ class Fields:
         return None
 
     def gold_box(self) -> Box | None:
-        if not self.is_given("box"):
+        box = self.values.get("box")
+        if box is None or (isinstance(box, list) and box and all(side is None for side in box)):
             return None
         try:
-            return check_box(self.values["box"])
+            return check_box(box)
         except BoxError as error:
             self.note(
                 "box",
@@ -221,13 +231,13 @@ def finish(
     sample = Sample(
         conversation=conversation,
         box_frame=min(said, default=reading.box_frame),
-        solution=_solution(row, conversation, answer_field),
+        solution=_solution(row, reading, conversation, answer_field),
         gold_box=gold_box,
         where=row.where,
         field=f"{row.path}{answer_field}",
         extra=row.extra() if extra is None else extra,
     )
-    absent = tuple(name for name in GOLD_FIELDS if name not in row.values)
+    absent = tuple(name for name in GOLD_FIELDS if name not in row.values and name != "solution")
     reading.misspelt.update((name, hint) for name in row.values if (hint := _hint(name, absent)))
     return sample if row.is_good else None
 
@@ -245,21 +255,62 @@ def _conversation(row: Fields, messages: Iterable[Message], answer_field: str) -
     return conversation
 
 
-def _solution(row: Fields, conversation: Conversation, answer_field: str) -> str:
+def _solution(row: Fields, reading: Reading, conversation: Conversation, answer_field: str) -> str:
     """The gold answer: its own field, else the last answer block."""
-    if row.is_given("answer"):
-        value = row.values["answer"]
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return json.dumps(value) if is_number else (row.text("answer") or "").strip()
+    given = [name for name in ANSWER_FIELDS if _is_answer(row.values.get(name))]
+    for name in given[1:]:
+        if row.values[name] != row.values[given[0]]:
+            reading.ignored.add(f'"{name}", because there is "{given[0]}"', row.where)
+    if given:
+        return _gold_answer(row, given[0])
     response = response_of(conversation)
     solution = find_answer_block(response)
-    if solution == "" or (solution is None and ANSWER_OPEN in response):
+    if (solution is not None and not unwrapped(solution)) or (solution is None and ANSWER_OPEN in response):
         row.note(
             answer_field,
             "answer_block",
             "the <answer> block is empty or not closed; write <answer>…</answer> with text in it",
         )
     return solution or ""
+
+
+def _is_answer(value: object) -> bool:
+    """Whether a value says anything: not null, and not infinite, as tables write a division by zero."""
+    return value is not None and not (isinstance(value, (float, Decimal)) and not math.isfinite(value))
+
+
+def _gold_answer(row: Fields, name: str) -> str:
+    """The field of a gold answer as a text, "" where a problem was noted."""
+    value = row.values[name]
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        return number_text(value)
+    if isinstance(value, (bool, list)):
+        mend = 'write "yes" or "no"' if isinstance(value, bool) else 'write one text, "cup / mug" for either of two'
+        row.note(name, "wrong_type", f"{kind_of(value)} where a text belongs; {mend}")
+        return ""
+    answer = (row.text(name) or "").strip()
+    if answer and not unwrapped(answer):
+        row.note(name, "empty_text", f"nothing in {short(answer)}; write the answer or remove the field")
+    return answer
+
+
+def number_text(value: float | Decimal) -> str:
+    """A number as people write it: without exponent, `.0`, and the digits that storing it as a float32 has added.
+
+    Example: [number_text(number) for number in (2.0, 1e-05, 0.10000000149011612)] == ["2", "0.00001", "0.1"]
+    """
+    if isinstance(value, int):
+        return str(value)
+    number = Decimal(repr(value)) if isinstance(value, float) else value
+    if isinstance(value, float) and len(number.as_tuple().digits) >= FLOAT32_DIGITS and _as_float32(value) == value:
+        shorter = (f"{value:.{digits}g}" for digits in range(1, 10))
+        number = Decimal(next(text for text in shorter if _as_float32(float(text)) == value))
+    text = f"{number:f}" if abs(number.adjusted()) < PLAIN_DIGITS else str(number)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _as_float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0] if abs(value) < FLOAT32_LIMIT else math.inf
 
 
 def call_syntax_faults(text: str) -> list[tuple[str, str]]:
