@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from looktwice.cli import main
+from looktwice.data.near_calls import near_calls
+from looktwice.data.sample import text_of
 from looktwice.formats.catalogue import FORMATS
 from looktwice.formats.sample_file import SampleFile, read_samples
 
@@ -46,7 +48,10 @@ def test_there_is_an_example_of_every_format() -> None:
 def test_each_example_is_recognised_and_read(name: str, folder: Path) -> None:
     kind, rows = FILES[name]
     assert SampleFile(name, "").format.name == kind
-    assert len(read_samples(name, "")) >= len(rows.splitlines())
+    samples = read_samples(name, "")
+    assert len(samples) >= len(rows.splitlines())
+    messages = [message for sample in samples for message in sample.conversation.messages]
+    assert not any(near_calls(text_of(message)) for message in messages if message.role == "assistant")
 
 
 @pytest.mark.parametrize(("written", "response"), table("Written in the answer"))

@@ -15,6 +15,7 @@ from looktwice.answers import find_answer_block, unwrapped
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.config import SampleConfig, Stage
 from looktwice.data.image_files import ImageFacts, Source, decoded, inspect_all, measured
+from looktwice.data.near_calls import near_calls
 from looktwice.data.reasons import BOX_REASONS, REASONS
 from looktwice.data.sample import Sample, text_of
 from looktwice.errors import BoxError, DataError, counted, short
@@ -36,8 +37,8 @@ WHOLE_SHARE = 0.98
 SPECIAL_TEXTS = (TURN_OPEN, TURN_CLOSE, TEXT_END, *(token for token in VISUAL_TOKENS if "_" in token))
 PLACEHOLDERS = (*(token for token in VISUAL_TOKENS if "_" not in token), "<audio>", "<img>")
 """What formats write in a text for something that is shown, and this one may not."""
-_BRACES = re.compile(r"\{[^{}]*\}")
-_FOUR_NUMBERS = re.compile(r"(?<![0-9.])(?:[0-9.]+\s*,\s*){3}[0-9.]")
+_TOOL_TEXT = re.compile(r"</?\s?(?:tool|function)[_ -]?(?:response|result|output)s?\s?>|</?observation>", re.IGNORECASE)
+"""The tags around what a tool says."""
 _MISSING = re.compile(r"nan|NaN|NAN|NaT|<NA>|#N/A|null|NULL|None|undefined|-?inf|-?Infinity")
 """What programs write for a value that is not there."""
 _COLLECTION = re.compile(r"[\[{].*[\"'].*[\]}]", re.DOTALL)
@@ -197,8 +198,12 @@ def turn_problems(sample: Sample, stage: Stage, view: View) -> Iterator[Problem]
         yield problem_of(sample, "no_answer_block", "no <answer>…</answer> in the answer")
     if stage != "sft" and sample.solution:
         yield from gold_answer_problems(sample, view)
-    for message in messages:
+    for number, message in enumerate(messages, 1):
+        place = f"message {number}: " if number < len(messages) else ""
         yield from text_problems(sample, message, view)
+        if message.role == "assistant":
+            for reason, what in _answer_faults(text_of(message)):
+                yield problem_of(sample, reason, place + what)
 
 
 def gold_answer_problems(sample: Sample, view: View) -> Iterator[Problem]:
@@ -223,14 +228,22 @@ def text_problems(sample: Sample, message: Message, view: View) -> Iterator[Prob
         if spelled := [token for token in tokens if token in text]:
             what = f"the {message.role} writes {', '.join(spelled)}"
             yield Problem(reason=reason, where=sample.where, field=field, what=what)
-    if message.role == "assistant":
-        # what is a call in the format is one by now
-        for braces in _BRACES.findall(text):
-            if re.search("crop|bbox", braces, re.IGNORECASE) and _FOUR_NUMBERS.search(braces):
-                yield problem_of(sample, "no_call", f'"{short(braces)}"')
-        opened, closed = text.count(THINK_OPEN), text.count(THINK_CLOSE)
-        if opened != closed or opened > 1 or (opened and text.index(THINK_OPEN) > text.index(THINK_CLOSE)):
-            yield problem_of(sample, "think_not_closed", f"{opened} {THINK_OPEN} and {closed} {THINK_CLOSE}")
+    if message.role != "system" and (tags := _TOOL_TEXT.findall(text)):
+        what = f"the {message.role} writes {', '.join(dict.fromkeys(tags))}"
+        yield Problem(reason="tool_text", where=sample.where, field=field, what=what)
+
+
+def _answer_faults(text: str) -> Iterator[tuple[str, str]]:
+    """Code and words of what is wrong with the text of an assistant, in which what is a call in the format is one."""
+    yield from (("no_call", f'"{short(written)}"') for written in near_calls(text))
+    opened, closed = text.count(THINK_OPEN), text.count(THINK_CLOSE)
+    if opened != closed or opened > 1 or (opened and text.index(THINK_OPEN) > text.index(THINK_CLOSE)):
+        yield "think_not_closed", f"{opened} {THINK_OPEN} and {closed} {THINK_CLOSE}"
+    _, *after = re.split(ANSWER_CLOSE, text, flags=re.IGNORECASE)
+    if any(TOOL_CALL_OPEN in piece for piece in after):
+        yield "after_answer", f"a call after {ANSWER_CLOSE}"
+    elif after and after[-1].strip():
+        yield "after_answer", f'"{short(after[-1])}"'
 
 
 def image_problems(sample: Sample, facts_of: Callable[[Source], ImageFacts]) -> Iterator[Problem]:

@@ -62,6 +62,11 @@ REASONS: dict[str, Reason] = {
     ),
     "no_answer_block": _note("an answer without <answer>", "add <answer>…</answer>; R-GRPO and evaluation need it"),
     "answer_block": _fatal("an <answer> block that is empty or not closed", "write <answer>…</answer> with text in it"),
+    "after_answer": _note("text or a call after </answer>", "put it before <answer>, or remove it"),
+    "tool_text": _note(
+        "tool text such as <tool_response> that is written by hand; in an answer it is trained",
+        "remove it; a crop follows its call by itself",
+    ),
     "think_not_closed": _note("<think> and </think> do not pair", "write each once, around the reasoning"),
     # crop calls and boxes
     "crop_command": _fatal("a crop command whose braces or brackets do not pair", "write {Crop name [x1, y1, x2, y2]}"),
@@ -69,7 +74,7 @@ REASONS: dict[str, Reason] = {
     "call_without_box": _fatal("a call that does not hold one box in brackets", "write [x1, y1, x2, y2]"),
     "call_without_picture": _fatal("a call in a conversation without a picture", "add the picture or remove the call"),
     "no_call": _note(
-        "braces with crop or bbox and four numbers that are no call in this format",
+        "four numbers in the wrapping of a call that is none in this format, so no crop follows",
         "write the call as the format has it",
     ),
     "call_text_changes": _note("a call that reads otherwise after tokenising", "write it in plain characters"),
