@@ -14,6 +14,7 @@ import pytest
 from looktwice.calls import parse_call, split_calls
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
+from looktwice.formats.catalogue import FORMATS
 from looktwice.formats.reading import number_text
 from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box
@@ -318,3 +319,41 @@ def test_the_gold_answer_of_ms_swift_is_read_and_ours_goes_before_it(tmp_path: P
     samples = read_samples(write(tmp_path / "d.jsonl", *rows), "")
     assert [sample.solution for sample in samples] == ["<answer>B</answer>", "C"]
     assert [sample.extra for sample in samples] == [{}, {}]
+
+
+# -- fields that mean nothing
+
+UNREAD: dict[str, dict[str, object]] = {
+    "documented": {"image_path": "x.jpg", "QnA": [{"Q": "q", "A3": "a"}]},
+    "messages": {"messages": [{"role": "user", "content": [{"type": "image", "image": "x.jpg"}]}]},
+    "openai": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x.jpg"}}]}]},
+    "swift": {"messages": [{"role": "user", "content": "q"}], "images": ["x.jpg"]},
+    "ovis": {"conversations": [{"from": "human", "value": "<image>q"}], "image": "x.jpg"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}], "images": ["x.jpg"]},
+    "vlm_r3": {"image_path": "x.jpg", "question": "q", "answer": "a"},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_field_of_a_row_that_means_nothing_is_named_and_goes_along(name: str, tmp_path: Path, caplog) -> None:
+    row = UNREAD[name] | {"regions": [1, 2, 3, 4], "id": "7", "image_id": 7, "source": "web", "width": 3}
+    with caplog.at_level(logging.WARNING):
+        [sample] = read_samples(write(tmp_path / "d.jsonl", row), "", data_format=name)
+    assert {"regions", "id"} <= sample.extra.keys()
+    [record] = caplog.records
+    place = f"{tmp_path}/d.jsonl:1" + (": QnA[0]" if name == "documented" else "")
+    assert record.getMessage() == f'{tmp_path}/d.jsonl: ignored: 1 x "regions" ({place})'
+
+
+def test_a_misspelt_field_of_a_row_with_questions_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        read_samples(write(tmp_path / "d.jsonl", {"image_path": "x.jpg", "bbox": [1, 2, 3, 4], "QnA": [GOOD]}), "")
+    [record] = caplog.records
+    assert record.getMessage().endswith('field "bbox" of 1 sample is ignored. Did you mean "box"?')
+
+
+def test_an_answer_that_is_not_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"image_path": "x.jpg", "QnA": [{**GOOD, "A": "a cup"}]}
+    with caplog.at_level(logging.WARNING):
+        read_samples(write(tmp_path / "d.jsonl", row), "")
+    assert [record.getMessage().split(" (")[0].split(": ", 1)[1] for record in caplog.records] == ['ignored: 1 x "A"']

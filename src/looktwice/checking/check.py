@@ -162,6 +162,7 @@ class Judge:
             num_too_long += len(too_long)
             reading.misspelt.update(findings.reading.misspelt)
             reading.ignored.update(findings.reading.ignored)
+            reading.unused.update(findings.reading.unused)
             self.evidence.add(findings.evidence)
         self.verdict.num_samples += num_samples
         if num_samples:

@@ -131,6 +131,8 @@ def _text_or_image(part: Fields, name: str, reading: Reading) -> Part | None:
         return None if text is None else TextPart(text=text)
     if name == "image_url" and isinstance(values := part.values.get("image_url"), dict):
         part, name = part.inside(values, known=("url", "detail"), path="image_url."), "url"
+        for unknown in part.extra():
+            reading.ignored.add(f'"{unknown}" of an image_url', part.where)
     source = part.image(name, reading.image_base_path)
     return None if source is None else ImagePart(source=source)
 

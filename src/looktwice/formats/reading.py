@@ -29,6 +29,14 @@ ANSWER_FIELDS = ("answer", "solution")
 GOLD_FIELDS = (*ANSWER_FIELDS, "box", "box_frame")
 """Optional in every format: the short gold answer, the gold box in original pixels, the frame of the boxes in calls."""
 
+_RECORD_NAME = re.compile(
+    r"(?:.*_)?(?:ids?|idx|index|key|uid|uuid|source|dataset|split)|url|path|file|file_?name|image_size|width|height"
+    r"|category|type|kind|task|topic|domain|tags?|difficulty|level|score|language|lang|license|ability"
+    r"|author|annotator|date|created|version|comments?|notes?|meta|metadata|extra_info|info|img_crop_list",
+    re.IGNORECASE,
+)
+"""Names by which people keep account of their rows; nobody expects them to be trained on."""
+
 FLOAT32_DIGITS, FLOAT32_LIMIT = 15, 3e38
 """Digits from which on a float32 is taken for a number that a table has rounded, and the end of its range."""
 PLAIN_DIGITS = 16
@@ -45,8 +53,8 @@ class Reading:
 
     `answer_key` is the field of a documented question that holds its answer; `box_frame` the frame of boxes whose row
     does not say. `misspelt` counts names close to an optional
-    field that their row lacks, `ignored` are names below the row that have no meaning,
-    `changed` is what is read otherwise than it is written.
+    field that their row lacks, `ignored` are names below the row that have no meaning, `unused` those of rows, which
+    go along when a file is converted; `changed` is what is read otherwise than it is written.
     """
 
     image_base_path: Path
@@ -55,6 +63,7 @@ class Reading:
     problems: list[Problem] = field(default_factory=list)
     misspelt: Counter[tuple[str, str]] = field(default_factory=Counter)
     ignored: Tally = field(default_factory=Tally)
+    unused: Tally = field(default_factory=Tally)
     changed: Tally = field(default_factory=Tally)
 
 
@@ -221,6 +230,7 @@ def finish(
 
     `frames` were found beside single boxes; `answer_field` is the place of the last answer in the object of `row`.
     """
+    extra = row.extra() if extra is None else extra
     gold_box = row.gold_box()
     said = {frame for frame in (*frames, row.frame()) if frame}
     if len(said) > 1:
@@ -235,10 +245,13 @@ def finish(
         gold_box=gold_box,
         where=row.where,
         field=f"{row.path}{answer_field}",
-        extra=row.extra() if extra is None else extra,
+        extra=extra,
     )
     absent = tuple(name for name in GOLD_FIELDS if name not in row.values and name != "solution")
-    reading.misspelt.update((name, hint) for name in row.values if (hint := _hint(name, absent)))
+    reading.misspelt.update((name, hint) for name in {**row.values, **extra} if (hint := _hint(name, absent)))
+    for name in extra if row.is_good else ():
+        if not _RECORD_NAME.fullmatch(name) and not _hint(name, absent):
+            reading.unused.add(f'"{short(name)}"', ": ".join(filter(None, (row.where, row.path.rstrip(".")))))
     return sample if row.is_good else None
 
 

@@ -150,8 +150,8 @@ def read_samples(
 
 
 def unused_names(reading: Reading) -> Iterator[str]:
-    """What was found in rows and means nothing: names below the row, and names close to an optional field."""
-    yield from (f"ignored: {line}" for line in reading.ignored.lines())
+    """What was found in rows and means nothing in their format; names close to an optional field with a hint."""
+    yield from (f"ignored: {line}" for tally in (reading.ignored, reading.unused) for line in tally.lines())
     for (name, hint), count in reading.misspelt.items():
         yield f'field "{name}" of {counted(count, "sample")} is ignored.{hint}'
 
