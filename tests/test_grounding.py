@@ -11,30 +11,34 @@ SIZE = Size(1000, 500)
 
 
 def box(x1, y1, x2, y2, phrase=None):
-    return Grounding(phrase=phrase, kind="box", coordinates=pytest.approx((x1, y1, x2, y2)))
+    return (phrase, "box", pytest.approx((x1, y1, x2, y2)))
 
 
 def point(x, y, phrase=None):
-    return Grounding(phrase=phrase, kind="point", coordinates=pytest.approx((x, y)))
+    return (phrase, "point", pytest.approx((x, y)))
+
+
+def places(text):
+    return [(found.phrase, found.kind, found.coordinates) for found in parse_grounding(text, SIZE)]
 
 
 def test_examples_of_the_model_card():
     text = "The <ref>airplane</ref> is found within <box>(0.613,0.085),(0.632,0.107)</box> of the image."
-    assert parse_grounding(text, SIZE) == [box(613, 42.5, 632, 53.5, "airplane")]
+    assert places(text) == [box(613, 42.5, 632, 53.5, "airplane")]
     text = "<ref>three birds</ref>[<box>(0.401,0.526),(0.430,0.557)</box>,<box>(0.489,0.494),(0.516,0.526)</box>]"
-    assert parse_grounding(text, SIZE) == [
+    assert places(text) == [
         box(401, 263, 430, 278.5, "three birds"),
         box(489, 247, 516, 263, "three birds"),
     ]
     text = "[<point>(0.084,0.192)</point>,<point>(0.336,0.323)</point>]"
-    assert parse_grounding(text, SIZE) == [point(84, 96), point(336, 161.5)]
+    assert places(text) == [point(84, 96), point(336, 161.5)]
 
 
 def test_each_place_belongs_to_the_nearest_phrase_before_it():
     text = (
         "<box>(0,0),(0.1,0.1)</box> <ref>cup</ref> on <ref>a\n table</ref><point>(.5,.5)</point>, <box>(0,0,1,1)</box>"
     )
-    assert parse_grounding(text, SIZE) == [
+    assert places(text) == [
         box(0, 0, 100, 50),
         point(500, 250, "a table"),
         box(0, 0, 1000, 500, "a table"),
@@ -52,36 +56,55 @@ def test_each_place_belongs_to_the_nearest_phrase_before_it():
         "<box>(0.3,0.4),(0.1,0.2)</box>",
         "<box>(0.3,0.2),(0.1,0.4)</box>",
         "<box>(0.9,<box>(0.1,0.2),(0.3,0.4)</box>",
+        "<box>[[0.1, 0.2], [0.3, 0.4]]</box>",
+        "<box>{1e-1; 0.2; 0.3; 4e-1}</box>",
+        "<box >\uff080.1\uff0c0.2\uff09\uff0c\uff080.3\uff0c0.4\uff09</ box>",
     ],
 )
 def test_other_writings_of_a_box_are_read(written):
-    assert parse_grounding(written, SIZE) == [box(100, 100, 300, 200)]
+    assert places(written) == [box(100, 100, 300, 200)]
+
+
+def test_several_boxes_between_two_tags_are_read():
+    assert places("<box>[[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]</box>") == [
+        box(100, 100, 300, 200),
+        box(500, 300, 700, 400),
+    ]
 
 
 @pytest.mark.parametrize(
-    "written",
+    "content",
     [
-        "<box>(0.1,0.2),(0.3,0.4)",
-        "<box>(0.1,0.2),(0.3)</box>",
-        "<box>(0.1,0.2),(0.3,0.4),(0.5,0.6)</box>",
-        "<box>(0.1,0.2),(0.3,four)</box>",
-        "<box>(0.1,0.2),(0.3,0.4.5)</box>",
-        "<box>(0.1,0.2),(nan,inf)</box>",
-        "<box>(100,200),(300,400)</box>",
-        "<box>(0.1,0.2),(0.3,1.02)</box>",
-        "<point>(0.1,0.2),(0.3,0.4)</point>",
-        "<box>(0.1,0.2)</box>",
-        "<point>(-0.02,0.2)</point>",
-        "<box></box>",
-        "(0.1,0.2),(0.3,0.4)",
+        "(0.1,0.2),(0.3)",
+        "(0.1,0.2),(0.3,0.4),(0.5,0.6)",
+        "(0.1,0.2),(0.3,four)",
+        "(0.1,0.2),(0.3,0.4.5)",
+        "(0.1,0.2),(nan,inf)",
+        "(100,200),(300,400)",
+        "[100, 200, 300, 400]",
+        "(0.1,0.2),(0.3,1.02)",
+        "(0.1,0.2)",
+        "",
     ],
 )
-def test_what_is_no_place_in_the_image_is_left_out(written):
+def test_a_box_that_is_no_place_in_the_image_is_given_as_it_is_written(content):
+    [found] = parse_grounding(f"<ref>cup</ref><box>{content}</box>", SIZE)
+    assert found == Grounding(phrase="cup", kind="box", coordinates=None, written=content)
+
+
+@pytest.mark.parametrize("content", ["(0.1,0.2),(0.3,0.4)", "(-0.02,0.2)", "(10, 20)"])
+def test_a_point_that_is_no_place_in_the_image_is_given_as_it_is_written(content):
+    [found] = parse_grounding(f"<point>{content}</point>", SIZE)
+    assert found == Grounding(phrase=None, kind="point", coordinates=None, written=content)
+
+
+@pytest.mark.parametrize("written", ["<box>(0.1,0.2),(0.3,0.4)", "(0.1,0.2),(0.3,0.4)", "<box>(0.1,0.2)<box>"])
+def test_what_is_no_whole_mark_is_text(written):
     assert parse_grounding(written, SIZE) == []
 
 
 def test_rounding_slips_at_the_edge_are_clamped():
-    assert parse_grounding("<point>(1.004,-0.003)</point>", SIZE) == [point(1000, 0)]
+    assert places("<point>(1.004,-0.003)</point>") == [point(1000, 0)]
 
 
 fractions = st.floats(0, 1).map(lambda value: round(value, 3))
@@ -90,5 +113,5 @@ fractions = st.floats(0, 1).map(lambda value: round(value, 3))
 @given(fractions, fractions, fractions, fractions, st.text())
 def test_every_written_box_lies_in_the_image(x1, y1, x2, y2, around):
     around = around.replace("<", "")
-    places = parse_grounding(f"{around}<box>({x1},{y1}),({x2},{y2})</box>{around}", SIZE)
-    assert places == [box(min(x1, x2) * 1000, min(y1, y2) * 500, max(x1, x2) * 1000, max(y1, y2) * 500)]
+    written = f"{around}<box>({x1},{y1}),({x2},{y2})</box>{around}"
+    assert places(written) == [box(min(x1, x2) * 1000, min(y1, y2) * 500, max(x1, x2) * 1000, max(y1, y2) * 500)]

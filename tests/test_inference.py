@@ -64,7 +64,13 @@ def test_a_finished_rollout_is_reported_as_plain_data() -> None:
     assert answer["parsed"]["think_content"] == "The <ref>cup</ref><box>(0.1,0.2),(0.5,0.6)</box>."
     assert answer["parsed"]["answer_content"] == "red"
     [found] = answer["parsed"]["grounding"]
-    assert found == {"phrase": "cup", "kind": "box", "coordinates": pytest.approx((20, 20, 100, 60))}
+    written = "(0.1,0.2),(0.5,0.6)"
+    assert found == {
+        "phrase": "cup",
+        "kind": "box",
+        "coordinates": pytest.approx((20, 20, 100, 60)),
+        "written": written,
+    }
     assert answer["crops"] == [
         {"box": [10, 5, 60, 55], "requested": [10.5, 5, 60, 55], "size": [48, 48], "error": None},
         {"box": None, "requested": None, "size": None, "error": "no_box"},
