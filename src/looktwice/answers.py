@@ -25,6 +25,12 @@ _TOOL_TEXT = re.compile(
     rf"|{TOOL_RESPONSE_OPEN}(?:(?!{TOOL_RESPONSE_OPEN}).)*?{TOOL_RESPONSE_CLOSE}",
     re.DOTALL,
 )
+_STATED_ALONE = re.compile(
+    r"(?:.*\n|[^\n]* )?####\s*(\S[^\n]*)"
+    r"|(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?: is\b:?|:)\s*(\S[^\n]*)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""A text that ends in "#### 7", as the answers of GSM8K do, or is no more than "The answer is 7"."""
 _STATED_ANSWER = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*(\S.*)", re.IGNORECASE)
 
 _MATH = re.compile(
@@ -105,13 +111,16 @@ def extract_answer(text: str) -> str | None:
 def unwrapped(text: str) -> str:
     """What a gold answer or a prediction says, stripped of what it is wrapped in; "" where that holds nothing.
 
-    Wrappings are thinking and the answer block, `\\boxed{…}`, and around all of the rest `$…$`, `\\(…\\)`, `\\text{…}`.
+    Wrappings are thinking and the answer block; `\\boxed{…}`; "The answer is", or all before `####`, as in GSM8K; and
+    around the rest `$…$`, `\\(…\\)`, `\\text{…}`.
 
     Example: unwrapped("<think>Two.</think><answer>$\\\\boxed{2}$</answer>") == "2"
     """
     block = find_answer_block(text)
     said = split_thinking(text)[1] if block is None else block
     said = _last_boxed(said) or said
+    if stated := _STATED_ALONE.fullmatch(said):
+        said = (stated[1] or stated[2]).strip()
     while whole := _MATH.fullmatch(said):
         said = "".join(filter(None, whole.groups())).strip()
     return said

@@ -15,7 +15,7 @@ _BRACKETS = str.maketrans("【】〔〕「」《》〈〉⟨⟩«»", "[][][]<><
 
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?(?: ?(?:%|px))?"
 _GAP = (
-    r"(?:[\s\"')\]}]{0,8}[,;|][\s(\[{\"']{0,8}|[\"']?\s{1,8}|[)\]}]{1,3}\s?[(\[{]{1,3}\s?|</\w{1,8}>\s{0,8}<\w{1,8}>)"
+    r"(?:[\s\"')\]}]{0,24}[,;|][\s(\[{\"']{0,24}|[\"']?\s{1,8}|[)\]}]{1,3}\s?[(\[{]{1,3}\s?|</\w{1,8}>\s{0,8}<\w{1,8}>)"
 )
 _LABEL = r"(?:[\"']?[A-Za-z]\w{0,15}[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?"
 _NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}(?:{_GAP}{_LABEL}{_NUMBER}){{3,}}")
@@ -54,15 +54,17 @@ _WRAPPINGS = tuple(
         r"\b[\w.]*(?:crop|zoom|bbox|magnif|enlarg|tool|region|focus|look|inspect|cut_?out|box)[\w.]*"
         r"\([^()<>]{0,100}" + _OPEN,
         # crop[1, 2, 3, 4], crop = [1, 2, 3, 4], "bbox_2d": [1, 2, 3, 4], @crop 1 2 3 4
-        rf"\b{_VERB}(?:\[|\s?=\s?){_LABELLED}",
+        rf"\b{_VERB}(?:[\[|#<]|\s?[={{]\s?){_LABELLED}",
         rf"\bbbox_2d[\"']?\s?[:=]\s?{_OPEN}",
         rf"[@/!#\\]{_VERB}[\s:=]{{0,3}}{_LABELLED}",
         # [Crop tile [1, 2, 3, 4]], (zoom: 1, 2, 3, 4), [tool_call] [1, 2, 3, 4]
         rf"[\[(]\s?{_ACT}\b[^\[\]()<>]{{0,80}}{_OPEN}",
-        rf"\[/?\s?(?:{_ACT}|\w*(?:tool|action|function)\w*)[^\[\]]{{0,40}}\][^<>\[\]{{}}]{{0,40}}{_OPEN}",
+        rf"\[/?\s?(?:{_ACT}|\w*(?:tool|action|function)\w*)[^\[\]]{{0,40}}\]{{1,2}}[^<>\[\]{{}}]{{0,40}}{_OPEN}",
         # Action: crop, Action Input: [1, 2, 3, 4]; at the start of a line
         r"(?:\A|\n)[\s>*#-]{0,8}(?:action|tool|function)(?:[ _-]?(?:input|calls?|args?|arguments?|parameters?|use))?"
         rf"\*{{0,2}}\s?[:=][\w\s`*.,:\"'=-]{{0,60}}{_OPEN}",
+        # crop: 1, 2, 3, 4; at the start of a line
+        rf"(?:\A|[\n`>])[\s*#-]{{0,8}}{_VERB}\*{{0,2}}[\s:]{{1,3}}{_LABELLED}",
         # Crop cup 1 [1, 2, 3, 4]; at the start of a sentence
         rf"(?:\A|[\n`>]|[.!?:]\s)[\s*#-]{{0,8}}(?:[0-9]{{1,2}}[.)]\s?)?\*{{0,2}}{_VERB}\b[^.!?\[\](){{}}<>\n]{{0,80}}\[{{1,3}}\s?",
     )

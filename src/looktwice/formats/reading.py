@@ -297,7 +297,7 @@ def _gold_answer(row: Fields, name: str) -> str:
     value = row.values[name]
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return number_text(value)
-    if isinstance(value, (bool, list)):
+    if isinstance(value, (bool, list, dict)):
         mend = 'write "yes" or "no"' if isinstance(value, bool) else 'write one text, "cup / mug" for either of two'
         row.note(name, "wrong_type", f"{kind_of(value)} where a text belongs; {mend}")
         return ""
