@@ -76,6 +76,18 @@ WRITTEN = (
     "<|tool_call_begin|>crop<|tool_sep|>[10, 20, 60, 80]<|tool_call_end|>",
     '<grounding>{"bbox_2d": [10, 20, 60, 80], "source": "original_image"}</grounding>',
     "<code>image.crop((10, 20, 60, 80))</code>",
+    "<tool_code>crop_image(0, 10, 20, 60, 80)</tool_code>",
+    "{{crop 10 20 60 80}}",
+    "<crop>10,20 to 60,80</crop>",
+    "<crop>10-20-60-80</crop>",
+    "{Crop cup from 10,20 to 60,80}",
+    "crop(10-20, 60-80)",
+    "<loc_10><loc_20><loc_60><loc_80>",
+    "<crop><box>(10,20),(60,80)</box></crop>",
+    "{Crop <box>(10,20),(60,80)</box>}",
+    "crop(box=<box>(10,20),(60,80)</box>)",
+    "```tool_call\n[10, 20, 60, 80]\n```",
+    "'crop [10, 20, 60, 80]'",
     "Action: crop [10, 20, 60, 80]",
     "Action: crop\nAction Input: [10, 20, 60, 80]",
     "Tool: crop\nbox: [10, 20, 60, 80]",
@@ -108,6 +120,7 @@ ORDINARY = (
     "\\text{mean of [1, 2, 3, 4]} = 2.5",
     "f(1, 2, 3, 4) = max(1, 2, 3, 4)",
     "rgba(255, 0, 0, 1)",
+    "itertools.product([16, 32, 64, 128])",
     "matrix [[1, 2], [3, 4]]",
     '{"2019": [1, 2, 3, 4]}',
     "x < y and z in 1, 2, 3, 4 > 0",
@@ -116,6 +129,7 @@ ORDINARY = (
     "<ref>cup</ref><box>(0.1,0.2),(0.3,0.4)</box>",
     "<ref>cups</ref>[<box>(0.401,0.526),(0.430,0.557)</box>,<box>(0.489,0.494),(0.516,0.526)</box>]",
     "<BOX>[0.1, 0.2, 0.3, 0.4]</BOX>",
+    "The crop <box>(0.1,0.2),(0.3,0.4)</box> and the <ref>zoom lens</ref><box>(0.1,0.2),(0.3,0.4)</box>",
     "<point>(0.1,0.2)</point>, <point>(0.3,0.4)</point>",
     "<answer>[10, 20, 60, 80]</answer>",
     '<answer>{"bbox_2d": [10, 20, 60, 80], "label": "cup"}</answer>',
@@ -154,7 +168,7 @@ def test_whatever_the_numbers_a_tag_is_found_and_prose_is_not(before, box, brack
     assert near_calls(f"the sign at {numbers}, {after}") == []
 
 
-@pytest.mark.parametrize("text", ["[", "<", "{", "1, ", " ", "crop(", "1,2,3,4 ", "\\text{", "<crop>1,2,3,4"])
+@pytest.mark.parametrize("text", ["[", "<", "{", "1, ", " ", "crop", "crop(", "1,2,3,4 ", "\\text{", "<crop>1,2,3,4"])
 def test_repeated_marks_take_linear_time(text: str) -> None:
     start = time.perf_counter()
     near_calls(text * 4000)

@@ -30,8 +30,8 @@ _PLAIN_TAG = re.compile(
 )
 """Tags in which four numbers are an answer, or the words of a page: the model's own grounding, and HTML."""
 
-_VERB = r"(?:\w*(?:crop(?!p)|zoom(?!ed|ing))\w*)"
-_ACT = rf"(?:{_VERB}|\w*(?:tool|function)[ _-]?call\w*)"
+_VERB = r"(?:\w{0,30}(?:crop(?!p)|zoom(?!ed|ing))\w{0,30})"
+_ACT = rf"(?:{_VERB}|\w{{0,30}}(?:tool|function)[ _-]?call\w{{0,30}})"
 _OPEN = r"[\s(\[{\"'`]{0,6}"
 _LABELLED = rf"{_OPEN}{_LABEL}{_OPEN}"
 _TAG = re.compile(
@@ -51,12 +51,12 @@ _WRAPPINGS = tuple(
     re.compile(pattern + r"\Z", re.IGNORECASE)
     for pattern in (
         # crop(1, 2, 3, 4), image.crop((1, 2, 3, 4)), look_at(label="cup", bbox=[1, 2, 3, 4])
-        r"\b[\w.]*(?:crop|zoom|bbox|magnif|enlarg|tool|region|focus|look|inspect|cut_?out|box)[\w.]*"
+        r"\b[\w.]*(?:crop|zoom|bbox|magnif|enlarg|region|focus|look|inspect|cut_?out|(?<![a-z])(?:box|tool))[\w.]*"
         r"\([^()<>]{0,100}" + _OPEN,
         # crop[1, 2, 3, 4], crop = [1, 2, 3, 4], "bbox_2d": [1, 2, 3, 4], @crop 1 2 3 4
         rf"\b{_VERB}(?:[\[|#<]|\s?[={{]\s?){_LABELLED}",
         rf"\bbbox_2d[\"']?\s?[:=]\s?{_OPEN}",
-        rf"[@/!#\\]{_VERB}[\s:=]{{0,3}}{_LABELLED}",
+        rf"[@/!#\\`§](?:{_ACT}|tool)[\s:={{]{{0,3}}{_LABELLED}",
         # [Crop tile [1, 2, 3, 4]], (zoom: 1, 2, 3, 4), [tool_call] [1, 2, 3, 4]
         rf"[\[(]\s?{_ACT}\b[^\[\]()<>]{{0,80}}{_OPEN}",
         rf"\[/?\s?(?:{_ACT}|\w*(?:tool|action|function)\w*)[^\[\]]{{0,40}}\]{{1,2}}[^<>\[\]{{}}]{{0,40}}{_OPEN}",
@@ -66,9 +66,18 @@ _WRAPPINGS = tuple(
         # crop: 1, 2, 3, 4; at the start of a line
         rf"(?:\A|[\n`>])[\s*#-]{{0,8}}{_VERB}\*{{0,2}}[\s:]{{1,3}}{_LABELLED}",
         # Crop cup 1 [1, 2, 3, 4]; at the start of a sentence
-        rf"(?:\A|[\n`>]|[.!?:]\s)[\s*#-]{{0,8}}(?:[0-9]{{1,2}}[.)]\s?)?\*{{0,2}}{_VERB}\b[^.!?\[\](){{}}<>\n]{{0,80}}\[{{1,3}}\s?",
+        rf"(?:\A|[\n`>'\"\u2018\u201c]|[.!?:]\s)[\s*#-]{{0,8}}(?:[0-9]{{1,2}}[.)]\s?)?\*{{0,2}}{_VERB}\b[^.!?\[\](){{}}<>\n]{{0,80}}\[{{1,3}}\s?",
     )
 )
+_LOOSE = re.compile(
+    rf"<\|?{_ACT}\b[^<>]{{0,40}}>[^<>]{{0,160}}</|\{{\s?{_VERB}\b[^{{}}]{{0,160}}\}}|\b{_VERB}\([^()]{{0,160}}\)"
+    r"|(?:<\|?(?:(?:loc|bin|coord|box|[xy])[_-]?)?[0-9]{1,4}\|?>\s?){4}",
+    re.IGNORECASE,
+)
+"""A wrapping that none but a call has, in which four numbers may be written in any way: `<crop>1-2 to 3-4</crop>`."""
+_BOX_TAG = re.compile(r"<(/?)box>", re.IGNORECASE)
+_SPEAKS_OF_CALL = re.compile("crop|zoom|tool", re.IGNORECASE)
+_ANY_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _ANSWER = re.compile(r"<answer>(?:(?!</?answer>).)*</answer>", re.IGNORECASE | re.DOTALL)
 
 
@@ -80,19 +89,30 @@ def near_calls(text: str) -> list[str]:
     prose, tables and the model's own `<box>` are none. In an answer block only what speaks of a crop or a tool is.
     """
     text = unicodedata.normalize("NFKC", html.unescape(WRITTEN_CALL.sub("\n", text))).translate(_BRACKETS)
+    text = _BOX_TAG.sub(lambda tag: "]" if tag[1] else " [", text)
+    found = {start: piece for start, piece in _wrapped(text)}
+    for loose in _LOOSE.finditer(text):
+        is_known = any(start < loose.end() and loose.start() < start + len(piece) for start, piece in found.items())
+        if not is_known and len(_ANY_NUMBER.findall(loose[0])) >= 4:
+            found[loose.start()] = loose[0]
     answers = [block.span() for block in _ANSWER.finditer(text)]
-    found: dict[int, str] = {}
+    return [
+        piece.strip()
+        for start, piece in sorted(found.items())
+        if _SPEAKS_OF_CALL.search(piece) or not any(low < start < high for low, high in answers)
+    ]
+
+
+def _wrapped(text: str) -> Iterator[tuple[int, str]]:
+    """Where the wrapping of four numbers begins, and all of it; the first of several in one wrapping."""
+    known: set[int] = set()
     for numbers in _NUMBERS.finditer(text):
         first = max(0, numbers.start() - _BEFORE)
         before, after = text[first : numbers.start()], text[numbers.end() : numbers.end() + _AFTER]
         start = next(_wrappings(before, after), None)
-        if start is None:
-            continue
-        piece = before[start:] + numbers[0] + _CLOSERS.match(after)[0]  # type: ignore[index]
-        is_answer = any(low < numbers.start() < high for low, high in answers)
-        if not is_answer or re.search("crop|zoom|tool", piece, re.IGNORECASE):
-            found.setdefault(first + start, piece.strip())
-    return [*found.values()]
+        if start is not None and first + start not in known:
+            known.add(first + start)
+            yield first + start, before[start:] + numbers[0] + _CLOSERS.match(after)[0]  # type: ignore[index]
 
 
 def _wrappings(before: str, after: str) -> Iterator[int]:
