@@ -93,7 +93,7 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[lis
             "picture: DIR/cups.png: no such picture",
             "check the path and --image_base",
         ),
-        ({**ROW, "image_path": "text.png"}, "picture: DIR/text.png: not a readable picture", "replace or remove it"),
+        ({**ROW, "image_path": "text.png"}, "picture: DIR/text.png: not a readable picture", "name the file"),
         ('{"image_path": "cup.png", "QnA" []}', "broken JSON at column 33", "mend the line"),
         ({"QnA": [GOOD]}, "image_path: the field is missing", "add it"),
         ({"image_path": "cup.png", "QnA": [{"Q": "What?"}]}, "QnA[0].A3: the field is missing", "add it"),

@@ -5,9 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LINE, MOST_LINES = 600, 100
+"""Characters of a line and lines of a message that are told."""
+
 
 class LooktwiceError(Exception):
-    """Base of every error that a user's input or setting can cause; the CLI prints it without a traceback."""
+    """Base of every error that a user's input or setting can cause; the CLI prints it without a traceback.
+
+    Whatever stands in the message, no line of it is longer than LINE, and there are at most MOST_LINES.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_bounded(str(message)))
 
 
 class ConfigError(LooktwiceError):
@@ -42,8 +51,17 @@ class BoxError(LooktwiceError):
         return type(self), (self.reason, str(self))
 
 
+def _bounded(message: str) -> str:
+    lines = message.split("\n", MOST_LINES)
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"... and {counted(message.count(chr(10)) + 1 - MOST_LINES, 'more line')}"]
+    return "\n".join(cut(line) for line in lines)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ` Did you mean "beta"?`, or an empty string when no known name is close."""
+    if len(name) > LINE:
+        return ""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f' Did you mean "{matches[0]}"?' if matches else ""
 
@@ -53,7 +71,20 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def cut(text: str, length: int = LINE) -> str:
+    """A text of at most `length` characters, its middle left out."""
+    if len(text) <= length:
+        return text
+    tail = length // 4
+    return f"{text[: length - tail - 3]}...{text[-tail:]}"
+
+
 def short(text: str) -> str:
     """A text as one line of at most 80 characters, its middle left out."""
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"
+    return cut(" ".join(cut(text).split()), 80)
+
+
+def short_path(path: object) -> str:
+    """A path as messages write it: whole, unless no file can have such a name."""
+    text = str(path)
+    return text if len(text) <= 255 and text.isprintable() else short(text)

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from looktwice.errors import ConfigError, DataError, ImageError, nearest
+from looktwice.errors import ConfigError, DataError, ImageError, nearest, short_path
+from looktwice.neighbours import nearby
 
 KINDS = (".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -29,11 +30,11 @@ def check_image_folder(path: Path) -> None:
         raise ConfigError(f"--image_base_path {path}: no such folder; name the one of the pictures")
 
 
-def check_shown_file(path: str) -> None:
+def check_shown_file(path: Path) -> None:
     """Raise ImageError when there is no file to show, whatever it holds."""
     if not os.path.exists(path):
-        raise ImageError(f"{path}: no such picture or video; check the path", "missing")
-    if Path(path).is_dir():
+        raise ImageError(f"{short_path(path)}: no such picture or video; {nearby(path) or 'check the path'}", "missing")
+    if path.is_dir():
         raise ImageError(f"{path}: a folder, not a picture or video; name the file", "missing")
 
 

@@ -88,19 +88,17 @@ def test_images_that_cannot_be_used_are_named_with_the_cause(tmp_path: Path) -> 
     header = b"IHDR" + (40_000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
     chunk = b"\x00\x00\x00\r" + header + crc32(header).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\x00\x00\x00\x04IDAT")
-    Image.new("RGB", (8, 8)).save(tmp_path / "metadata.webp", exif=b"junk")
     causes = {
         "none.jpg": "no such picture; check the path",
-        "text.jpg": "not a readable picture (of no known format)",
+        "text.jpg": "not a readable picture (a text); name the file of the picture",
         "empty.png": "not a readable picture (0 bytes)",
         "bomb.png": "Image size (1600000000 pixels) exceeds limit",
-        "metadata.webp": "the picture is damaged (",
         ".": "not a readable picture (not a file)",
     }
     with pytest.raises(DataError) as caught:
         check(*(sample(tmp_path / name) for name in causes))
     head, *lines = str(caught.value).splitlines()
-    assert head == "6 problems in d.jsonl:"
+    assert head == "5 problems in d.jsonl:"
     for (name, cause), line in zip(causes.items(), lines, strict=True):
         assert line.startswith(f"  d.jsonl:1: picture: {tmp_path / name}: {cause}")
 

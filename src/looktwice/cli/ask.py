@@ -11,6 +11,7 @@ from looktwice.config import InferenceConfig
 from looktwice.errors import ConfigError
 from looktwice.model.location import locate
 from looktwice.paths import check_output_file, check_shown_file
+from looktwice.processing.addresses import source_of
 
 
 def run(words: Sequence[str]) -> None:
@@ -34,19 +35,20 @@ def run(words: Sequence[str]) -> None:
     image, question = given["image_path"] or given["image"], given["question"] or given["text"]
     if not image or not question:
         raise ConfigError('a picture and a question are needed: looktwice ask photo.jpg "What does the sign say?"')
-    if not image.startswith("data:"):
-        check_shown_file(image)
+    shown_at = source_of(image)
+    if isinstance(shown_at, Path):
+        check_shown_file(shown_at)
     check_output_file(given["output_json"], "--output_json")
     locate(config.model_path)
     from looktwice.processing.images import image_size
     from looktwice.processing.video import is_video_file, open_video
 
     # a damaged picture should not wait for the model
-    if is_video_file(image):
-        shown: dict[str, Any] = {"video": open_video(image, config.num_frames)}
+    if isinstance(shown_at, Path) and is_video_file(shown_at):
+        shown: dict[str, Any] = {"video": open_video(shown_at, config.num_frames)}
     else:
-        image_size(image)
-        shown = {"image": image}
+        image_size(shown_at)
+        shown = {"image": shown_at}
     from looktwice.inference import OvisInference
 
     result = OvisInference(config).generate(question=question, **shown)

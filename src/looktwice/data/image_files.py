@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from looktwice.errors import ImageError
-from looktwice.processing.images import DATA_URL, ImageHeader, name_of, open_image, read_header
+from looktwice.processing.addresses import is_held
+from looktwice.processing.images import ImageHeader, name_of, open_image, read_header
 
 NUM_PROBED = 16
 """Headers that are read one by one."""
@@ -23,7 +24,7 @@ Source = str | Path
 
 
 class ImageFacts(NamedTuple):
-    """What is known of a picture: its header, or the reason why it cannot be used.
+    """What is known of a picture: its header, or the reason why it cannot be used, in words and with its mend.
 
     `identity` is the same for the same file under any path, or where it was decoded, for the same bytes.
     """
@@ -32,6 +33,7 @@ class ImageFacts(NamedTuple):
     identity: int
     reason: str = ""
     what: str = ""
+    mend: str = ""
 
 
 def inspect_all(sources: Sequence[Source], inspect: Callable[[Source], ImageFacts]) -> list[ImageFacts]:
@@ -71,17 +73,16 @@ def decoded(source: Source) -> ImageFacts:
         open_image(source)
     except ImageError as error:
         return _refused(source, error)
-    is_file = not str(source).startswith(DATA_URL)
-    return facts._replace(identity=fingerprint(Path(source).read_bytes())) if is_file else facts
+    return facts if is_held(source) else facts._replace(identity=fingerprint(Path(source).read_bytes()))
 
 
 def _refused(source: Source, error: ImageError) -> ImageFacts:
-    what, _, _ = str(error).removeprefix(f"{name_of(source)}: ").rpartition("; ")  # its mend is that of the reason
-    return ImageFacts(None, fingerprint(source), f"picture_{error.reason}", what)
+    what, _, mend = str(error).removeprefix(f"{name_of(source)}: ").rpartition("; ")
+    return ImageFacts(None, fingerprint(source), f"picture_{error.reason}", what, mend)
 
 
 def _identity(source: Source) -> int:
-    if str(source).startswith(DATA_URL):
+    if is_held(source):
         return fingerprint(source)
     status = os.stat(source)
     return fingerprint(status.st_dev, status.st_ino)

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 
 from looktwice.answers import find_answer_block, unwrapped
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
@@ -18,9 +19,10 @@ from looktwice.data.image_files import ImageFacts, Source, decoded, inspect_all,
 from looktwice.data.near_calls import near_calls
 from looktwice.data.reasons import BOX_REASONS, REASONS
 from looktwice.data.sample import Sample, text_of
-from looktwice.errors import BoxError, DataError, counted, short
+from looktwice.errors import BoxError, DataError, counted, cut, short
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
 from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, ImagePart, Message, TextPart
+from looktwice.neighbours import nearby
 from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
 from looktwice.processing.images import ImageHeader, name_of
 from looktwice.processing.processor import TEXT_END, VISUAL_TOKENS, Ovis2_5Processor
@@ -51,7 +53,8 @@ class Problem:
     """One thing wrong at one place; as a text it is the message a user reads.
 
     `reason` is a key of REASONS, `where` the file and its row, `field` the place in the row ("" for all of it), `what`
-    what was seen there, `own_mend` a mend that fits better than the one of the reason.
+    what was seen there, `own_mend` a mend that fits better than the one of the reason. Each is one line, whatever
+    stands in the data.
     """
 
     reason: str
@@ -59,6 +62,10 @@ class Problem:
     field: str
     what: str
     own_mend: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("where", "field", "what", "own_mend"):
+            object.__setattr__(self, name, cut(" ".join(getattr(self, name).splitlines())))
 
     @classmethod
     def told(cls, words: str, *, reason: str, where: str, field: str) -> Problem:
@@ -104,6 +111,7 @@ class Tally:
         return bool(self.counts)
 
     def add(self, what: str, where: str) -> None:
+        what = cut(what)
         self.counts[what] += 1
         if len(self.places[what]) < PLACES_SHOWN:
             self.places[what].append(where)
@@ -250,8 +258,11 @@ def image_problems(sample: Sample, facts_of: Callable[[Source], ImageFacts]) -> 
     for source in dict.fromkeys(sample.image_paths):
         facts = facts_of(source)
         if facts.header is None:
+            mend = facts.mend if facts.reason == "picture_other" else ""
+            if facts.reason == "picture_missing" and isinstance(source, Path):
+                mend = nearby(source, sample.image_folder)
             what = f"{name_of(source)}: {facts.what}"
-            yield Problem(reason=facts.reason, where=sample.where, field="picture", what=what)
+            yield Problem(reason=facts.reason, where=sample.where, field="picture", what=what, own_mend=mend)
         elif facts.header.has_frames:
             yield Problem(reason="picture_frames", where=sample.where, field="picture", what=name_of(source))
 

@@ -103,13 +103,14 @@ REASONS: dict[str, Reason] = {
     # pictures
     "picture_missing": _fatal("no file at the path of a picture", "check the path and --image_base_path"),
     "picture_empty": _fatal("a picture file of 0 bytes", "replace the file"),
-    "picture_damaged": _fatal("a picture that is cut short, damaged, or no picture", "replace or remove it"),
+    "picture_other": _fatal("a file that is something else than a picture", "name the file of the picture"),
+    "picture_damaged": _fatal("a picture that is cut short or damaged, or no file", "replace or remove it"),
     "picture_huge": _fatal("a picture of more than 178,956,970 pixels", "shrink it"),
     "picture_frames": _note(
         "several frames or pages, of which the first is used", "write the frame you mean as a file"
     ),
     "web_address": _fatal("a web address where a path belongs", "download the picture and write its path"),
-    "data_url": _fatal("a data: URL without a base64 picture", "write data:image/png;base64,..."),
+    "data_url": _fatal("a data: URL or base64:// without a picture", "write data:image/png;base64,..."),
     # the set
     "too_long": _fatal(
         "more tokens than max_length", "raise --max_length, lower --max_pixels, or give --length_policy"

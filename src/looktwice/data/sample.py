@@ -23,8 +23,8 @@ class Sample:
     of the conversation. A picture is a path, or a `data:` URL that holds the picture itself. `solution` is the
     short gold answer, "" without one; `gold_box` is in original pixels. `where` is "file:line" and `field` the place
     of the last answer in that row, such as "QnA[1].A3". `policy` are pixel bounds of its own, where those of all would
-    make it too long. `extra` are the fields of the row that mean nothing here; they
-    go along when a file is converted.
+    make it too long. `image_folder` is where relative paths of pictures were taken from. `extra` are the fields of the
+    row that mean nothing here; they go along when a file is converted.
     """
 
     conversation: Conversation
@@ -34,6 +34,7 @@ class Sample:
     where: str
     field: str
     policy: PixelPolicy | None = None
+    image_folder: Path | None = dataclasses.field(default=None, compare=False)
     extra: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import struct
@@ -11,18 +12,17 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote
 
 from looktwice.answers import find_answer_block, unwrapped
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, parse_call, split_calls
 from looktwice.data.problems import Problem, Tally
 from looktwice.data.reasons import BOX_REASONS
 from looktwice.data.sample import Sample, joined, response_of
-from looktwice.errors import BoxError, nearest, short
+from looktwice.errors import BoxError, ImageError, nearest, short
 from looktwice.formats.files import kind_of
 from looktwice.geometry import BOX_FRAMES, Box, BoxFrame, check_box
 from looktwice.messages import ANSWER_OPEN, Conversation, Message
-from looktwice.processing.images import DATA_URL, data_url
+from looktwice.processing.addresses import data_url, source_of
 
 ANSWER_FIELDS = ("answer", "solution")
 """Where the short gold answer stands: our name for it, and that of ms-swift and TRL."""
@@ -41,10 +41,6 @@ FLOAT32_DIGITS, FLOAT32_LIMIT = 15, 3e38
 """Digits from which on a float32 is taken for a number that a table has rounded, and the end of its range."""
 PLAIN_DIGITS = 16
 """Digits before or after the point up to which a number is written without exponent."""
-
-_FILE_ADDRESS = re.compile(r"file://(?:localhost(?=/))?(.*)", re.DOTALL)
-_WEB_ADDRESS = re.compile(r"(https?|ftp|s3|gs)://", re.IGNORECASE)
-_BASE64_IMAGE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/]+=*\s*", re.ASCII)
 
 
 @dataclass(kw_only=True)
@@ -162,29 +158,20 @@ class Fields:
     def image(self, name: str, image_base_path: Path) -> str | Path | None:
         """The picture a field names; None where there was a problem.
 
-        A path, a file:// address, a data: URL, which stays as it is, or what Hugging Face's `datasets` stores in
-        Parquet for a picture: an object of `bytes`, `path` or both.
+        What `addresses.source_of` reads, bytes (of a Parquet file), or what Hugging Face's `datasets` stores for a
+        picture: an object of `bytes`, `path` or both.
         """
         value = self.values.get(name)
+        if isinstance(value, bytes) and value:
+            return data_url(value)
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
-            if isinstance(raw := value.get("bytes"), bytes) and raw:
-                return data_url(raw)
-            return self.inside(value, known=("path",), path=f"{name}.").image("path", image_base_path)
+            kind = "bytes" if value.get("bytes") else "path"
+            return self.inside(value, known=("bytes", "path"), path=f"{name}.").image(kind, image_base_path)
         written = self.text(name)
-        if written is None:
-            return None
-        if written.startswith(DATA_URL):
-            if _BASE64_IMAGE.fullmatch(written):
-                return written
-            self.note(name, "data_url", "a data: URL without a base64 picture; write data:image/png;base64,...")
-        elif _WEB_ADDRESS.match(written):
-            self.note(
-                name, "web_address", f"{short(written)} is a web address; download the picture and write its path"
-            )
-        elif file := _FILE_ADDRESS.fullmatch(written):
-            return image_base_path / unquote(file[1])
-        else:
-            return image_base_path / written
+        try:
+            return None if written is None else source_of(written, image_base_path)
+        except ImageError as error:
+            self.note(name, error.reason, str(error))
         return None
 
     def gold_box(self) -> Box | None:
@@ -243,6 +230,7 @@ def finish(
         box_frame=min(said, default=reading.box_frame),
         solution=_solution(row, reading, conversation, answer_field),
         gold_box=gold_box,
+        image_folder=reading.image_base_path,
         where=row.where,
         field=f"{row.path}{answer_field}",
         extra=extra,

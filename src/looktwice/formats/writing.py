@@ -22,7 +22,7 @@ from looktwice.errors import DataError
 from looktwice.formats.files import require
 from looktwice.messages import ANSWER_OPEN, ImagePart, Message, TextPart
 from looktwice.paths import kind_of_name
-from looktwice.processing.images import DATA_URL
+from looktwice.processing.addresses import written_path
 
 ROWS_PER_GROUP = 1000
 """Rows of a Parquet row group we write; a reader unpacks a whole group to get at one row."""
@@ -49,8 +49,7 @@ class Writing:
         if not isinstance(source, Path):
             return str(source)
         path = source.relative_to(self.image_base_path) if source.is_relative_to(self.image_base_path) else source
-        written = path.as_posix()
-        return f"./{written}" if written.startswith(DATA_URL) else written
+        return written_path(path)
 
     def gold(self, sample: Sample) -> dict[str, object]:
         """The optional fields of a sample, without an answer that a reader finds in the response by itself."""

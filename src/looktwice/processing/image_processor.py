@@ -134,7 +134,7 @@ def _open(image: ImageInput) -> Image.Image:
     """Upright RGB."""
     if isinstance(image, (np.ndarray, Tensor)):
         return open_image(to_pil_image(image))
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
         return load_image(image)
     if isinstance(image, (str, Path, Image.Image)):
         return open_image(image)

@@ -9,7 +9,6 @@ import os
 import stat
 import struct
 import warnings
-from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,23 +19,39 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngImageFile
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from looktwice.errors import ImageError
+from looktwice.errors import ImageError, short_path
 from looktwice.geometry import Size
 from looktwice.messages import ImageSource
+from looktwice.neighbours import nearby
+from looktwice.processing.addresses import held_bytes, is_held, source_of
+from looktwice.processing.file_kinds import LOOKED_AT, image_kind, other_kind
+from looktwice.processing.metadata import ORIENTATION, PNG_SIGNATURE, orientation_of, png_chunks, without_metadata
 
 MAX_SOURCE_PIXELS = 178_956_970
 # Pillow warns from half of that on, which is allowed here
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-EXIF_ORIENTATION = 0x0112
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-EXIF_ROTATED = (5, 6, 7, 8)
-DATA_URL = "data:"
-"""What the address of a picture begins with that holds the picture itself; see RFC 2397."""
-END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xaeB`\x82", "GIF": b"\x3b"}
+# and tells of every tag of a TIFF that it passes over
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by the orientation in its EXIF; source: Exif 3.0, 4.6.5."""
+SIDES_SWAP = (5, 6, 7, 8)
+UNDECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+"""Formats that Pillow knows and leaves to other programs to decode."""
+PREVIEW = 1
+"""The bit of a TIFF's NewSubfileType that says so."""
+END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"\x00\x00\x00\x00IEND\xaeB`\x82", "GIF": b"\x3b"}
 """How whole files end."""
 UNREADABLE = (
     OSError,
@@ -78,8 +93,8 @@ class ImageHeader:
 
 def image_size(source: ImageSource) -> Size:
     """Upright width and height, from the header alone. Raises ImageError as `open_image` does."""
-    with _open(source) as image:
-        return _upright_size(source, image)
+    with _open(source) as opened:
+        return opened.size
 
 
 def read_header(source: ImageSource, *, is_doubted: bool = True) -> ImageHeader:
@@ -88,16 +103,12 @@ def read_header(source: ImageSource, *, is_doubted: bool = True) -> ImageHeader:
     If doubted, a file that does not end as a whole file of its format ends is decoded to be sure, and so is one of a
     format whose end cannot be told, such as BMP and TIFF.
     """
-    with _open(source) as image:
-        size, stored, kind = _upright_size(source, image), Size(*image.size), image.format or ""
-        try:
-            # an MPO file is a photo with a preview behind it
-            has_frames = kind != "MPO" and bool(getattr(image, "is_animated", False))
-        except UNREADABLE as error:
-            raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
-    if is_doubted and not isinstance(source, Image.Image) and not _seems_whole(source, kind):
+    with _open(source) as opened, _damage_named(source):
+        stored, has_frames = Size(*opened.image.size), bool(getattr(opened.image, "is_animated", False))
+        is_sure = not is_doubted or opened.file is None or _seems_whole(opened.file, opened.image.format or "")
+    if not is_sure:
         open_image(source)
-    return ImageHeader(size=size, stored=stored, has_frames=has_frames)
+    return ImageHeader(size=opened.size, stored=stored, has_frames=has_frames)
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -105,16 +116,12 @@ def open_image(source: ImageSource) -> Image.Image:
 
     Raises ImageError when the picture is missing, unreadable or has more than 178,956,970 pixels.
     """
-    with _open(source) as image:
-        try:
-            # a picture in memory may be of this class and have no file
-            if image is not source and isinstance(image, PngImageFile) and image.fp is not None:
-                _check_checksums(image.fp)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-        except UNREADABLE as error:
-            raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
-        return to_rgb(upright)
+    with _open(source) as opened, _damage_named(source):
+        if opened.file is not None:
+            _check_checksums(opened.file)
+        opened.image.load()
+        turn = TURNS.get(opened.orientation)
+        return to_rgb(opened.image.copy() if turn is None else opened.image.transpose(turn))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -192,61 +199,140 @@ def name_of(source: ImageSource) -> str:
     """What messages call a picture: its path, or of what has none something short."""
     if isinstance(source, Image.Image):
         return "picture"
-    return f"{str(source)[:40]}..." if str(source).startswith(DATA_URL) else str(source)
+    return f"{str(source)[:40]}..." if is_held(source) else short_path(source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A picture before it is decoded, and how it is to be turned; `file` is its own, None of a caller's picture."""
+
+    image: Image.Image
+    orientation: int
+    file: IO[bytes] | None = None
+
+    @property
+    def size(self) -> Size:
+        """Width and height upright."""
+        width, height = self.image.size
+        return Size(height, width) if self.orientation in SIDES_SWAP else Size(width, height)
 
 
 @contextmanager
-def _open(source: ImageSource) -> Iterator[Image.Image]:
-    """The picture of a path, closed afterwards, or the caller's own, left open."""
+def _open(source: ImageSource) -> Iterator[_Opened]:
+    """The picture of a path or an address, closed afterwards, or the caller's own, left open."""
     if isinstance(source, Image.Image):
-        yield source
+        with _damage_named(source):
+            orientation = _orientation_of_own(source)
+        yield _Opened(image=source, orientation=orientation)
         return
-    name = name_of(source)
-    if not str(source).startswith(DATA_URL):
-        _check_file(source, name)
+    if isinstance(source, str):
+        source = source_of(source)
+    with _file_of(source) as file:
+        shown, exif = without_metadata(file)
+        with _identified(shown, source, file) as image:
+            yield _Opened(image=image, orientation=_orientation_of(image, exif), file=file)
+
+
+@contextmanager
+def _damage_named(source: ImageSource) -> Iterator[None]:
     try:
-        image = Image.open(_file_of(source))
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a readable picture (of no known format); replace or remove it") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: {error}; shrink it", "huge") from error
+        yield
     except UNREADABLE as error:
-        raise ImageError(f"{name}: not a readable picture ({error}); replace or remove it") from error
-    with image:
-        if image.width * image.height > MAX_SOURCE_PIXELS:
-            size = f"{image.width}x{image.height}"
-            raise ImageError(f"{name}: {size} pixels, more than {MAX_SOURCE_PIXELS}; shrink it", "huge")
-        yield image
+        raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
 
 
-def _check_file(path: str | Path, name: str) -> None:
+@contextmanager
+def _file_of(source: str | Path) -> Iterator[IO[bytes]]:
+    """The file of a path, or the bytes that an address holds."""
+    if is_held(source):
+        yield BytesIO(held_bytes(str(source)))
+        return
+    _check_file(source)
+    try:
+        file = open(source, "rb")  # noqa: SIM115, errors of what is done with it are others
+    except OSError as error:
+        raise ImageError(f"{name_of(source)}: cannot be read ({error.strerror}); check the rights") from error
+    with file:
+        yield file
+
+
+def _identified(shown: IO[bytes], source: str | Path, file: IO[bytes]) -> Image.Image:
+    """The picture of a file, not yet decoded. Raises ImageError for what is none, and for one that is too large."""
+    try:
+        image = Image.open(shown)
+        if image.format in UNDECODED:
+            raise UnidentifiedImageError
+        is_preview = isinstance(image, TiffImageFile) and _is_preview(image)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name_of(source)}: {error}; shrink it", "huge") from error
+    except UNREADABLE as error:
+        raise _unidentified(name_of(source), file, error) from error
+    if is_preview:
+        words = "a camera's raw file, or another TIFF that begins with a preview"
+        raise ImageError(f"{name_of(source)}: not a readable picture ({words}); develop it to PNG or JPEG", "other")
+    if image.width * image.height > MAX_SOURCE_PIXELS:
+        size = f"{image.width}x{image.height}"
+        raise ImageError(f"{name_of(source)}: {size} pixels, more than {MAX_SOURCE_PIXELS}; shrink it", "huge")
+    return image
+
+
+def _unidentified(name: str, file: IO[bytes], error: Exception) -> ImageError:
+    """What a file is that cannot be opened as a picture."""
+    file.seek(0)
+    head = file.read(LOOKED_AT)
+    if not head:
+        return ImageError(f"{name}: not a readable picture (0 bytes); replace or remove it", "empty")
+    if other := other_kind(head):
+        return ImageError(f"{name}: not a readable picture ({other.what}); {other.mend}", "other")
+    if kind := image_kind(head):
+        cause = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        words = f"it begins as {kind.upper()}, and is damaged or of a kind that is not read{cause}"
+        return ImageError(f"{name}: not a readable picture ({words}); replace it, or convert it to PNG or JPEG")
+    return ImageError(f"{name}: not a readable picture (of no known format); replace or remove it")
+
+
+def _is_preview(image: TiffImageFile) -> bool:
+    """Whether a TIFF's first picture is the preview of another one, as in the raw files of cameras."""
+    kind = image.tag_v2.get(254, 0)
+    return isinstance(kind, int) and bool(kind & PREVIEW)
+
+
+def _orientation_of(image: Image.Image, exif: bytes) -> int:
+    """How the picture of a file is to be turned after it is decoded."""
+    if not isinstance(image, TiffImageFile):
+        return orientation_of(exif or image.info.get("exif", b""))
+    # Pillow turns a TIFF itself, and then reads all its tags, of which any may be wrong: it is shown the one
+    own = Image.Exif()
+    own[ORIENTATION] = image.tag_v2.get(ORIENTATION, 1)
+    image.getexif = lambda: own  # type: ignore[method-assign]
+    return 1
+
+
+def _orientation_of_own(image: Image.Image) -> int:
+    """How a caller's picture is to be turned, who may have changed its EXIF."""
+    if isinstance(image, TiffImageFile):
+        return 1
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except UNREADABLE:
+        return orientation_of(image.info.get("exif", b""))
+
+
+def _check_file(path: str | Path) -> None:
     """Raise ImageError for a path at which there is no file to open; opening some of these would wait for ever."""
+    name = name_of(path)
     try:
         status = os.stat(path)
-    except FileNotFoundError as error:
-        raise ImageError(f"{name}: no such picture; check the path", "missing") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        mend = nearby(path) or "check the path"
+        raise ImageError(f"{name}: no such picture; {mend}", "missing") from error
     except (OSError, ValueError) as error:
-        raise ImageError(f"{name}: not a readable picture ({error}); replace or remove it") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"{name}: not a readable picture ({reason}); replace or remove it") from error
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(f"{name}: not a readable picture (not a file); replace or remove it")
     if status.st_size == 0:
         raise ImageError(f"{name}: not a readable picture (0 bytes); replace or remove it", "empty")
-
-
-def _upright_size(source: ImageSource, image: Image.Image) -> Size:
-    width, height = image.size
-    # Pillow's TIFF reader turns the size itself
-    is_turned = image.format != "TIFF" and _orientation(source, image) in EXIF_ROTATED
-    return Size(height, width) if is_turned else Size(width, height)
-
-
-def _orientation(source: ImageSource, image: Image.Image) -> int | None:
-    try:
-        # Pillow decodes a whole PNG that has no EXIF in front, to look for some behind the pixels
-        exif = Image.Image.getexif(image) if image is not source and _is_header_enough(image) else image.getexif()
-    except UNREADABLE as error:
-        raise ImageError(f"{name_of(source)}: the picture is damaged ({error}); replace the file") from error
-    return exif.get(EXIF_ORIENTATION)
 
 
 def _check_checksums(file: IO[bytes]) -> None:
@@ -255,65 +341,22 @@ def _check_checksums(file: IO[bytes]) -> None:
     Pillow does not look at them, and of a stream that cannot be unpacked may leave the rest black without a word.
     """
     place = file.tell()
-    file.seek(len(PNG_SIGNATURE))
-    try:
-        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
-            content, checksum = file.read(int.from_bytes(head[:4], "big")), file.read(4)
-            if (
-                head[4:] == b"IDAT"
-                and len(checksum) == 4
-                and crc32(content, crc32(b"IDAT")) != int.from_bytes(checksum, "big")
-            ):
-                raise ValueError("a wrong checksum of pixels")
-    finally:
-        file.seek(place)
+    file.seek(0)
+    if file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE:
+        for start, stop, kind in png_chunks(file):
+            if kind == b"IDAT":
+                content, checksum = file.read(stop - start - 12), file.read(4)
+                if len(checksum) == 4 and crc32(content, crc32(kind)) != int.from_bytes(checksum, "big"):
+                    raise ValueError("a wrong checksum of pixels")
+    file.seek(place)
 
 
-def _is_header_enough(image: Image.Image) -> bool:
-    return isinstance(image, PngImageFile) and image.fp is not None and not _has_late_exif(image.fp)
-
-
-def _has_late_exif(file: IO[bytes]) -> bool:
-    """Whether a PNG file holds EXIF or text chunks after its pixels. Leaves the file where it was."""
-    place, after_pixels = file.tell(), False
-    file.seek(len(PNG_SIGNATURE))
-    try:
-        while len(head := file.read(8)) == 8:
-            if after_pixels and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-                return True
-            after_pixels = after_pixels or head[4:] == b"IDAT"
-            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
-    finally:
-        file.seek(place)
-    return False
-
-
-def data_url(raw: bytes) -> str:
-    """The address that holds a picture's file, its kind read from its first bytes; of no known picture: unknown."""
-    try:
-        with Image.open(BytesIO(raw)) as image:
-            kind = (image.get_format_mimetype() or "image/unknown").removeprefix("image/")
-    except UNREADABLE:
-        kind = "unknown"
-    return f"{DATA_URL}image/{kind};base64,{b64encode(raw).decode()}"
-
-
-def _file_of(source: str | Path) -> str | Path | IO[bytes]:
-    """What Pillow opens: the path, or the bytes of a data: URL."""
-    return _data_of(source) if str(source).startswith(DATA_URL) else source
-
-
-def _data_of(address: str | Path) -> IO[bytes]:
-    """The bytes of a `data:image/png;base64,...` address. Raises ValueError when they cannot be decoded."""
-    return BytesIO(b64decode(str(address).partition(",")[2]))
-
-
-def _seems_whole(source: str | Path, kind: str) -> bool:
+def _seems_whole(file: IO[bytes], kind: str) -> bool:
     """Whether the file of a picture ends as one of its kind ends; False where that cannot be told."""
-    with _data_of(source) if str(source).startswith(DATA_URL) else open(source, "rb") as file:
-        if kind == "WEBP":  # a RIFF file, which says its size
-            said = int.from_bytes(file.read(8)[4:], "little") + 8
-            return file.seek(0, os.SEEK_END) >= said
-        mark = END_MARKS.get(kind, b"")
-        file.seek(max(0, file.seek(0, os.SEEK_END) - len(mark)))
-        return bool(mark) and file.read() == mark
+    if kind == "WEBP":  # a RIFF file, which says its size
+        file.seek(4)
+        said = int.from_bytes(file.read(4), "little") + 8
+        return file.seek(0, os.SEEK_END) >= said
+    mark = END_MARKS.get(kind, b"")
+    file.seek(max(0, file.seek(0, os.SEEK_END) - len(mark)))
+    return bool(mark) and file.read() == mark
