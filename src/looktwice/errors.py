@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 LINE, MOST_LINES = 600, 100
 """Characters of a line and lines of a message that are told."""
+MOST_LETTERS = 255
+"""Letters of a name that a file may have; what is longer without a blank is no name."""
+_TOO_LONG = re.compile(rf"\S{{{MOST_LETTERS + 1},}}")
 
 
 class LooktwiceError(Exception):
@@ -72,19 +76,22 @@ def counted(number: int, noun: str) -> str:
 
 
 def cut(text: str, length: int = LINE) -> str:
-    """A text of at most `length` characters, its middle left out."""
-    if len(text) <= length:
-        return text
+    """A text of at most `length` characters, its middle left out, and the middle of what is too long for a name."""
+    text = _TOO_LONG.sub(lambda found: _without_middle(found[0], 80), _without_middle(text, 100 * LINE))
+    return _without_middle(text, length)
+
+
+def _without_middle(text: str, length: int) -> str:
     tail = length // 4
-    return f"{text[: length - tail - 3]}...{text[-tail:]}"
+    return text if len(text) <= length else f"{text[: length - tail - 3]}...{text[-tail:]}"
 
 
 def short(text: str) -> str:
     """A text as one line of at most 80 characters, its middle left out."""
-    return cut(" ".join(cut(text).split()), 80)
+    return _without_middle(" ".join(_without_middle(text, LINE).split()), 80)
 
 
 def short_path(path: object) -> str:
     """A path as messages write it: whole, unless no file can have such a name."""
     text = str(path)
-    return text if len(text) <= 255 and text.isprintable() else short(text)
+    return text if len(text) <= MOST_LETTERS and text.isprintable() else short(text)

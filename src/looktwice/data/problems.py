@@ -111,7 +111,7 @@ class Tally:
         return bool(self.counts)
 
     def add(self, what: str, where: str) -> None:
-        what = cut(what)
+        what = cut(what, 200)
         self.counts[what] += 1
         if len(self.places[what]) < PLACES_SHOWN:
             self.places[what].append(where)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from looktwice.calls import WRITTEN_CALL
 from looktwice.config import DataFormat
 from looktwice.data.sample import Sample
-from looktwice.errors import DataError
+from looktwice.errors import DataError, short
 from looktwice.formats import chat, conversations, documented, vlm_r3
 from looktwice.formats.reading import Fields, Reading
 from looktwice.formats.writing import Writing
@@ -118,7 +118,7 @@ def detect(rows: Iterable[Mapping[str, object]], path: object) -> Format:
     if found:
         counts = ", ".join(f"{seen[name]} {name}" for name in found)
         raise DataError(f"{path}: rows of several formats ({counts}); split the file, or name one with --from")
-    given = ", ".join(f'"{name}"' for name, _ in names.most_common(8)) or "nothing"
+    given = ", ".join(f'"{short(name)}"' for name, _ in names.most_common(8)) or "nothing"
     known = "; ".join(f"{format.name}: {format.description}" for format in FORMATS.values())
-    hint = f' If the rows are the list under "{inner}", write it alone into a file.' if inner else ""
+    hint = f' If the rows are the list under "{short(inner)}", write it alone into a file.' if inner else ""
     raise DataError(f"{path}: no format fits, the rows have {given}; known are {known}.{hint}")

@@ -22,7 +22,7 @@ from typing import Any
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.data.reasons import BOX_REASONS
 from looktwice.data.sample import Part, Sample, text_of
-from looktwice.errors import BoxError, nearest
+from looktwice.errors import BoxError, nearest, short
 from looktwice.formats.conversations import MEDIA_FIELDS
 from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
 from looktwice.formats.writing import Writing
@@ -76,9 +76,8 @@ def read(row: Fields, reading: Reading) -> list[Sample]:
 def _message(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> Message | None:
     role = fields.text("role")
     if role is not None and role not in ROLES:
-        fields.note(
-            "role", "unknown_role", f'"{role}" is no role; write one of {", ".join(ROLES)}.{nearest(role, ROLES)}'
-        )
+        what = f'"{short(role)}" is no role; write one of {", ".join(ROLES)}.{nearest(role, ROLES)}'
+        fields.note("role", "unknown_role", what)
     parts = list(_parts(fields, reading, frames, is_assistant=role == "assistant"))
     if fields.is_good and not any(isinstance(part, ImagePart) or part.text.strip() for part in parts):
         fields.note("content", "empty_text", "the message is empty; fill it in or remove it")
@@ -114,7 +113,7 @@ def _parts(fields: Fields, reading: Reading, frames: set[BoxFrame], *, is_assist
             part.note(
                 "type",
                 "unknown_part",
-                f'"{name}" cannot stand here; write one of {", ".join(allowed)}.{nearest(name, allowed)}',
+                f'"{short(name)}" cannot stand here; write one of {", ".join(allowed)}.{nearest(name, allowed)}',
             )
             continue
         part.known = ("type", *PART_FIELDS[name])

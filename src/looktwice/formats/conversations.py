@@ -186,7 +186,7 @@ def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, 
     if role is not None and role not in dialect.roles:
         known = ", ".join(dialect.roles)
         hint = nearest(role, dialect.roles)
-        fields.note(dialect.role, "unknown_role", f'"{role}" is no role; write one of {known}.{hint}')
+        fields.note(dialect.role, "unknown_role", f'"{short(role)}" is no role; write one of {known}.{hint}')
         return None
     name, is_trained = dialect.roles[role] if role else ("user", True)
     value = _text(fields, reading, dialect, name)

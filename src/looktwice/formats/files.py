@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 
-from looktwice.errors import ConfigError, DataError
+from looktwice.errors import ConfigError, DataError, short
 from looktwice.paths import check_data_file
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
@@ -194,7 +194,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise _EqualNames(f'the name "{name}" stands twice in one object')
+        raise _EqualNames(f'the name "{short(name)}" stands twice in one object')
     return values
 
 
@@ -314,7 +314,7 @@ class _ParquetRows:
             raise DataError(f"{path}: not a whole Parquet file ({error}); make it again") from error
         names = Counter(self.file.schema_arrow.names)
         if len(names) < len(self.file.schema_arrow.names):
-            raise DataError(f'{path}: two columns named "{names.most_common(1)[0][0]}"; keep one of them')
+            raise DataError(f'{path}: two columns named "{short(names.most_common(1)[0][0])}"; keep one of them')
         metadata = self.file.metadata
         self.ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)], dtype=np.int64)
         self.groups: dict[int, Any] = {}

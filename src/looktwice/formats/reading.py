@@ -96,13 +96,13 @@ class Fields:
         """Whether the field is there; if not, the names close to it are noted."""
         if name in self.values:
             return True
-        close = [f'"{other}"' for other in self.values if other not in self.known and nearest(other, [name])]
+        close = [f'"{short(other)}"' for other in self.values if other not in self.known and nearest(other, [name])]
         if close:
             self.note(
                 name, "missing_field", f"the field is missing, unknown: {', '.join(close)}.{nearest(name, [name])}"
             )
         else:
-            given = ", ".join(f'"{other}"' for other in list(self.values)[:8]) or "nothing"
+            given = ", ".join(f'"{short(other)}"' for other in list(self.values)[:8]) or "nothing"
             self.note(name, "missing_field", f"the field is missing, there is {given}; add it")
         return False
 
@@ -152,7 +152,7 @@ class Fields:
         """False only where the field says so; anything but true, false, 1 and 0 is noted."""
         value = self.values.get(name)
         if value not in (None, False, True):  # 0 and 1 are equal to them
-            self.note(name, "wrong_type", f"{value!r}; write false or true")
+            self.note(name, "wrong_type", f"{short(repr(value))}; write false or true")
         return value is None or bool(value)
 
     def image(self, name: str, image_base_path: Path) -> str | Path | None:

@@ -1,0 +1,61 @@
+"""Errors and how messages word things: no value is ever told whole."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from looktwice.errors import (
+    LINE,
+    MOST_LINES,
+    BoxError,
+    ConfigError,
+    ImageError,
+    LooktwiceError,
+    cut,
+    nearest,
+    short,
+    short_path,
+)
+
+LONG = {"letters": "x" * 8_000_000, "words": "a b " * 2_000_000, "lines": "a\n" * 4_000_000}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("kind", [LooktwiceError, ConfigError, ImageError])
+def test_an_error_is_never_longer_than_what_can_be_read(kind: type[LooktwiceError], name: str) -> None:
+    lines = str(kind(f"head: {LONG[name]}: the mend")).split("\n")
+    assert len(lines) <= MOST_LINES + 1
+    assert max(map(len, lines)) <= LINE
+    assert lines[0].startswith("head: ")
+    assert lines[-1].endswith("the mend" if name != "lines" else "more lines")
+
+
+def test_what_has_too_many_letters_for_a_name_is_cut_within_a_line() -> None:
+    line = cut(f"{LONG['letters']} is not there; give another")
+    assert line == f"{'x' * 57}...{'x' * 20} is not there; give another"
+    assert cut("x" * 255) == "x" * 255
+
+
+def test_an_error_crosses_processes_as_it_was() -> None:
+    for error in (ImageError("a\nb", "huge"), BoxError("reversed", "x" * 9999)):
+        there = pickle.loads(pickle.dumps(error))
+        assert (str(there), there.reason) == (str(error), error.reason)
+
+
+def test_short_is_one_line_and_keeps_both_ends() -> None:
+    assert short("a \n\t b") == "a b"
+    assert len(short(LONG["words"])) == 80
+    assert short(f"begin {LONG['letters']} end").startswith("begin x")
+    assert short(f"begin {LONG['letters']} end").endswith("x end")
+
+
+def test_a_path_is_written_whole_unless_no_file_has_such_a_name() -> None:
+    assert short_path("a  b.png") == "a  b.png"
+    assert short_path("a\n b.png") == "a b.png"
+    assert len(short_path(LONG["letters"])) == 80
+
+
+def test_no_hint_is_looked_for_what_is_no_name() -> None:
+    assert nearest(LONG["letters"], ["x"]) == ""
