@@ -13,8 +13,8 @@ from looktwice.errors import (
     ConfigError,
     ImageError,
     LooktwiceError,
-    cut,
     nearest,
+    one_line,
     short,
     short_path,
 )
@@ -24,24 +24,29 @@ LONG = {"letters": "x" * 8_000_000, "words": "a b " * 2_000_000, "lines": "a\n" 
 
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("kind", [LooktwiceError, ConfigError, ImageError])
-def test_an_error_is_never_longer_than_what_can_be_read(kind: type[LooktwiceError], name: str) -> None:
-    lines = str(kind(f"head: {LONG[name]}: the mend")).split("\n")
-    assert len(lines) <= MOST_LINES + 1
-    assert max(map(len, lines)) <= LINE
-    assert lines[0].startswith("head: ")
-    assert lines[-1].endswith("the mend" if name != "lines" else "more lines")
+def test_whatever_stands_in_an_error_it_is_one_line(kind: type[LooktwiceError], name: str) -> None:
+    line = str(kind(f"head: {LONG[name]}: the mend"))
+    assert line.startswith("head: ")
+    assert line.endswith("the mend")
+    assert (line.count("\n"), len(line) <= LINE) == (0, True)
+
+
+def test_an_error_of_several_lines_is_given_them_apart() -> None:
+    assert str(ConfigError("head\nof it", "  one", "  two")) == "head of it\n  one\n  two"
+    lines = str(ConfigError(*range(2 * MOST_LINES))).splitlines()
+    assert lines[MOST_LINES:] == [f"... and {MOST_LINES} more lines"]
 
 
 def test_what_has_too_many_letters_for_a_name_is_cut_within_a_line() -> None:
-    line = cut(f"{LONG['letters']} is not there; give another")
+    line = one_line(f"{LONG['letters']} is not there; give another")
     assert line == f"{'x' * 57}...{'x' * 20} is not there; give another"
-    assert cut("x" * 255) == "x" * 255
+    assert one_line("x" * 255) == "x" * 255
 
 
 def test_an_error_crosses_processes_as_it_was() -> None:
-    for error in (ImageError("a\nb", "huge"), BoxError("reversed", "x" * 9999)):
+    for error in (ImageError("a\nb", "huge"), BoxError("reversed", "x" * 9999), ConfigError("a", "b")):
         there = pickle.loads(pickle.dumps(error))
-        assert (str(there), there.reason) == (str(error), error.reason)
+        assert (str(there), vars(there)) == (str(error), vars(error))
 
 
 def test_short_is_one_line_and_keeps_both_ends() -> None:

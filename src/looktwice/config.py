@@ -84,7 +84,7 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(type(self), problem) for problem in error.errors())) from error
+            raise ConfigError(*(_explain(type(self), problem) for problem in error.errors())) from error
 
     @classmethod
     def read(cls, path: str | Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Config(BaseModel):
         try:
             cls(**values)
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+            raise ConfigError(f"{path}: {error.args[0]}", *error.args[1:]) from error
         return values
 
 

@@ -16,11 +16,18 @@ _TOO_LONG = re.compile(rf"\S{{{MOST_LETTERS + 1},}}")
 class LooktwiceError(Exception):
     """Base of every error that a user's input or setting can cause; the CLI prints it without a traceback.
 
-    Whatever stands in the message, no line of it is longer than LINE, and there are at most MOST_LINES.
+    Each argument is a line of the message, whatever stands in it: none is longer than LINE, and there are at most
+    MOST_LINES.
     """
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(_bounded(str(message)))
+    def __init__(self, *lines: object) -> None:
+        told = [one_line(str(line)) for line in lines[:MOST_LINES]]
+        if len(lines) > MOST_LINES:
+            told.append(f"... and {counted(len(lines) - MOST_LINES, 'more line')}")
+        super().__init__(*told)
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class ConfigError(LooktwiceError):
@@ -55,13 +62,6 @@ class BoxError(LooktwiceError):
         return type(self), (self.reason, str(self))
 
 
-def _bounded(message: str) -> str:
-    lines = message.split("\n", MOST_LINES)
-    if len(lines) > MOST_LINES:
-        lines[MOST_LINES:] = [f"... and {counted(message.count(chr(10)) + 1 - MOST_LINES, 'more line')}"]
-    return "\n".join(cut(line) for line in lines)
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ` Did you mean "beta"?`, or an empty string when no known name is close."""
     if len(name) > LINE:
@@ -75,10 +75,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def cut(text: str, length: int = LINE) -> str:
-    """A text of at most `length` characters, its middle left out, and the middle of what is too long for a name."""
-    text = _TOO_LONG.sub(lambda found: _without_middle(found[0], 80), _without_middle(text, 100 * LINE))
-    return _without_middle(text, length)
+def one_line(text: str, length: int = LINE) -> str:
+    """A text as one line of at most `length` characters, without the middle of it and of what is too long for a name.
+
+    Blanks stay as they are.
+    """
+    text = " ".join(_without_middle(text, 100 * LINE).splitlines())
+    return _without_middle(_TOO_LONG.sub(lambda found: _without_middle(found[0], 80), text), length)
 
 
 def _without_middle(text: str, length: int) -> str:

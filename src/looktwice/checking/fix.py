@@ -79,7 +79,7 @@ def fix(judge: Judge, fatal: Mapping[str, list[Problem]], target: Path) -> Fixed
     when no row is left, and what `check_outputs` raises.
     """
     if not judge.num_training_files:
-        raise DataError("\n".join(str(problem) for problems in fatal.values() for problem in problems))
+        raise DataError(*(problem for problems in fatal.values() for problem in problems))
     file = judge.files[0]
     if of_all := fatal.get(str(file.path)):
         raise DataError(f"no row would be left: {of_all[0]}")

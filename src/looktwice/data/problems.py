@@ -19,7 +19,7 @@ from looktwice.data.image_files import ImageFacts, Source, decoded, inspect_all,
 from looktwice.data.near_calls import near_calls
 from looktwice.data.reasons import BOX_REASONS, REASONS
 from looktwice.data.sample import Sample, text_of
-from looktwice.errors import BoxError, DataError, counted, cut, short
+from looktwice.errors import BoxError, DataError, counted, one_line, short
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
 from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, ImagePart, Message, TextPart
 from looktwice.neighbours import nearby
@@ -65,7 +65,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name in ("where", "field", "what", "own_mend"):
-            object.__setattr__(self, name, cut(" ".join(getattr(self, name).splitlines())))
+            object.__setattr__(self, name, one_line(getattr(self, name)))
 
     @classmethod
     def told(cls, words: str, *, reason: str, where: str, field: str) -> Problem:
@@ -97,7 +97,7 @@ def raise_if_any(problems: Sequence[Problem], subject: object) -> None:
         return
     shown = f", the first {MAX_PROBLEMS_SHOWN}" if len(problems) > MAX_PROBLEMS_SHOWN else ""
     head = f"{counted(len(problems), 'problem')} in {subject}{shown}:"
-    raise DataError("\n  ".join([head, *map(str, problems[:MAX_PROBLEMS_SHOWN])]))
+    raise DataError(head, *(f"  {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN]))
 
 
 class Tally:
@@ -111,7 +111,7 @@ class Tally:
         return bool(self.counts)
 
     def add(self, what: str, where: str) -> None:
-        what = cut(what, 200)
+        what = one_line(what, 200)
         self.counts[what] += 1
         if len(self.places[what]) < PLACES_SHOWN:
             self.places[what].append(where)

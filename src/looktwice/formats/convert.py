@@ -32,6 +32,10 @@ class Conversion:
     changed: Tally = field(default_factory=Tally)
 
     def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """What was done, a line each."""
         lines = [
             f"read {counted(self.num_rows, 'row')} of the format {self.source_format}: "
             f"{counted(self.num_samples, 'sample')}",
@@ -39,7 +43,7 @@ class Conversion:
         ]
         for title, tally in (("left out", self.left_out), ("lost", self.lost), ("read otherwise", self.changed)):
             lines += [f"{title}:", *(f"  {line}" for line in tally.lines())] if tally else []
-        return "\n".join(lines)
+        return lines
 
 
 def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) -> Conversion:
@@ -79,11 +83,10 @@ def convert_file(source: str | Path, target: str | Path, config: ConvertConfig) 
         # raised before the file is complete, so that none is left
         raise_if_any(reading.problems, source)
         if not done.num_written:
-            raise DataError(f"{target}: not written, as no sample can stand in this format\n{done}")
+            raise DataError(f"{target}: not written, as no sample can stand in this format", *done.lines())
         if (done.lost or done.left_out) and not config.allow_loss:
-            raise DataError(
-                f"{target}: not written, as the format cannot hold everything; with --allow_loss there would be\n{done}"
-            )
+            head = f"{target}: not written, as the format cannot hold everything; with --allow_loss there would be"
+            raise DataError(head, *done.lines())
 
     write_rows(target, rows())
     return done
