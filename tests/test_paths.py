@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from looktwice.errors import ConfigError, DataError
-from looktwice.paths import check_data_file, check_new_folder, check_output_file, check_run_folder, check_target
+from looktwice.errors import ConfigError, DataError, ImageError, LooktwiceError
+from looktwice.paths import (
+    check_data_file,
+    check_image_folder,
+    check_new_folder,
+    check_output_file,
+    check_run_folder,
+    check_shown_file,
+    check_target,
+)
 
 
 def test_a_target_is_found_bad_before_anything_is_written(tmp_path: Path) -> None:
@@ -67,3 +75,31 @@ def test_a_result_is_written_over_no_file_that_is_read(tmp_path: Path) -> None:
         check_output_file(tmp_path / "d.jsonl", "--json", [tmp_path / "d.jsonl"])
     with pytest.raises(ConfigError, match="--json .*: cannot be written; give another path"):
         check_output_file(tmp_path, "--json")
+
+
+def test_a_shown_file_that_is_not_there_is_named_with_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "Cat.JPG").touch()
+    check_shown_file(tmp_path / "Cat.JPG")
+    with pytest.raises(ImageError, match=r"cat\.jpg: no such picture or video; write .*Cat\.JPG, which is there"):
+        check_shown_file(tmp_path / "cat.jpg")
+    with pytest.raises(ImageError, match="no such picture or video; check the path"):
+        check_shown_file(tmp_path / "dog.jpg")
+
+
+@pytest.mark.parametrize("name", ["x" * 8_000_000, "x" * 300, "a\0b", "a b\n" * 90_000])
+def test_a_name_that_nothing_can_have_is_told_in_a_line(name: str) -> None:
+    path = Path(f"{name}.jsonl")
+    checks = (
+        lambda: check_data_file(path),
+        lambda: check_image_folder(path),
+        lambda: check_shown_file(path),
+        lambda: check_target(path, Path("d.jsonl"), overwrite=False),
+        lambda: check_output_file(path, "--html"),
+        lambda: check_run_folder(path),
+        lambda: check_new_folder(path),
+    )
+    for check in checks:
+        with pytest.raises(LooktwiceError) as caught:
+            check()
+        assert len(str(caught.value)) <= 700
+        assert "\n" not in str(caught.value)

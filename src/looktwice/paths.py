@@ -26,7 +26,7 @@ def check_data_file(path: Path) -> None:
 
 def check_image_folder(path: Path) -> None:
     """Raise ConfigError when there is no folder of pictures."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ConfigError(f"--image_base_path {path}: no such folder; name the one of the pictures")
 
 
@@ -52,6 +52,7 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     """Raise DataError when a data file could not be written there, or would be written over the one that is read, or
     over another one without `overwrite`."""
     kind_of_name(target)
+    check_name(target, str(target))
     if not target.absolute().parent.is_dir():
         raise DataError(f"{target}: there is no folder {target.parent}; make it, or name another place")
     if target.exists() and source.exists() and target.samefile(source):
@@ -60,10 +61,22 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise DataError(f"{target}: there is something already; name another file, or replace it: --overwrite")
 
 
+def check_name(path: Path, subject: str) -> None:
+    """Raise ConfigError for a name that nothing can have, such as one that is too long."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{subject}: no name for a file or folder ({reason}); give another one") from error
+
+
 def check_output_file(path: Path | None, flag: str, inputs: Iterable[Path | None] = ()) -> None:
     """Make sure that a result can be written there, and over no file that is read. Raises ConfigError when not."""
     if path is None:
         return
+    check_name(path, f"{flag} {path}")
     is_there = os.path.exists(path)  # of a name that is too long Path.exists raises an error
     if is_there and any(one and os.path.exists(one) and one.samefile(path) for one in inputs):
         raise ConfigError(f"{flag} {path}: a file that is read; give another path")
@@ -74,6 +87,7 @@ def check_output_file(path: Path | None, flag: str, inputs: Iterable[Path | None
 
 def check_run_folder(folder: Path) -> None:
     """Raise ConfigError when a run cannot write there. Nothing is made yet."""
+    check_name(folder, str(folder))
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = f"{there} is no folder" if not there.is_dir() else f"no right to write in {there}"
@@ -82,5 +96,6 @@ def check_run_folder(folder: Path) -> None:
 
 def check_new_folder(folder: Path, *, otherwise: str = "") -> None:
     """Raise ConfigError when there is something already; `otherwise` is what else a user can do."""
+    check_name(folder, str(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: there is something already; give a new folder{otherwise}")

@@ -101,6 +101,15 @@ def said(content: object) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": content}]}
 
 
+def test_a_lost_picture_is_told_with_the_path_at_which_it_is(judged: Callable[..., Verdict]) -> None:
+    lost = ("GOOD.png", "/good.png", "C:\\me\\good.png", "good%2Epng")
+    rows = [{"image_path": path, "QnA": [GOOD]} for path in lost]
+    found = judged(*rows, with_processor=False).first["picture_missing"]
+    assert len(found) == len(lost)
+    for problem in found:
+        assert re.search(r"no such picture; write \S+good\.png, which is there \(", str(problem))
+
+
 # -- the set
 
 

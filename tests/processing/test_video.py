@@ -112,6 +112,15 @@ def test_a_file_that_is_no_video_is_refused(content: bytes, tmp_path: Path) -> N
         read_frames(tmp_path / "clip.mp4")
 
 
+def test_a_file_that_is_something_else_is_named_for_it(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (tmp_path / "clip.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(ImageError, match=r"clip\.mp4: not a readable video \(a Git LFS pointer\)"):
+        read_frames(tmp_path / "clip.mp4")
+    with pytest.raises(ImageError, match=r"clip\.MP4: no such video; write .*clip\.mp4, which is there"):
+        read_frames(tmp_path / "clip.MP4")
+
+
 def test_a_damaged_video_is_refused(write: MakeVideo) -> None:
     path = write(clip(20))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

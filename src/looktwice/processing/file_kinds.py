@@ -28,7 +28,7 @@ IMAGES = {
 _AGAIN = "download the picture again"
 _CONVERT = "convert it to PNG or JPEG"
 _DEVELOP = "develop it to PNG or JPEG"
-_FRAMES = "write the frames you mean as pictures"
+FRAMES = "write the frames you mean as pictures"
 _NAME_IT = "name the file of the picture"
 _UNPACK = "unpack it and name the picture in it"
 
@@ -49,14 +49,14 @@ _OTHERS = tuple(
         (rb".{4}ftyp(?:mif1|msf1)", "a HEIF picture", _CONVERT),
         (rb"(?:II\*\0|MM\0\*).{4}CR|.{4}ftypcrx |FUJIFILMCCD-RAW|II(?:RO|RS|U\0)|MMOR|FOVb|\0MRM",
          "a camera's raw file", _DEVELOP),
-        (rb".{4}ftypqt|.{4}(?:moov|mdat|wide)", "a QuickTime video", _FRAMES),
+        (rb".{4}ftypqt|.{4}(?:moov|mdat|wide)", "a QuickTime video", FRAMES),
         (rb".{4}ftypM4A", "a sound", _NAME_IT),
-        (rb".{4}ftyp", "an MP4 video", _FRAMES),
-        (rb"\x1aE\xdf\xa3", "a Matroska or WebM video", _FRAMES),
-        (rb"RIFF.{4}AVI ", "an AVI video", _FRAMES),
-        (rb"\0\0\x01[\xba\xb3]|G.{187}G.{187}G", "an MPEG video", _FRAMES),
-        (rb"FLV\x01|\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a video", _FRAMES),
-        (rb"OggS", "an Ogg video or sound", _FRAMES),
+        (rb".{4}ftyp", "an MP4 video", FRAMES),
+        (rb"\x1aE\xdf\xa3", "a Matroska or WebM video", FRAMES),
+        (rb"RIFF.{4}AVI ", "an AVI video", FRAMES),
+        (rb"\0\0\x01[\xba\xb3]|G.{187}G.{187}G", "an MPEG video", FRAMES),
+        (rb"FLV\x01|\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a video", FRAMES),
+        (rb"OggS", "an Ogg video or sound", FRAMES),
         (rb"RIFF.{4}WAVE|ID3|fLaC|\xff[\xfb\xf3\xf2]", "a sound", _NAME_IT),
         (rb".{0,1000}?%PDF-", "a PDF document", "write the page you mean as PNG"),
         (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file", _CONVERT),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from looktwice.errors import ConfigError, ImageError
+from looktwice.errors import ConfigError, ImageError, short_path
 from looktwice.messages import VideoSource
+from looktwice.neighbours import nearby
+from looktwice.processing.file_kinds import FRAMES, LOOKED_AT, other_kind
 from looktwice.processing.images import open_image
 
 if TYPE_CHECKING:
@@ -99,8 +102,8 @@ def _open(path: str | Path) -> Iterator[InputContainer]:
         import av
     except ImportError as error:
         raise ConfigError(f"{path}: reading a video file needs PyAV: pip install looktwice[video]") from error
-    if not Path(path).is_file():
-        raise ImageError(f"{path}: no such video; check the path")
+    if not os.path.isfile(path):
+        raise ImageError(f"{short_path(path)}: no such video; {nearby(path) or 'check the path'}", "missing")
     try:
         # with its protocol named, a path that holds a colon is no address to fetch
         with av.open(f"file:{path}", metadata_errors="replace") as container:
@@ -109,4 +112,7 @@ def _open(path: str | Path) -> Iterator[InputContainer]:
             container.streams.video[0].thread_type = "AUTO"
             yield container
     except av.FFmpegError as error:
-        raise ImageError(f"{path}: not a readable video ({error.strerror}); replace or remove it") from error
+        with open(path, "rb") as file:
+            other = other_kind(file.read(LOOKED_AT))
+        what = other.what if other and other.mend != FRAMES else error.strerror
+        raise ImageError(f"{path}: not a readable video ({what}); replace or remove it") from error

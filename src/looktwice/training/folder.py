@@ -44,7 +44,7 @@ def checkpoint_of(config: StageConfig) -> Path | None:
     if named is None:
         return None
     folder = config.output_dir if str(named) == LATEST else named
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # of a name that is too long Path.is_dir raises an error
         raise CheckpointError(f"{folder}: no such folder to resume from; give a checkpoint-N or a run folder")
     if (folder / STATE_FILE).is_file():
         return folder
