@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 import unicodedata
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_a_path_from_the_root_is_looked_for_in_the_folder_of_pictures(folder: Pa
     assert "with / for" in nearby("data/images/C:\\pics\\cat.jpg", folder / "data/images")
 
 
-@pytest.mark.parametrize("written", ["data/images/cow.jpg", "none/at/all.png", "", ".", "/", "x" * 9000, "a\0b", "\\"])
+@pytest.mark.parametrize("written", ["data/images/cow.jpg", "none/at/all.png", "", ".", "/", "x" * 3000, "a\0b", "\\"])
 def test_where_there_is_no_neighbour_nothing_is_said(written: str, folder: Path) -> None:
     assert nearby(written) == ""
 
@@ -72,8 +72,12 @@ def test_a_link_that_leads_nowhere_and_a_web_address_are_named(folder: Path) -> 
     assert "looks like a web address" in nearby("base/www.example.com/a.png")
 
 
+def test_a_text_that_is_too_long_for_a_path_is_told_to_be_one() -> None:
+    assert nearby("x" * 9000) == "no path has 9,000 letters, and no picture begins so in base64; write either"
+
+
 def test_a_folder_that_was_changed_is_read_again(folder: Path) -> None:
     assert nearby("data/images/new.png") == ""
-    time.sleep(0.01)
     (folder / "data/images/NEW.png").touch()
+    os.utime(folder / "data/images", (0, 0))
     assert "data/images/NEW.png" in nearby("data/images/new.png")

@@ -30,7 +30,9 @@ def nearby(path: str | Path, folder: Path | None = None) -> str:
     where relative paths are taken from. The second miss in a folder costs a look into what is known of it.
     """
     written, here = str(path), Path.cwd()
-    if len(written) > MOST_LETTERS or "\0" in written:
+    if len(written) > MOST_LETTERS:
+        return f"no path has {len(written):,} letters, and no picture begins so in base64; write either"
+    if "\0" in written:
         return ""
     if os.path.islink(written):
         return f"it is a link to {short_path(os.readlink(written))}, which is not there; copy the file itself"
@@ -101,7 +103,7 @@ def _named_alike(name: str, folder: Path) -> Path | None:
 
 def _names_in(folder: Path) -> dict[str, str]:
     try:
-        return _names_at(str(folder), os.stat(folder).st_mtime_ns)
+        return _names_at(str(folder), int(os.stat(folder).st_mtime))  # a folder that fills is listed once a second
     except OSError:
         return {}
 

@@ -183,6 +183,18 @@ def test_texts_and_profiles_of_a_png_are_never_unpacked(metadata: bytes, place: 
     assert seen(data[:place] + metadata + data[place:], path).tobytes() == CORNER.tobytes()
 
 
+def test_what_stands_behind_the_end_of_a_png_is_not_looked_at(path: Path) -> None:
+    behind = chunk(b"IDAT", b"junk")[:-1] + b"?" + chunk(b"eXIf", exif())
+    assert seen(FILES["PNG"] + behind, path).tobytes() == CORNER.tobytes()
+
+
+def test_millions_of_chunks_are_one_gap(path: Path) -> None:
+    data = FILES["PNG"]
+    shown = without_metadata(io.BytesIO(data[:33] + chunk(b"tEXt", b"") * 5000 + data[33:])).file
+    assert len(shown.raw.stops) == 2  # type: ignore[attr-defined]
+    assert shown.read() == data
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

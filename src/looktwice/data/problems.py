@@ -258,10 +258,10 @@ def image_problems(sample: Sample, facts_of: Callable[[Source], ImageFacts]) -> 
     for source in dict.fromkeys(sample.image_paths):
         facts = facts_of(source)
         if facts.header is None:
-            mend = facts.mend if facts.reason == "picture_other" else ""
+            what, mend = facts.what, facts.mend if facts.reason == "picture_other" else ""
             if facts.reason == "picture_missing" and isinstance(source, Path):
-                mend = nearby(source, sample.image_folder)
-            what = f"{name_of(source)}: {facts.what}"
+                what, mend = "no such picture", nearby(source, sample.image_folder)
+            what = f"{name_of(source)}: {what}"
             yield Problem(reason=facts.reason, where=sample.where, field="picture", what=what, own_mend=mend)
         elif facts.header.has_frames:
             yield Problem(reason="picture_frames", where=sample.where, field="picture", what=name_of(source))

@@ -97,21 +97,29 @@ def _without(file: IO[bytes], spans: list[tuple[int, int]], exif: bytes) -> Pixe
     return Pixels(io.BufferedReader(_Pieces(file, pieces)), exif)  # type: ignore[type-var]
 
 
+def _add(spans: list[tuple[int, int]], start: int, stop: int) -> None:
+    """One more span behind the others, as one with the last where they touch: a file may hold millions of chunks."""
+    if spans and spans[-1][1] == start:
+        start, _ = spans.pop()
+    spans.append((start, stop))
+
+
 def png_chunks(file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
     """Start, stop and kind of each chunk of a PNG, of which only the head is read. Source: the PNG specification, 5."""
-    place = len(PNG_SIGNATURE)
-    while file.seek(place) == place and len(head := file.read(8)) == 8:
-        stop = place + 12 + int.from_bytes(head[:4], "big")
-        yield place, stop, head[4:]
+    place, kind = len(PNG_SIGNATURE), b""
+    while kind != b"IEND" and file.seek(place) == place and len(head := file.read(8)) == 8:
+        stop, kind = place + 12 + int.from_bytes(head[:4], "big"), head[4:]
+        yield place, stop, kind
         place = stop
 
 
 def _png_metadata(file: IO[bytes]) -> tuple[list[tuple[int, int]], bytes]:
-    spans, exif, profile = [], b"", b""
+    spans: list[tuple[int, int]] = []
+    exif = profile = b""
     for start, stop, kind in png_chunks(file):
         if not kind.isalpha() or kind[:1].isupper() or kind in _PNG_KEPT:
             continue
-        spans.append((start, stop))
+        _add(spans, start, stop)
         if kind == b"eXIf":
             exif = file.read(min(stop - start - 12, MOST_EXIF))
         elif kind in _PNG_TEXTS:
@@ -135,7 +143,8 @@ def _profile(text: bytes) -> bytes:
 
 def _jpeg_metadata(file: IO[bytes]) -> tuple[list[tuple[int, int]], bytes]:
     """Source: ITU-T T.81, B.1.1; Exif 3.0, 4.7."""
-    spans, exif, place = [], b"", len(JPEG_SIGNATURE)
+    spans: list[tuple[int, int]] = []
+    exif, place = b"", len(JPEG_SIGNATURE)
     while file.seek(place) == place and len(head := file.read(10)) >= 4:
         marker = head[1]
         if head[0] != 0xFF:  # decoders pass over what stands between two segments
@@ -152,8 +161,8 @@ def _jpeg_metadata(file: IO[bytes]) -> tuple[list[tuple[int, int]], bytes]:
         else:
             stop = place + 2 + size
             if marker in _JPEG_METADATA:
-                spans.append((place, stop))
-            if marker == 0xE1 and head[4:] == EXIF_MARK:
+                _add(spans, place, stop)
+            if marker == 0xE1 and head[4:] == EXIF_MARK and len(exif) < MOST_EXIF:
                 exif += file.read(stop - place - 10)
             place = stop
     return spans, exif
