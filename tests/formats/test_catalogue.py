@@ -13,6 +13,7 @@ from PIL import Image
 
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, ImageError
+from looktwice.formats import sample_file
 from looktwice.formats.catalogue import FORMATS, detect
 from looktwice.formats.sample_file import SampleFile, read_samples
 from looktwice.formats.writing import write_rows
@@ -72,6 +73,32 @@ def test_samples_of_a_documented_row_are_counted_and_found(tmp_path: Path) -> No
     assert (len(file), file.num_samples) == (3, 6)
     assert [file.sample(number).question for number in range(6)] == ["1.0", "3.0", "3.1", "3.2", "2.0", "2.1"]
     assert [sample.field for sample in file.samples_of(1)] == ["QnA[0].A3", "QnA[1].A3", "QnA[2].A3"]
+
+
+def test_a_row_is_read_once_for_all_its_questions(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "d.jsonl"
+    rows = [{"image_path": "a.png", "QnA": [{"Q": f"{n}.{k}", "A3": "A"} for k in range(3)]} for n in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    file = SampleFile(path, "p")
+    read_rows = []
+    read_row = file.read_row
+    monkeypatch.setattr(file, "read_row", lambda row, reading: read_rows.append(row) or read_row(row, reading))
+    numbers = [0, 4, 8, 5, 1, 2, 7, 3, 6]
+    assert [file.sample(number).question for number in numbers] == [f"{n // 3}.{n % 3}" for n in numbers]
+    assert read_rows == [0, 1, 2]
+
+
+def test_no_more_samples_are_remembered_than_fit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sample_file, "SAMPLES_KEPT", 5)
+    path = tmp_path / "d.jsonl"
+    rows = [{"image_path": "a.png", "QnA": [{"Q": "Q", "A3": "A"}] * number} for number in (2, 2, 9, 1, 2)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    file = SampleFile(path, "p")
+    kept = []
+    for number in (0, 2, 0, 4, 13, 14):
+        file.sample(number)
+        kept.append([*file._kept])
+    assert kept == [[0], [0, 1], [1, 0], [2], [2], [4]]
 
 
 def test_a_broken_row_is_an_error_for_that_row_alone(tmp_path: Path) -> None:

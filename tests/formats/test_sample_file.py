@@ -182,6 +182,8 @@ def test_one_leading_image_mark_is_taken_off_the_question(
             'image_path: the field is missing, unknown: "image_pth". Did you mean "image_path"?',
         ),
         ({"image_path": 3, "QnA": [GOOD]}, "d.jsonl:1: image_path: a number where a text belongs; write it in quotes"),
+        ({"image_path": ["x"], "QnA": [GOOD]}, "d.jsonl:1: image_path: a list where a text belongs; give one text"),
+        ({"image_path": {"a": 1}, "QnA": [GOOD]}, "image_path: an object where a text belongs; give one text"),
         ({"image_path": " ", "QnA": [GOOD]}, "image_path: the text is empty"),
         ({"image_path": "x"}, 'd.jsonl:1: QnA: the field is missing, there is "image_path"; add it'),
         ({"image_path": "x", "QnA": GOOD}, "d.jsonl:1: QnA: an object where a list belongs"),

@@ -252,11 +252,26 @@ def test_stats_prints_tables_and_writes_the_page(
     folder = ["--image_base_path", str(dataset.train.parent), "--html", str(tmp_path / "s.html")]
     assert main([*words, *folder]) == 0
     said = capsys.readouterr().out
-    assert f"{dataset.train}: format documented, 3 of 6 rows" in said
+    assert f"{dataset.train}: format documented, 3 of 3 rows measured, picked from 6" in said
     assert "padding saved by packing" in said
     page = Page(tmp_path / "s.html")
     assert len(page.of_tag("svg")) == 3 and page.of_tag("rect") and page.of_tag("circle")
     assert "http" not in page.text
+
+
+def test_stats_say_how_many_rows_were_measured_and_end_with_1_where_one_was_not(
+    dataset: DatasetFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "d.jsonl"
+    good = dataset.train.read_text().splitlines()[0]
+    lost = re.sub('"image_path": "[^"]*"', '"image_path": "absent.png"', good)
+    path.write_text("\n".join([good, "{", lost, '{"image_path": "x", "QnA": []}']))
+    words = ["data", "stats", str(path), "--model_name", "tiny", "--image_base_path", str(dataset.train.parent)]
+    assert main([*words, "--html", str(tmp_path / "s.html")]) == 1
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"{path}: format documented, 1 of 4 rows measured"
+    assert last == "3 of 4 rows could not be measured; `looktwice data check` says what is wrong with each"
+    assert "1 of 4 rows measured" in Page(tmp_path / "s.html").text
 
 
 def test_stats_of_a_set_without_any_image_say_so(

@@ -30,10 +30,10 @@ def test_the_spread_of_each_quantity_and_its_sum_are_listed() -> None:
 
 
 def test_the_whole_set_says_what_is_too_long_and_what_packing_saves() -> None:
-    statistics = Statistics(num_rows=4, measures=[measures(length, 0) for length in (100, 300, 5000)])
+    statistics = Statistics(num_rows=4, num_whole_rows=3, measures=[measures(length, 0) for length in (100, 300, 5000)])
     config = StatsConfig(max_length=1000, train_batch_size=2, max_tokens_per_row=800)
     rows = dict(statistics_tables(statistics, config)[1].rows)
-    assert rows["rows"] == "4" and rows["samples"] == "3"
+    assert rows["rows measured"] == "3" and rows["samples"] == "3"
     assert rows["longer than max_length 1,000"] == "1 (33.3 %)"
     assert rows["padded batches of 2"] == "600 tokens"
     assert rows["packed rows of at most 800"] == "400 tokens in 1 row, 50.0 % full"

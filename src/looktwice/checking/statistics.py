@@ -45,9 +45,13 @@ class Measures:
 
 @dataclass(kw_only=True)
 class Statistics:
-    """Measures of the samples of `num_rows` rows; `unmeasured` counts what could not be measured, with first places."""
+    """Measures of the samples of `num_rows` rows; `unmeasured` counts what could not be measured, with first places.
+
+    All of `num_whole_rows` was measured.
+    """
 
     num_rows: int = 0
+    num_whole_rows: int = 0
     measures: list[Measures] = field(default_factory=list)
     unmeasured: Tally = field(default_factory=Tally)
 
@@ -63,6 +67,10 @@ class Statistics:
     def crops_per_answer(self) -> list[int]:
         return [count for one in self.measures for count in one.crops_per_answer]
 
+    @property
+    def num_unmeasured(self) -> int:
+        return sum(self.unmeasured.counts.values())
+
     def read(self, file: SampleFile, rows: Iterable[int], processor: Ovis2_5Processor) -> None:
         """Add the samples of these rows. Broken rows, missing pictures and calls without a crop are counted."""
         size_of = lru_cache(IMAGES_REMEMBERED)(image_size)
@@ -71,6 +79,7 @@ class Statistics:
             self.num_rows += len(chunk)
             laid_out: list[tuple[Sample, Layout]] = []
             for row in chunk:
+                num_before = self.num_unmeasured
                 reading = file.new_reading()
                 samples = file.read_row(row, reading)
                 if reading.problems:
@@ -82,6 +91,7 @@ class Statistics:
                         self.unmeasured.add("a picture that cannot be opened", sample.where)
                     except DataError:
                         self.unmeasured.add("a call that cannot be run", sample.where)
+                self.num_whole_rows += self.num_unmeasured == num_before
             num_tokens = token_counts(processor, (text for _, one in laid_out for text in one.texts))
             self.measures += [_measures(sample, one, num_tokens, processor) for sample, one in laid_out]
 

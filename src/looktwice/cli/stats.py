@@ -12,7 +12,7 @@ from looktwice.model.location import locate
 from looktwice.paths import check_data_file, check_image_folder, check_output_file
 
 
-def run(words: Sequence[str]) -> None:
+def run(words: Sequence[str]) -> int:
     """Measure data files: looktwice data stats FILE... --html stats.html."""
     given, config = read_command(
         run,
@@ -46,10 +46,13 @@ def run(words: Sequence[str]) -> None:
     for path in given["files"]:
         file = SampleFile.of(path, config)
         rows = rows_to_measure(len(file), config.num_rows, config.seed)
-        leads.append(f"{path}: format {file.format.name}, {len(rows):,} of {counted(len(file), 'row')}")
-        console.out(leads[-1])
+        num_before = statistics.num_whole_rows
         bar = track(rows, "measuring", console=notices, transient=True, disable=not notices.is_interactive)
         statistics.read(file, bar, processor)
+        measured = f"{statistics.num_whole_rows - num_before:,} of {counted(len(rows), 'row')} measured"
+        picked = f", picked from {len(file):,}" if len(rows) < len(file) else ""
+        leads.append(f"{path}: format {file.format.name}, {measured}{picked}")
+        console.out(leads[-1])
     tables = statistics_tables(statistics, config)
     for part in titled(tables):
         console.print(part, crop=False)
@@ -61,3 +64,7 @@ def run(words: Sequence[str]) -> None:
         charts = statistics_charts(statistics)
         write_statistics_page(given["html"], title=title, lead=lead, tables=tables, charts=charts)
         console.out(f"\npage: {given['html']}")
+    if num_broken := statistics.num_rows - statistics.num_whole_rows:
+        of_all = f"{num_broken:,} of {counted(statistics.num_rows, 'row')} could not be measured"
+        console.out(f"\n{of_all}; `looktwice data check` says what is wrong with each", style="red")
+    return 1 if num_broken else 0

@@ -122,7 +122,8 @@ class Fields:
             return None
         value = self.values[name]
         if not isinstance(value, str):
-            self.note(name, "wrong_type", f"{kind_of(value)} where a text belongs; write it in quotes")
+            mend = "write it in quotes" if isinstance(value, (int, float)) else "give one text"
+            self.note(name, "wrong_type", f"{kind_of(value)} where a text belongs; {mend}")
         elif not is_unicode(value):
             self.note(
                 name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -21,6 +22,9 @@ from looktwice.geometry import BoxFrame
 from looktwice.paths import check_image_folder
 
 _logger = logging.getLogger(__name__)
+
+SAMPLES_KEPT = 16_384
+"""Samples of rows with several that are remembered, so that a row is read once for all its questions."""
 
 
 class SampleFile:
@@ -49,6 +53,8 @@ class SampleFile:
             raise DataError(f"{path}: the file holds no records; write one JSON object a line")
         self.reading = Reading(image_base_path=Path(image_base_path), answer_key=answer_key, box_frame=box_frame)
         self.format = self._detected() if data_format == "auto" else _named(data_format)
+        self._kept: OrderedDict[int, list[Sample]] = OrderedDict()
+        self._num_kept = 0
 
     @classmethod
     def of(cls, path: str | Path, config: SampleConfig) -> SampleFile:
@@ -114,7 +120,20 @@ class SampleFile:
         if self._ends is None:
             return self.samples_of(number)[0]
         row = int(np.searchsorted(self._ends, number, side="right"))
-        return self.samples_of(row)[number - (int(self._ends[row - 1]) if row else 0)]
+        return self._remembered(row)[number - (int(self._ends[row - 1]) if row else 0)]
+
+    def _remembered(self, row: int) -> list[Sample]:
+        """The samples of a row, kept with those of the rows that were asked for last."""
+        if row in self._kept:
+            self._kept.move_to_end(row)
+            return self._kept[row]
+        samples = self.samples_of(row)
+        if len(samples) > 1:
+            self._kept[row] = samples
+            self._num_kept += len(samples)
+        while self._num_kept > SAMPLES_KEPT and len(self._kept) > 1:
+            self._num_kept -= len(self._kept.popitem(last=False)[1])
+        return samples
 
     @cached_property
     def _ends(self) -> np.ndarray | None:

@@ -80,7 +80,7 @@ def _whole_table(statistics: Statistics, config: StatsConfig) -> Table:
     packing = packing_of(statistics, config)
     filled = packing.num_tokens / max(1, packing.num_packed_rows * config.max_tokens_per_row)
     rows = (
-        ("rows", f"{statistics.num_rows:,}"),
+        ("rows measured", f"{statistics.num_whole_rows:,}"),
         ("samples", f"{len(lengths):,}"),
         ("trained share of the tokens", share_text(num_trained / max(1, sum(lengths)))),
         (f"longer than max_length {config.max_length:,}", _count_of(len(lengths) - len(fitting), len(lengths))),
