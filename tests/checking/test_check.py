@@ -256,6 +256,17 @@ def test_what_workers_saw_is_known_again_in_a_small_file(tmp_path, image_folder,
         assert judge([training], config, processor).counts == {"leaked_question": 1, "leaked_picture": 1}
 
 
+def test_an_image_that_cannot_be_used_is_listed_once_with_its_rows(judged, tmp_path, image_folder, capsys) -> None:
+    lost = [{**row(Q=f"Number {n}?"), "image_path": name} for n in range(4) for name in ("absent.png", "gone.png")]
+    lost.append({"image_path": "absent.png", "QnA": [{**GOOD, "Q": "This?"}, {**GOOD, "Q": "That?"}]})
+    verdict = judged(*lost)
+    assert verdict.counts["picture_missing"] == 9
+    absent, gone = verdict.as_json()["reasons"]["picture_missing"]["first"]
+    assert ("absent.png" in absent["what"], absent["rows"], gone["rows"]) == (True, 5, 4)
+    assert check(tmp_path / "d.jsonl", "--image_base_path", image_folder) == 1
+    assert capsys.readouterr().out.count("(in 5 rows)") == 1
+
+
 def test_a_misspelt_field_is_noted_where_other_rows_have_it_right(judged) -> None:
     verdict = judged(row(answer="a cup"), row(Q="Where?", anser="there"))
     [problem] = verdict.first["ignored_field"]

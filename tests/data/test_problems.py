@@ -65,6 +65,16 @@ def test_boxes_outside_the_rotated_image_are_named(upright: Path) -> None:
     assert gold.startswith("  d.jsonl:1: QnA[0].box: [200, 0, 300, 40]: it lies outside the picture of 200x40; write")
 
 
+def test_an_image_that_cannot_be_used_is_one_problem_of_all_its_rows(tmp_path: Path) -> None:
+    lost = tmp_path / "absent.png"
+    with pytest.raises(DataError) as caught:
+        check(*(sample(lost, line=line) for line in (1, 1, 2, 3)), sample(tmp_path / "gone.png", line=9))
+    head, first, second = str(caught.value).splitlines()
+    assert head == "2 problems in d.jsonl:"
+    assert first.startswith(f"  d.jsonl:1: picture: {lost}: ") and first.endswith(" (in 3 rows)")
+    assert second.startswith("  d.jsonl:9: picture: ") and not second.endswith("rows)")
+
+
 def test_too_thin_depends_on_the_smallest_crop(tmp_path: Path) -> None:
     Image.new("L", (1000, 50)).save(tmp_path / "wide.png")
     thin = sample(tmp_path / "wide.png", "[0, 10, 1000, 12]")

@@ -109,14 +109,17 @@ def test_each_reason_of_a_verdict_has_its_count_its_mend_and_whole_places() -> N
     verdict = Verdict()
     for number in range(PLACES_SHOWN + 1):
         where = f"{PLACE}.jsonl:{number}"
-        verdict.add(Problem(reason="picture_missing", where=where, field="picture", what="no such picture"))
+        for _ in range(number + 1):
+            verdict.add(Problem(reason="picture_missing", where=where, field="picture", what=f"{number}.png: none"))
     verdict.add(Problem(reason="no_call", where=f"{PLACE}.jsonl:9", field="", what="no call"))
     lines = printed(*verdict_lines(verdict), width=40).splitlines()
     assert lines == [
         "reason           training  count",
-        "picture_missing  stops         4",
+        "picture_missing  stops        10",
         "    no file at the path of a picture; check the path and --image_base_path",
-        *(f"    {PLACE}.jsonl:{number}: picture: no such picture" for number in range(PLACES_SHOWN)),
+        f"    {PLACE}.jsonl:0: picture: 0.png: none",
+        f"    {PLACE}.jsonl:1: picture: 1.png: none (in 2 rows)",
+        f"    {PLACE}.jsonl:2: picture: 2.png: none (in 3 rows)",
         "    ...",
         "no_call          note          1",
         f"    {REASONS['no_call'].meaning}; {REASONS['no_call'].mend}",

@@ -29,8 +29,11 @@ PLACES_KEPT = 100
 
 @dataclass(kw_only=True)
 class Verdict:
-    """What was found, counted by reason, with the first places of each; `unchecked`: by flag, what was not checked
-    without it."""
+    """What was found, counted by reason, with the first places of each, a picture once.
+
+    `rows_with` counts the rows of each picture that cannot be used; `unchecked`: by flag, what was not checked without
+    it.
+    """
 
     num_rows: int = 0
     num_samples: int = 0
@@ -39,11 +42,14 @@ class Verdict:
     unchecked: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     first: defaultdict[str, list[Problem]] = field(default_factory=lambda: defaultdict(list))
+    rows_with: Counter[tuple[str, ...]] = field(default_factory=Counter)
     bad_rows: set[int] = field(default_factory=set)
 
     def add(self, problem: Problem) -> None:
         self.counts[problem.reason] += 1
-        if len(self.first[problem.reason]) < PLACES_KEPT:
+        if problem.field == "picture":
+            self.rows_with[problem.cause] += 1
+        if self.rows_with[problem.cause] < 2 and len(self.first[problem.reason]) < PLACES_KEPT:
             self.first[problem.reason].append(problem)
         if problem.is_fatal:
             self.bad_rows.add(hash(problem.where))
@@ -83,7 +89,13 @@ class Verdict:
                     "meaning": REASONS[reason].meaning,
                     "mend": REASONS[reason].mend,
                     "first": [
-                        {"where": one.where, "field": one.field, "what": one.what, "mend": one.mend}
+                        {
+                            "where": one.where,
+                            "field": one.field,
+                            "what": one.what,
+                            "mend": one.mend,
+                            "rows": self.rows_with.get(one.cause, 1),
+                        }
                         for one in self.first[reason]
                     ],
                 }

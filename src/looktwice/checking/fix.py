@@ -23,7 +23,7 @@ from looktwice.config import CheckConfig
 from looktwice.data.problems import Problem
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, counted
-from looktwice.formats.reading import Fields
+from looktwice.formats.reading import Fields, Reading
 from looktwice.formats.sample_file import SampleFile
 from looktwice.formats.writing import write_rows
 from looktwice.geometry import Size
@@ -162,13 +162,15 @@ class Cleaning:
         ]
 
     def fatal_problems(self, values: dict[str, Any], where: str) -> list[Problem]:
-        samples, problems = self.read(values, where)
-        return [one for one in (*problems, *self.examiner.sample_problems(samples)) if one.is_fatal]
+        samples, reading = self.read(values, where)
+        of_partial = self.examiner.partial_problems(reading.partial)
+        problems = (*reading.problems, *of_partial, *self.examiner.sample_problems(samples))
+        return [one for one in problems if one.is_fatal]
 
-    def read(self, values: dict[str, Any], where: str) -> tuple[list[Sample], list[Problem]]:
+    def read(self, values: dict[str, Any], where: str) -> tuple[list[Sample], Reading]:
         reading = self.file.new_reading()
         fields = Fields(values, known=(), where=where, path="", problems=reading.problems)
-        return self.file.format.read(fields, reading), reading.problems
+        return self.file.format.read(fields, reading), reading
 
     def sort_corners(self, values: dict[str, Any], problems: Sequence[Problem], where: str) -> list[Swap]:
         """Put the corners of reversed boxes in order, in place, and give back what was done.

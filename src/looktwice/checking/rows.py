@@ -14,10 +14,12 @@ from looktwice.data.image_files import ImageFacts, Source, decoded, fingerprint,
 from looktwice.data.lengths import over_limit, purposes_of, sequence_lengths, shrunk_policy
 from looktwice.data.problems import (
     SLACK_PX,
+    Partial,
     Problem,
     View,
     calls_of,
     overhang,
+    partial_problems,
     problem_of,
     question_field,
     sample_problems,
@@ -91,10 +93,12 @@ class Examiner:
         reading = file.new_reading()
         samples = [(row, sample) for row in range(rows.start, rows.stop) for sample in file.read_row(row, reading)]
         evidence = FrameEvidence()
-        problems = [*reading.problems, *self.sample_problems([sample for _, sample in samples])]
+        problems = [*reading.problems, *self.partial_problems(reading.partial)]
+        problems += self.sample_problems([sample for _, sample in samples])
         for _, sample in samples:
             self.weigh_boxes(sample, evidence)
         reading.problems.clear()
+        reading.partial.clear()
         briefs = [self.brief(row, sample) for row, sample in samples]
         return Findings(problems=problems, briefs=briefs, reading=reading, evidence=evidence)
 
@@ -115,6 +119,12 @@ class Examiner:
             yield from found
         if self.processor:
             yield from self.token_problems(good, self.processor)
+
+    def partial_problems(self, partial: Sequence[Partial]) -> Iterator[Problem]:
+        """What else is wrong with samples of which something could not be read."""
+        self.look_at(source for one in partial for source in one.sample.image_paths)
+        for one in partial:
+            yield from partial_problems(one, stage=self.config.stage, view=self.view, facts_of=self.facts_of)
 
     def look_at(self, sources: Iterable[Source]) -> None:
         """Read the headers of pictures not seen before."""

@@ -1,6 +1,6 @@
 """Problems: what is wrong at one place of the data, and the judging of a sample by its turns, pictures and boxes.
 
-`data check` tells every problem, training stops at the first that is fatal.
+`data check` tells every problem, training stops at those that are fatal.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from looktwice.answers import find_answer_block, unwrapped
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
@@ -44,6 +45,11 @@ _TOOL_TEXT = re.compile(r"</?\s?(?:tool|function)[_ -]?(?:response|result|output
 _MISSING = re.compile(r"nan|NaN|NAN|NaT|<NA>|#N/A|null|NULL|None|undefined|-?inf|-?Infinity")
 """What programs write for a value that is not there."""
 _COLLECTION = re.compile(r"[\[{].*[\"'].*[\]}]", re.DOTALL)
+_TOLD_BY_READERS = (
+    *(BOX_REASONS[reason] for reason in ("no_box", "wrong_length", "not_a_number", "reversed")),
+    "call_without_picture",
+)
+"""What is wrong with a call that cannot be parsed, or whose picture may be the one that could not be read."""
 RELEASED_FACTOR = 32
 """Pixels a side of a visual token of the released models."""
 
@@ -87,17 +93,39 @@ class Problem:
         words = "; ".join(text for text in (self.what, self.own_mend) if text)
         return ": ".join(text for text in (self.where, self.field, words) if text)
 
+    @property
+    def cause(self) -> tuple[str, ...]:
+        """Equal for problems that are one: of a picture that cannot be used, wherever it is named."""
+        return (self.reason, self.what) if self.field == "picture" else (self.reason, self.what, self.where, self.field)
+
     def __str__(self) -> str:
         return self.place if self.own_mend else f"{self.place}; {self.mend}"
 
 
+class Partial(NamedTuple):
+    """A sample of which something could not be read, for what else is wrong with it."""
+
+    sample: Sample
+    has_all_turns: bool
+
+
 def raise_if_any(problems: Sequence[Problem], subject: object) -> None:
-    """Raise one DataError about `subject` that counts the problems and lists the first 20."""
+    """Raise one DataError about `subject` that counts the problems and lists the first 20, one cause once."""
     if not problems:
         return
-    shown = f", the first {MAX_PROBLEMS_SHOWN}" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-    head = f"{counted(len(problems), 'problem')} in {subject}{shown}:"
-    raise DataError(head, *(f"  {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN]))
+    rows: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
+    for problem in problems:
+        rows[problem.cause].add(problem.where)
+    first = {problem.cause: problem for problem in reversed(problems)}
+    lines = [f"{first[cause]}{in_rows(len(places))}" for cause, places in rows.items()]
+    shown = f", the first {MAX_PROBLEMS_SHOWN}" if len(lines) > MAX_PROBLEMS_SHOWN else ""
+    head = f"{counted(len(lines), 'problem')} in {subject}{shown}:"
+    raise DataError(head, *(f"  {line}" for line in lines[:MAX_PROBLEMS_SHOWN]))
+
+
+def in_rows(number: int) -> str:
+    """How many rows have one problem, said where there are several."""
+    return f" (in {counted(number, 'row')})" if number > 1 else ""
 
 
 class Tally:
@@ -159,19 +187,28 @@ class View:
 
 
 def refuse(
-    samples: Sequence[Sample], subject: object, *, stage: Stage, view: View, decode: bool = False
+    samples: Sequence[Sample],
+    subject: object,
+    *,
+    stage: Stage,
+    view: View,
+    decode: bool = False,
+    known: Sequence[Problem] = (),
+    partial: Sequence[Partial] = (),
 ) -> Counter[str]:
     """Raise one DataError about `subject` that counts all that is fatal in samples and lists the first 20.
 
-    Gives back how often there is what is not fatal, by reason. With `decode` each picture is decoded to its end, once;
+    `known` are problems found before, `partial` the samples that have them. Gives back how often there is what is not
+    fatal, by reason. With `decode` each picture is decoded to its end, once;
     without it headers are believed, since who uses the samples decodes them.
     """
-    sources = list(dict.fromkeys(source for sample in samples for source in sample.image_paths))
-    facts = dict(zip(sources, inspect_all(sources, decoded if decode else measured)))
+    of_partial = (one.sample for one in partial)
+    sources = list(dict.fromkeys(source for sample in (*samples, *of_partial) for source in sample.image_paths))
+    facts_of = dict(zip(sources, inspect_all(sources, decoded if decode else measured))).__getitem__
     problems = [
-        problem
-        for sample in samples
-        for problem in sample_problems(sample, stage=stage, view=view, facts_of=facts.__getitem__)
+        *known,
+        *(one for part in partial for one in partial_problems(part, stage=stage, view=view, facts_of=facts_of)),
+        *(one for sample in samples for one in sample_problems(sample, stage=stage, view=view, facts_of=facts_of)),
     ]
     raise_if_any([problem for problem in problems if problem.is_fatal], subject)
     return Counter(problem.reason for problem in problems)
@@ -187,6 +224,17 @@ def sample_problems(
     yield from call_box_problems(sample, view, first)
     if first:
         yield from gold_problems(sample, first)
+
+
+def partial_problems(
+    partial: Partial, *, stage: Stage, view: View, facts_of: Callable[[Source], ImageFacts]
+) -> Iterator[Problem]:
+    """What else is fatal in a sample of which something could not be read, and does not follow from that."""
+    told = _TOLD_BY_READERS if partial.has_all_turns else (*_TOLD_BY_READERS, "no_target", "no_gold_answer")
+    if partial.sample.conversation.messages:
+        for problem in sample_problems(partial.sample, stage=stage, view=view, facts_of=facts_of):
+            if problem.is_fatal and problem.reason not in told:
+                yield problem
 
 
 def turn_problems(sample: Sample, stage: Stage, view: View) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ What we write has lists of parts only, because tables (Parquet, Arrow) need one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
@@ -67,13 +68,11 @@ def read(row: Fields, reading: Reading) -> list[Sample]:
         if values is not None
     ]
     answer_field = f"messages[{max(0, len(messages) - 1)}].content"
-    sample = finish(
-        row, [message for message in messages if message], reading, answer_field=answer_field, frames=frames
-    )
+    sample = finish(row, messages, reading, answer_field=answer_field, frames=frames)
     return [sample] if sample else []
 
 
-def _message(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> Message | None:
+def _message(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> Message:
     role = fields.text("role")
     if role is not None and role not in ROLES:
         what = f'"{short(role)}" is no role; write one of {", ".join(ROLES)}.{nearest(role, ROLES)}'
@@ -81,17 +80,15 @@ def _message(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> Message
     parts = list(_parts(fields, reading, frames, is_assistant=role == "assistant"))
     if fields.is_good and not any(isinstance(part, ImagePart) or part.text.strip() for part in parts):
         fields.note("content", "empty_text", "the message is empty; fill it in or remove it")
+    message = Message(role=ROLES.get(role or "", "user"), parts=tuple(parts))
+    if fields.is_good and role == "assistant":
+        for reason, problem in call_syntax_faults(text_of(message)):
+            fields.note("content", reason, problem)
     fields.known = (*fields.known, "train", "weight")
     is_trained = fields.flag("train") & fields.flag("weight")
     for name in fields.extra():
         reading.ignored.add(f'"{name}" of a message', fields.where)
-    if not fields.is_good:
-        return None
-    message = Message(role=ROLES[str(role)], parts=tuple(parts), is_trained=is_trained)
-    if role == "assistant":
-        for reason, problem in call_syntax_faults(text_of(message)):
-            fields.note("content", reason, problem)
-    return message
+    return replace(message, is_trained=is_trained)
 
 
 def _parts(fields: Fields, reading: Reading, frames: set[BoxFrame], *, is_assistant: bool) -> Iterator[Part]:

@@ -28,7 +28,7 @@ from looktwice.errors import nearest, short
 from looktwice.formats.escaping import Mark
 from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
 from looktwice.formats.writing import Writing
-from looktwice.messages import ImagePart, Message, Role, TextPart, system
+from looktwice.messages import ImagePart, Message, Role, TextPart, system, user
 
 IMAGE_PLACE, VIDEO_PLACE = "<image>", "<video>"
 _IMAGE_FIELDS = ("image", "images")
@@ -36,6 +36,10 @@ _OTHER_MEDIA = ("video", "videos", "video_frames", "audio", "audios")
 MEDIA_FIELDS = (*_IMAGE_FIELDS, *_OTHER_MEDIA)
 """Fields of a row for what stands in its turns."""
 _PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
+
+
+Turn = tuple[Message | None, str | None]
+"""A turn without its parts, and its text; None for what could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,23 +127,34 @@ def read_swift(row: Fields, reading: Reading) -> list[Sample]:
 def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
     row.known = dialect.known
     dialect = _spoken(row, dialect)
-    images = list(_images(row, reading.image_base_path))
+    images = _images(row, reading.image_base_path)
     for name in _OTHER_MEDIA:
         if row.values.get(name):
             row.note(name, "video", "videos and sounds cannot be trained on here; remove the row")
     example = f'{{"{dialect.role}": …, "{dialect.text}": …}}'
     turns = [
-        turn
+        (None, None)
+        if values is None
+        else _turn(row.inside(values, known=(), path=f"{dialect.turns}[{index}]."), reading, dialect)
         for index, values in enumerate(row.objects(dialect.turns, example))
-        if values is not None
-        and (turn := _turn(row.inside(values, known=(), path=f"{dialect.turns}[{index}]."), reading, dialect))
     ]
-    num_places = sum(value.count(IMAGE_PLACE) for _, value in turns)
-    first_question = next((number for number, (message, _) in enumerate(turns) if message.role == "user"), None)
+    messages = _placed(row, turns, images, dialect)
+    if row.values.get("system") and (text := row.text("system")) is not None:
+        messages.insert(0, system(text))
+    last = max(0, len(turns) - 1)
+    sample = finish(row, messages, reading, answer_field=f"{dialect.turns}[{last}].{dialect.text}")
+    return [sample] if sample else []
+
+
+def _placed(row: Fields, turns: Sequence[Turn], images: Sequence[str | Path | None], dialect: Dialect) -> list[Message]:
+    """The turns with their pictures in their places; where these are not known, all pictures stand before them."""
+    read = [(message, value) for message, value in turns if message is not None and value is not None]
+    num_places = sum(value.count(IMAGE_PLACE) for _, value in read)
+    first_question = next((number for number, (message, _) in enumerate(read) if message.role == "user"), None)
     if images and num_places == 0 and not dialect.is_place_needed and first_question is not None:
-        message, value = turns[first_question]
-        turns[first_question] = message, f"{IMAGE_PLACE}\n" * len(images) + value
-    elif row.is_good and num_places != len(images):
+        message, value = read[first_question]
+        read[first_question] = message, f"{IMAGE_PLACE}\n" * len(images) + value
+    elif num_places != len(images) and len(read) == len(turns):
         row.note(
             dialect.turns,
             "placeholder_count",
@@ -147,12 +162,9 @@ def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
             f"{_PLACE_MARK.escape(IMAGE_PLACE)} for the word",
         )
     upcoming = iter(images)
-    messages = [_with_images(message, value, upcoming) for message, value in turns] if row.is_good else []
-    if row.values.get("system") and (text := row.text("system")) is not None:
-        messages.insert(0, system(text))
-    last = max(0, len(turns) - 1)
-    sample = finish(row, messages, reading, answer_field=f"{dialect.turns}[{last}].{dialect.text}")
-    return [sample] if sample else []
+    messages = [_with_images(message, value, upcoming) for message, value in read]
+    unplaced = [image for image in upcoming if image is not None]
+    return [user("", *unplaced), *messages] if unplaced else messages
 
 
 def _spoken(row: Fields, dialect: Dialect) -> Dialect:
@@ -164,22 +176,20 @@ def _spoken(row: Fields, dialect: Dialect) -> Dialect:
     return dialect
 
 
-def _images(row: Fields, image_base_path: Path) -> Iterator[str | Path]:
+def _images(row: Fields, image_base_path: Path) -> list[str | Path | None]:
+    """The pictures of the row, None for one that could not be read."""
     name = "images" if row.is_given("images") else "image"
     written = row.values.get(name)
     if written is None or written == []:
-        return
+        return []
     if row.is_given("image") and row.is_given("images"):
         row.note("images", "pictures_twice", 'beside "image"; write all pictures in one of them')
     places = {f"{name}[{index}]": one for index, one in enumerate(written)} if isinstance(written, list) else {}
     inside = row.inside(places or {name: written}, known=(), path="")
-    for place in inside.values:
-        image = inside.image(place, image_base_path)
-        if image is not None:
-            yield image
+    return [inside.image(place, image_base_path) for place in inside.values]
 
 
-def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, str] | None:
+def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> Turn:
     """A turn without its parts, and its text as written."""
     fields.known = (dialect.role, dialect.text, *dialect.marks)
     role = fields.text(dialect.role)
@@ -187,14 +197,14 @@ def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, 
         known = ", ".join(dialect.roles)
         hint = nearest(role, dialect.roles)
         fields.note(dialect.role, "unknown_role", f'"{short(role)}" is no role; write one of {known}.{hint}')
-        return None
-    name, is_trained = dialect.roles[role] if role else ("user", True)
+    name, is_trained = dialect.roles.get(role or "", ("user", True))
     value = _text(fields, reading, dialect, name)
     is_kept = all([fields.flag(mark) for mark in dialect.marks])
     for unknown in fields.extra():
         reading.ignored.add(f'"{unknown}" of a turn', fields.where)
-    if role is None or value is None:
-        return None
+    message = Message(role=name, parts=(), is_trained=is_trained and is_kept)
+    if role not in dialect.roles or value is None:
+        return message, value
     if VIDEO_PLACE in value:
         fields.note(
             dialect.text,
@@ -204,7 +214,7 @@ def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, 
     if name == "assistant":
         for reason, problem in call_syntax_faults(value):
             fields.note(dialect.text, reason, problem)
-    return Message(role=name, parts=(), is_trained=is_trained and is_kept), value
+    return message, value
 
 
 def _text(fields: Fields, reading: Reading, dialect: Dialect, role: Role) -> str | None:
@@ -232,14 +242,14 @@ def _text(fields: Fields, reading: Reading, dialect: Dialect, role: Role) -> str
     return glue_of(Message(role=role, parts=())).join(pieces) if fields.is_good else None
 
 
-def _with_images(message: Message, value: str, images: Iterator[str | Path]) -> Message:
+def _with_images(message: Message, value: str, images: Iterator[str | Path | None]) -> Message:
     """The turn with its text cut at the places of its pictures."""
     pieces = value.split(IMAGE_PLACE)
     last = len(pieces) - 1
     parts: list[Part] = []
     for number, piece in enumerate(pieces):
-        if number:
-            parts.append(ImagePart(source=next(images)))
+        if number and (image := next(images, None)) is not None:
+            parts.append(ImagePart(source=image))
         if message.role != "assistant" and last:
             if piece == "" or (piece == "\n" and 0 < number < last):
                 continue

@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 from looktwice.calls import WRITTEN_CALL, format_call, parse_call
+from looktwice.data.problems import Partial
 from looktwice.data.reasons import BOX_REASONS
 from looktwice.data.sample import Sample
 from looktwice.errors import BoxError, short
@@ -62,15 +63,16 @@ def read(row: Fields, reading: Reading) -> list[Sample]:
     for index, question in enumerate(questions):
         if question is not None:
             fields = row.inside({**gold, **question}, known=(), path=f"QnA[{index}].")
-            # read also where the picture is missing, so that all problems of the row are named at once
-            sample = _read_question(fields, image or Path(), row.extra(), reading)
+            sample = _read_question(fields, image, row.extra(), reading)
             if sample and image:
                 samples.append(sample)
+            elif sample:
+                reading.partial.append(Partial(sample, has_all_turns=True))
     return samples
 
 
 def _read_question(
-    fields: Fields, image: str | Path, row_extra: Mapping[str, object], reading: Reading
+    fields: Fields, image: str | Path | None, row_extra: Mapping[str, object], reading: Reading
 ) -> Sample | None:
     keys = (reading.answer_key,) if reading.answer_key else ANSWER_FIELDS
     answer_field = next((name for name in keys if fields.is_given(name)), keys[0])
@@ -86,7 +88,7 @@ def _read_question(
         reading.ignored.add(f'"{name}" of the row, because its question has its own', fields.where)
     return finish(
         fields,
-        (user(question, image), assistant(_CROP_MARK.unescape(response))),
+        (user(question, *([image] if image else [])), assistant(_CROP_MARK.unescape(response))),
         reading,
         answer_field=answer_field,
         extra={**row_extra, **fields.extra()},
@@ -122,12 +124,11 @@ def crops_to_calls(text: str) -> tuple[str, list[tuple[str, str]]]:
         elif not brackets or set("[]") & set(_BRACKET.sub("", written)):
             problems.append(("crop_command", f"{name}: a bracket has no partner; write {{Crop name [x1, y1, x2, y2]}}"))
         else:
-            try:
-                for bracket in brackets:
-                    parse_call(bracket)
-            except BoxError as error:
-                problems.append((BOX_REASONS[error.reason], f"{name}: {error}; mend the box or remove the command"))
-            else:
+            faults = [error for bracket in brackets if (error := _box_fault(bracket))]
+            problems.extend(
+                (BOX_REASONS[one.reason], f"{name}: {one}; mend the box or remove the command") for one in faults
+            )
+            if not faults:
                 return "".join(format_call(part.strip() for part in box[1:-1].split(",")) for box in brackets)
         return written
 
@@ -135,6 +136,14 @@ def crops_to_calls(text: str) -> tuple[str, list[tuple[str, str]]]:
     pieces[::2] = [_CROP.sub(call, piece) for piece in pieces[::2]]
     response = "".join(pieces)
     return response, problems + call_syntax_faults(response)
+
+
+def _box_fault(bracket: str) -> BoxError | None:
+    try:
+        parse_call(bracket)
+    except BoxError as error:
+        return error
+    return None
 
 
 def write(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from looktwice.answers import find_answer_block, unwrapped
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, parse_call, split_calls
-from looktwice.data.problems import Problem, Tally
+from looktwice.data.problems import Partial, Problem, Tally
 from looktwice.data.reasons import BOX_REASONS
 from looktwice.data.sample import Sample, joined, response_of
 from looktwice.errors import BoxError, ImageError, nearest, short
@@ -40,6 +40,11 @@ FLOAT32_DIGITS, FLOAT32_LIMIT = 15, 3e38
 """Digits from which on a float32 is taken for a number that a table has rounded, and the end of its range."""
 PLAIN_DIGITS = 16
 """Digits before or after the point up to which a number is written without exponent."""
+_BESIDE_TURNS = frozenset(
+    {*BOX_REASONS.values(), "crop_command", "call_not_closed", "web_address", "data_url", "placeholder_count"}
+    | {"pictures_twice", "unknown_frame", "mixed_frames"}
+)
+"""What may be wrong with a row all of whose turns were read."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +54,8 @@ class Reading:
     `answer_key` is the field of a documented question that holds its answer; `box_frame` the frame of boxes whose row
     does not say. `misspelt` counts names close to an optional
     field that their row lacks, `ignored` are names below the row that have no meaning, `unused` those of rows, which
-    go along when a file is converted; `changed` is what is read otherwise than it is written.
+    go along when a file is converted; `changed` is what is read otherwise than it is written. `partial` are the samples
+    with problems, as far as they could be read.
     """
 
     image_base_path: Path
@@ -60,6 +66,7 @@ class Reading:
     ignored: Tally = field(default_factory=Tally)
     unused: Tally = field(default_factory=Tally)
     changed: Tally = field(default_factory=Tally)
+    partial: list[Partial] = field(default_factory=list)
 
 
 class Fields:
@@ -79,8 +86,12 @@ class Fields:
         self._num_before = len(problems)
 
     @property
+    def noted(self) -> list[Problem]:
+        """The problems noted since the reading of this object began."""
+        return self.problems[self._num_before :]
+
+    @property
     def is_good(self) -> bool:
-        """Whether no problem was noted since the reading of this object began."""
         return len(self.problems) == self._num_before
 
     def inside(self, values: Mapping[str, object], *, known: Sequence[str], path: str) -> Fields:
@@ -213,7 +224,7 @@ def finish(
     frames: Iterable[BoxFrame] = (),
     extra: Mapping[str, object] | None = None,
 ) -> Sample | None:
-    """The sample of a row whose messages were read, with its gold fields; None where a problem was noted by then.
+    """The sample of a row whose messages were read, with its gold fields; a partial one where a problem was noted.
 
     `frames` were found beside single boxes; `answer_field` is the place of the last answer in the object of `row`.
     """
@@ -240,7 +251,11 @@ def finish(
     for name in extra if row.is_good else ():
         if not _RECORD_NAME.fullmatch(name) and not _hint(name, absent):
             reading.unused.add(f'"{short(name)}"', ": ".join(filter(None, (row.where, row.path.rstrip(".")))))
-    return sample if row.is_good else None
+    if row.is_good:
+        return sample
+    has_all_turns = all(problem.reason in _BESIDE_TURNS for problem in row.noted)
+    reading.partial.append(Partial(sample, has_all_turns))
+    return None
 
 
 @lru_cache(maxsize=1024)

@@ -98,16 +98,21 @@ class SampleFile:
 
         Raises one DataError that counts all problems of these rows and lists the first 20.
         """
+        samples, reading = self.read_noting(limit=limit)
+        raise_if_any(reading.problems, self.path)
+        return samples
+
+    def read_noting(self, *, limit: int | None = None) -> tuple[list[Sample], Reading]:
+        """As `read`, with the problems of these rows in place of an error; what means nothing in them is logged."""
         reading = self.new_reading()
         samples: list[Sample] = []
         for row in range(len(self)):
             if limit is not None and len(samples) >= limit:
                 break
             samples += self.read_row(row, reading)
-        raise_if_any(reading.problems, self.path)
         for warning in unused_names(reading):
             _logger.warning("%s: %s", self.path, warning)
-        return samples
+        return samples, reading
 
     @property
     def num_samples(self) -> int:

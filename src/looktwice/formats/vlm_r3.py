@@ -57,7 +57,7 @@ def read(row: Fields, reading: Reading) -> list[Sample]:
     row.known = KNOWN
     image = row.image("image_path", reading.image_base_path)
     question = row.text("question")
-    messages = [user(question or "", image or "")]
+    messages = [user(question or "", *([image] if image else []))]
     answer_field = "question"
     if row.is_given("response_list"):
         answer_field = "response_list"

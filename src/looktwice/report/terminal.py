@@ -10,7 +10,7 @@ from rich.text import Text
 
 from looktwice.checking.check import Verdict
 from looktwice.console import whole_line
-from looktwice.data.problems import PLACES_SHOWN
+from looktwice.data.problems import PLACES_SHOWN, in_rows
 from looktwice.data.reasons import REASONS
 from looktwice.report.sample_view import ImageView, SampleView
 from looktwice.report.tables import Table, token_table
@@ -58,8 +58,9 @@ def verdict_lines(verdict: Verdict) -> Iterator[RenderableType]:
         style, training = ("red", "stops") if reason.is_fatal else ("yellow", "note")
         yield whole_line((f"{name:{width}}  {training:8}", style), f"  {count:5,}")
         yield whole_line((f"    {reason.meaning}; {reason.mend}", "bold"))
-        yield from (whole_line(f"    {problem.place}") for problem in verdict.first[name][:PLACES_SHOWN])
-        if count > PLACES_SHOWN:
+        for problem in verdict.first[name][:PLACES_SHOWN]:
+            yield whole_line(f"    {problem.place}{in_rows(verdict.rows_with.get(problem.cause, 1))}")
+        if len(verdict.first[name]) > PLACES_SHOWN:
             yield whole_line("    ...")
 
 

@@ -65,8 +65,16 @@ def load_samples(
     """The samples of a file and what became of those that were too long; of a large file that is seen later."""
     file = SampleFile.of(path, data)
     is_large = file.num_samples > CHECKED_AT_START
-    samples = file.read(limit=CHECKED_AT_START)
-    notes = refuse(samples, path, stage=stage, view=View.of(processor), decode=True)
+    samples, reading = file.read_noting(limit=CHECKED_AT_START)
+    notes = refuse(
+        samples,
+        path,
+        stage=stage,
+        view=View.of(processor),
+        decode=True,
+        known=reading.problems,
+        partial=reading.partial,
+    )
     if notes:
         listed = ", ".join(f"{count} x {reason}" for reason, count in notes.most_common())
         print(f"{path}: to look at: {listed}; `looktwice data check` says where and what")
