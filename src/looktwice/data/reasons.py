@@ -36,6 +36,9 @@ REASONS: dict[str, Reason] = {
     "empty_text": _fatal("a text, message or list without content", "fill it in or remove the row"),
     "broken_unicode": _fatal("half of a surrogate pair in a text", "write the whole character"),
     "ignored_field": _note("a field that means nothing in this format", "remove it, or mend its name"),
+    "other_training": _fatal(
+        "a row for another kind of training, such as DPO, KTO or pretraining", "write a question and an answer"
+    ),
     # turns and parts
     "unknown_role": _fatal("a role that does not exist", "write system, user or assistant as the format has them"),
     "unknown_part": _fatal("a part of a message that cannot stand there", "write text, image, or crop in an answer"),

@@ -11,7 +11,7 @@ from looktwice.calls import WRITTEN_CALL
 from looktwice.config import DataFormat
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, short
-from looktwice.formats import chat, conversations, documented, vlm_r3
+from looktwice.formats import chat, conversations, documented, spellings, vlm_r3
 from looktwice.formats.reading import Fields, Reading
 from looktwice.formats.writing import Writing
 
@@ -41,9 +41,9 @@ class Format:
 _ALL = (
     Format(
         name="swift",
-        description="messages with images beside them",
-        fits=conversations.is_swift,
-        read=conversations.read_swift,
+        description="messages, or question and answer, with images beside them",
+        fits=spellings.fits,
+        read=spellings.read,
         write=conversations.write_swift,
     ),
     Format(
@@ -107,7 +107,7 @@ def detect(rows: Iterable[Mapping[str, object]], path: object) -> Format:
     for values in rows:
         seen.update([next((name for name, format in FORMATS.items() if format.fits(values)), "")])
         names.update(values.keys())
-        inner = next((name for name, value in values.items() if isinstance(value, list) and not inner), inner)
+        inner = inner or next((name for name, value in values.items() if _are_rows(value)), "")
     found = [name for name in FORMATS if seen[name]]
     if tuple(found) in MAY_LACK_THE_SIGN:
         found = found[:1]
@@ -122,3 +122,8 @@ def detect(rows: Iterable[Mapping[str, object]], path: object) -> Format:
     known = "; ".join(f"{format.name}: {format.description}" for format in FORMATS.values())
     hint = f' If the rows are the list under "{short(inner)}", write it alone into a file.' if inner else ""
     raise DataError(f"{path}: no format fits, the rows have {given}; known are {known}.{hint}")
+
+
+def _are_rows(value: object) -> bool:
+    first = next(iter(value), None) if isinstance(value, list) else None
+    return isinstance(first, dict) and any(format.fits(first) for format in FORMATS.values())

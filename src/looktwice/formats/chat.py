@@ -25,6 +25,7 @@ from looktwice.data.reasons import BOX_REASONS
 from looktwice.data.sample import Part, Sample, text_of
 from looktwice.errors import BoxError, nearest, short
 from looktwice.formats.conversations import MEDIA_FIELDS
+from looktwice.formats.other_training import note_other_training
 from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
 from looktwice.formats.writing import Writing
 from looktwice.geometry import BoxFrame, check_box
@@ -57,18 +58,27 @@ def is_openai(values: Mapping[str, object]) -> bool:
 
 def read(row: Fields, reading: Reading) -> list[Sample]:
     row.known = KNOWN
+    note_other_training(row)
+    return read_lists(row, reading, ["messages"])
+
+
+def read_lists(row: Fields, reading: Reading, lists: Sequence[str]) -> list[Sample]:
+    """The sample of a row whose messages are listed in these fields, one after the other."""
     for name in MEDIA_FIELDS:  # of another format, see `conversations.SWIFT`
         if row.values.get(name):
             what = "beside the messages, as in the format swift; give --from swift, or name each picture in its message"
             row.note(name, "pictures_twice", what)
     frames: set[BoxFrame] = set()
+    listed = [
+        (f"{name}[{index}].", values) for name in lists for index, values in enumerate(row.objects(name, _EXAMPLE))
+    ]
     messages = [
-        _message(row.inside(values, known=("role", "content"), path=f"messages[{index}]."), reading, frames)
-        for index, values in enumerate(row.objects("messages", _EXAMPLE))
+        _message(row.inside(values, known=("role", "content"), path=path), reading, frames)
+        for path, values in listed
         if values is not None
     ]
-    answer_field = f"messages[{max(0, len(messages) - 1)}].content"
-    sample = finish(row, messages, reading, answer_field=answer_field, frames=frames)
+    last = listed[-1][0] if listed else f"{lists[-1]}[0]."
+    sample = finish(row, messages, reading, answer_field=f"{last}content", frames=frames)
     return [sample] if sample else []
 
 

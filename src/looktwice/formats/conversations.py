@@ -26,14 +26,15 @@ from pathlib import Path
 from looktwice.data.sample import Part, Sample, glue_of
 from looktwice.errors import nearest, short
 from looktwice.formats.escaping import Mark
+from looktwice.formats.other_training import note_other_training
 from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
 from looktwice.formats.writing import Writing
 from looktwice.messages import ImagePart, Message, Role, TextPart, system, user
 
 IMAGE_PLACE, VIDEO_PLACE = "<image>", "<video>"
-_IMAGE_FIELDS = ("image", "images")
+IMAGE_FIELDS = ("image", "images")
 _OTHER_MEDIA = ("video", "videos", "video_frames", "audio", "audios")
-MEDIA_FIELDS = (*_IMAGE_FIELDS, *_OTHER_MEDIA)
+MEDIA_FIELDS = (*IMAGE_FIELDS, *_OTHER_MEDIA)
 """Fields of a row for what stands in its turns."""
 _PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
 
@@ -116,33 +117,52 @@ def read_sharegpt(row: Fields, reading: Reading) -> list[Sample]:
 
 
 def read_swift(row: Fields, reading: Reading) -> list[Sample]:
+    note_objects(row)
+    return _read(row, reading, SWIFT)
+
+
+def note_objects(row: Fields) -> None:
+    """Note ms-swift's boxes beside the messages."""
     objects = row.values.get("objects")
     if any(objects.values()) if isinstance(objects, dict) else objects:
         row.note(
             "objects", "unknown_part", "boxes beside the messages are not read; write them into the texts as they are"
         )
-    return _read(row, reading, SWIFT)
 
 
 def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
     row.known = dialect.known
+    note_other_training(row)
     dialect = _spoken(row, dialect)
+    example = f'{{"{dialect.role}": …, "{dialect.text}": …}}'
+    turns = [
+        (None if values is None else row.inside(values, known=(), path=f"{dialect.turns}[{index}]."), dialect.text)
+        for index, values in enumerate(row.objects(dialect.turns, example))
+    ]
+    return read_turns(row, turns, reading, dialect)
+
+
+def read_turns(
+    row: Fields, turns: Sequence[tuple[Fields | None, str]], reading: Reading, dialect: Dialect
+) -> list[Sample]:
+    """The sample of a row with pictures beside its turns, each an object and the field of its text.
+
+    None stands for what is no object, whose problem is noted by then.
+    """
     images = _images(row, reading.image_base_path)
     for name in _OTHER_MEDIA:
         if row.values.get(name):
             row.note(name, "video", "videos and sounds cannot be trained on here; remove the row")
-    example = f'{{"{dialect.role}": …, "{dialect.text}": …}}'
-    turns = [
-        (None, None)
-        if values is None
-        else _turn(row.inside(values, known=(), path=f"{dialect.turns}[{index}]."), reading, dialect)
-        for index, values in enumerate(row.objects(dialect.turns, example))
+    read = [
+        (None, None) if fields is None else _turn(fields, reading, replace(dialect, text=text))
+        for fields, text in turns
     ]
-    messages = _placed(row, turns, images, dialect)
+    messages = _placed(row, read, images, dialect)
     if row.values.get("system") and (text := row.text("system")) is not None:
         messages.insert(0, system(text))
-    last = max(0, len(turns) - 1)
-    sample = finish(row, messages, reading, answer_field=f"{dialect.turns}[{last}].{dialect.text}")
+    last, text = turns[-1] if turns else (None, dialect.text)
+    place = f"{dialect.turns}[{max(0, len(turns) - 1)}].{text}" if last is None else f"{last.path}{text}"
+    sample = finish(row, messages, reading, answer_field=place.removeprefix(row.path))
     return [sample] if sample else []
 
 
@@ -219,7 +239,7 @@ def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> Turn:
 
 def _text(fields: Fields, reading: Reading, dialect: Dialect, role: Role) -> str | None:
     """The text of a turn; of a list of parts the text that says the same."""
-    if dialect.turns != SWIFT.turns or not isinstance(fields.values.get(dialect.text), list):
+    if dialect.text != SWIFT.text or not isinstance(fields.values.get(dialect.text), list):
         return fields.text(dialect.text)
     pieces: list[str] = []
     for index, values in enumerate(fields.objects(dialect.text, '{"type": "text", "text": …}')):
