@@ -27,6 +27,7 @@ from looktwice.errors import BoxError, nearest, short
 from looktwice.formats.conversations import MEDIA_FIELDS
 from looktwice.formats.other_training import note_other_training
 from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
+from looktwice.formats.tool_calls import Beside, answers, are_trained, around, beside
 from looktwice.formats.writing import Writing
 from looktwice.geometry import BoxFrame, check_box
 from looktwice.messages import ImagePart, Message, Role, TextPart
@@ -72,23 +73,37 @@ def read_lists(row: Fields, reading: Reading, lists: Sequence[str]) -> list[Samp
     listed = [
         (f"{name}[{index}].", values) for name in lists for index, values in enumerate(row.objects(name, _EXAMPLE))
     ]
-    messages = [
-        _message(row.inside(values, known=("role", "content"), path=path), reading, frames)
-        for path, values in listed
-        if values is not None
-    ]
+    turns = [row.inside(values, known=("role", "content"), path=path) for path, values in listed if values is not None]
+    messages = [_message(answer, reading, frames) for answer in answers(turns)]
     last = listed[-1][0] if listed else f"{lists[-1]}[0]."
     sample = finish(row, messages, reading, answer_field=f"{last}content", frames=frames)
     return [sample] if sample else []
 
 
-def _message(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> Message:
+def _message(turns: Sequence[Fields], reading: Reading, frames: set[BoxFrame]) -> Message:
+    """One message, or the turns of an answer around those of its tools as one."""
+    read = [_turn(fields, reading, frames) for fields in turns]
+    parts: list[Part] = []
+    for (message, _), (before, after) in zip(read, around([told for _, told in read])):
+        parts += [TextPart(text=before)] if before else []
+        parts += message.parts  # type: ignore[arg-type]
+        parts += [TextPart(text=after)] if after else []
+    is_trained = are_trained(turns, [message.is_trained for message, _ in read])
+    return replace(read[0][0], parts=tuple(parts), is_trained=is_trained)
+
+
+def _turn(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> tuple[Message, Beside]:
     role = fields.text("role")
     if role is not None and role not in ROLES:
         what = f'"{short(role)}" is no role; write one of {", ".join(ROLES)}.{nearest(role, ROLES)}'
         fields.note("role", "unknown_role", what)
+    told = beside(fields, reading) if role == "assistant" else Beside()
     parts = list(_parts(fields, reading, frames, is_assistant=role == "assistant"))
-    if fields.is_good and not any(isinstance(part, ImagePart) or part.text.strip() for part in parts):
+    if (
+        fields.is_good
+        and not told.calls
+        and not any(isinstance(part, ImagePart) or part.text.strip() for part in parts)
+    ):
         fields.note("content", "empty_text", "the message is empty; fill it in or remove it")
     message = Message(role=ROLES.get(role or "", "user"), parts=tuple(parts))
     if fields.is_good and role == "assistant":
@@ -98,11 +113,13 @@ def _message(fields: Fields, reading: Reading, frames: set[BoxFrame]) -> Message
     is_trained = fields.flag("train") & fields.flag("weight")
     for name in fields.extra():
         reading.ignored.add(f'"{name}" of a message', fields.where)
-    return replace(message, is_trained=is_trained)
+    return replace(message, is_trained=is_trained), told
 
 
 def _parts(fields: Fields, reading: Reading, frames: set[BoxFrame], *, is_assistant: bool) -> Iterator[Part]:
     content = fields.values.get("content")
+    if is_assistant and not content and fields.values.get("tool_calls"):
+        return
     if not isinstance(content, list):
         text = fields.text("content")
         if text is not None:

@@ -28,6 +28,7 @@ from looktwice.errors import nearest, short
 from looktwice.formats.escaping import Mark
 from looktwice.formats.other_training import note_other_training
 from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
+from looktwice.formats.tool_calls import Beside, answers, are_trained, around, beside
 from looktwice.formats.writing import Writing
 from looktwice.messages import ImagePart, Message, Role, TextPart, system, user
 
@@ -39,8 +40,8 @@ MEDIA_FIELDS = (*IMAGE_FIELDS, *_OTHER_MEDIA)
 _PLACE_MARK = Mark("<", "lt;", "(?:image|video)>")
 
 
-Turn = tuple[Message | None, str | None]
-"""A turn without its parts, and its text; None for what could not be read."""
+Turn = tuple[Message, str | None]
+"""A turn without its parts, and its text; None for one that could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +137,14 @@ def _read(row: Fields, reading: Reading, dialect: Dialect) -> list[Sample]:
     dialect = _spoken(row, dialect)
     example = f'{{"{dialect.role}": …, "{dialect.text}": …}}'
     turns = [
-        (None if values is None else row.inside(values, known=(), path=f"{dialect.turns}[{index}]."), dialect.text)
+        None if values is None else row.inside(values, known=(dialect.text,), path=f"{dialect.turns}[{index}].")
         for index, values in enumerate(row.objects(dialect.turns, example))
     ]
     return read_turns(row, turns, reading, dialect)
 
 
-def read_turns(
-    row: Fields, turns: Sequence[tuple[Fields | None, str]], reading: Reading, dialect: Dialect
-) -> list[Sample]:
-    """The sample of a row with pictures beside its turns, each an object and the field of its text.
+def read_turns(row: Fields, turns: Sequence[Fields | None], reading: Reading, dialect: Dialect) -> list[Sample]:
+    """The sample of a row with pictures beside its turns, each an object that knows the field of its text.
 
     None stands for what is no object, whose problem is noted by then.
     """
@@ -153,28 +152,27 @@ def read_turns(
     for name in _OTHER_MEDIA:
         if row.values.get(name):
             row.note(name, "video", "videos and sounds cannot be trained on here; remove the row")
-    read = [
-        (None, None) if fields is None else _turn(fields, reading, replace(dialect, text=text))
-        for fields, text in turns
-    ]
-    messages = _placed(row, read, images, dialect)
+    read = [_message(answer, reading, dialect) for answer in answers(filter(None, turns))]
+    messages = _placed(row, read, images, dialect, is_whole=None not in turns)
     if row.values.get("system") and (text := row.text("system")) is not None:
         messages.insert(0, system(text))
-    last, text = turns[-1] if turns else (None, dialect.text)
-    place = f"{dialect.turns}[{max(0, len(turns) - 1)}].{text}" if last is None else f"{last.path}{text}"
+    last = turns[-1] if turns else None
+    place = f"{last.path}{last.known[0]}" if last else f"{dialect.turns}[{max(0, len(turns) - 1)}].{dialect.text}"
     sample = finish(row, messages, reading, answer_field=place.removeprefix(row.path))
     return [sample] if sample else []
 
 
-def _placed(row: Fields, turns: Sequence[Turn], images: Sequence[str | Path | None], dialect: Dialect) -> list[Message]:
+def _placed(
+    row: Fields, turns: Sequence[Turn], images: Sequence[str | Path | None], dialect: Dialect, *, is_whole: bool
+) -> list[Message]:
     """The turns with their pictures in their places; where these are not known, all pictures stand before them."""
-    read = [(message, value) for message, value in turns if message is not None and value is not None]
+    read = [(message, value) for message, value in turns if value is not None]
     num_places = sum(value.count(IMAGE_PLACE) for _, value in read)
     first_question = next((number for number, (message, _) in enumerate(read) if message.role == "user"), None)
     if images and num_places == 0 and not dialect.is_place_needed and first_question is not None:
         message, value = read[first_question]
         read[first_question] = message, f"{IMAGE_PLACE}\n" * len(images) + value
-    elif num_places != len(images) and len(read) == len(turns):
+    elif num_places != len(images) and is_whole and len(read) == len(turns):
         row.note(
             dialect.turns,
             "placeholder_count",
@@ -209,22 +207,36 @@ def _images(row: Fields, image_base_path: Path) -> list[str | Path | None]:
     return [inside.image(place, image_base_path) for place in inside.values]
 
 
-def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> Turn:
-    """A turn without its parts, and its text as written."""
-    fields.known = (dialect.role, dialect.text, *dialect.marks)
+def _message(turns: Sequence[Fields], reading: Reading, dialect: Dialect) -> Turn:
+    """One turn, or the turns of an answer around those of its tools as one."""
+    read = [_turn(fields, reading, replace(dialect, text=fields.known[0])) for fields in turns]
+    is_trained = are_trained(turns, [message.is_trained for message, _, _ in read])
+    message = replace(read[0][0], is_trained=is_trained)
+    texts = [value for _, value, _ in read if value is not None]
+    if len(texts) < len(read):
+        return message, None
+    pieces = zip(around([told for _, _, told in read]), texts)
+    return message, "".join(_PLACE_MARK.escape(before) + text + after for (before, after), text in pieces)
+
+
+def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> tuple[Message, str | None, Beside]:
+    """A turn without its parts, its text as written, and what stands beside it."""
+    fields.known = (dialect.text, dialect.role, *dialect.marks)
     role = fields.text(dialect.role)
     if role is not None and role not in dialect.roles:
         known = ", ".join(dialect.roles)
         hint = nearest(role, dialect.roles)
         fields.note(dialect.role, "unknown_role", f'"{short(role)}" is no role; write one of {known}.{hint}')
     name, is_trained = dialect.roles.get(role or "", ("user", True))
-    value = _text(fields, reading, dialect, name)
+    told = beside(fields, reading) if name == "assistant" else Beside()
+    is_call = bool(told.calls) and not fields.values.get(dialect.text)
+    value = "" if is_call else _text(fields, reading, dialect, name)
     is_kept = all([fields.flag(mark) for mark in dialect.marks])
     for unknown in fields.extra():
         reading.ignored.add(f'"{unknown}" of a turn', fields.where)
     message = Message(role=name, parts=(), is_trained=is_trained and is_kept)
     if role not in dialect.roles or value is None:
-        return message, value
+        return message, value, told
     if VIDEO_PLACE in value:
         fields.note(
             dialect.text,
@@ -234,7 +246,7 @@ def _turn(fields: Fields, reading: Reading, dialect: Dialect) -> Turn:
     if name == "assistant":
         for reason, problem in call_syntax_faults(value):
             fields.note(dialect.text, reason, problem)
-    return message, value
+    return message, value, told
 
 
 def _text(fields: Fields, reading: Reading, dialect: Dialect, role: Role) -> str | None:

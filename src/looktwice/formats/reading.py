@@ -87,12 +87,12 @@ class Fields:
 
     @property
     def noted(self) -> list[Problem]:
-        """The problems noted since the reading of this object began."""
-        return self.problems[self._num_before :]
+        """The problems noted of this object."""
+        return [problem for problem in self.problems[self._num_before :] if problem.field.startswith(self.path)]
 
     @property
     def is_good(self) -> bool:
-        return len(self.problems) == self._num_before
+        return not self.noted
 
     def inside(self, values: Mapping[str, object], *, known: Sequence[str], path: str) -> Fields:
         """An object inside this one, such as `messages[2].`."""

@@ -51,9 +51,6 @@ _MESSAGES = ("prompt", "completion")
 _ROLES = ("user", "assistant")
 _MESSAGE = '{"role": "user", "content": …}'
 
-Turn = tuple[Fields | None, str]
-"""An object with a role and a text, None for what is no object, and the field of the text."""
-
 
 def fits(values: Mapping[str, object]) -> bool:
     """Whether a row has messages and beside them what they show, or its question in a field of its own."""
@@ -127,7 +124,7 @@ def _with_ground_truth(values: Mapping[str, object]) -> Mapping[str, object]:
     return values if truth is None or values.get("answer") is not None else {**values, "answer": truth}
 
 
-def _history(row: Fields) -> Iterator[Turn]:
+def _history(row: Fields) -> Iterator[Fields | None]:
     """The turns before the question, as [question, answer] each."""
     history = row.values.get("history") or []
     if not isinstance(history, list):
@@ -140,25 +137,25 @@ def _history(row: Fields) -> Iterator[Turn]:
                 yield _text_turn(row, role, f"{place}[{number}]", pair[number])
         else:
             row.note(place, "wrong_type", 'no question with its answer; write ["…", "…"]')
-            yield None, ""
+            yield None
 
 
-def _turns(row: Fields, role: str, name: str) -> Iterator[Turn]:
+def _turns(row: Fields, role: str, name: str) -> Iterator[Fields | None]:
     """The turns of one field: a text, a list of messages, or a list of pairs."""
     value = row.values[name]
     if name in _PAIRS:
         for index, pair in enumerate(row.objects(name, f'{{"{_PAIRS[name][0]}": …, "{_PAIRS[name][1]}": …}}')):
             for speaker, field in zip(_ROLES, _PAIRS[name]):
-                yield _text_turn(row, speaker, f"{name}[{index}].{field}", pair.get(field)) if pair else (None, "")
+                yield _text_turn(row, speaker, f"{name}[{index}].{field}", pair.get(field)) if pair else None
     elif isinstance(value, list) and name in _MESSAGES:
         for index, values in enumerate(row.objects(name, _MESSAGE)):
             path = f"{name}[{index}]."
-            yield (None if values is None else row.inside(values, known=(), path=path)), SWIFT.text
+            yield None if values is None else row.inside(values, known=(SWIFT.text,), path=path)
     elif name == "instruction" and row.values.get("input") and (more := row.text("input")):
         yield _text_turn(row, role, name, f"{value}\n{more}" if isinstance(value, str) else value)
     else:
         yield _text_turn(row, role, name, value)
 
 
-def _text_turn(row: Fields, role: str, place: str, text: object) -> Turn:
-    return row.inside({SWIFT.role: role, place: text}, known=(), path=""), place
+def _text_turn(row: Fields, role: str, place: str, text: object) -> Fields:
+    return row.inside({SWIFT.role: role, place: text}, known=(place,), path="")
