@@ -13,7 +13,7 @@ from PIL import Image
 from looktwice.config import Stage
 from looktwice.data import image_files
 from looktwice.data.image_files import NUM_PROBED, SLOW_S, inspect_all, inspected
-from looktwice.data.problems import View, refuse
+from looktwice.data.problems import Tally, View, refuse
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
 from looktwice.geometry import Box, BoxFrame, PixelPolicy
@@ -73,6 +73,18 @@ def test_an_image_that_cannot_be_used_is_one_problem_of_all_its_rows(tmp_path: P
     assert head == "2 problems in d.jsonl:"
     assert first.startswith(f"  d.jsonl:1: picture: {lost}: ") and first.endswith(" (in 3 rows)")
     assert second.startswith("  d.jsonl:9: picture: ") and not second.endswith("rows)")
+
+
+def test_a_tally_names_each_place_once_and_says_whether_there_are_more() -> None:
+    one, other = Tally(), Tally()
+    for where in "aab":
+        one.add("x", where)
+    assert one.lines() == ["3 x x (a, b)"]
+    for where in "bbcde":
+        other.add("x", where)
+    other.add("y", "f")
+    one.update(other)
+    assert one.lines() == ["8 x x (a, b, c, ...)", "1 x y (f)"]
 
 
 def test_too_thin_depends_on_the_smallest_crop(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_of_two_questions_the_one_that_is_not_read_is_named(read, caplog) -> Non
         ({"query": "Q", "history": [["R", 1]], "images": ["a"]}, "history[0][1]: a number where a text belongs"),
         ({"query": "Q", "history": "R", "images": ["a"]}, "history: a text where a list belongs; write"),
         ({"texts": ["Q"], "images": ["a"]}, 'texts[0]: a text where an object belongs; write {"user": …, "assistant"'),
-        ({"prompt": "<image><image>Q", "image": "a"}, "prompt: 2 <image> for 1 pictures; write one where each"),
+        ({"prompt": "<image><image>Q", "image": "a"}, "prompt: 2 <image> for 1 picture; write one where each"),
         ({"query": "Q", "response": "<tool_call>[1]", "image": "a"}, "response: <tool_call> is not closed"),
         ({"query": "Q", "videos": ["a.mp4"]}, "videos: videos and sounds cannot be trained on here"),
         ({"query": "Q", "image": "a", "objects": {"bbox": [[1, 2, 3, 4]]}}, "objects: boxes beside the messages"),

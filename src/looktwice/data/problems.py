@@ -141,21 +141,25 @@ class Tally:
     def add(self, what: str, where: str) -> None:
         what = one_line(what, 200)
         self.counts[what] += 1
-        if len(self.places[what]) < PLACES_SHOWN:
+        # one more than is shown, which tells whether there are more
+        if where not in self.places[what] and len(self.places[what]) <= PLACES_SHOWN:
             self.places[what].append(where)
 
     def update(self, other: Tally) -> None:
         """Add what another one counted later."""
         for what, count in other.counts.items():
-            self.counts[what] += count
-            self.places[what] += other.places[what][: PLACES_SHOWN - len(self.places[what])]
+            for where in other.places[what]:
+                self.add(what, where)
+            self.counts[what] += count - len(other.places[what])
 
     def lines(self) -> list[str]:
         """One line for each thing, the most frequent first: `3 x an untrained turn (a.jsonl:1, a.jsonl:4, ...)`."""
-        return [
-            f"{count} x {what} ({', '.join(self.places[what])}{', ...' if count > PLACES_SHOWN else ''})"
-            for what, count in sorted(self.counts.items(), key=lambda item: -item[1])
-        ]
+        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
+        return [f"{count} x {what} ({self._first_places(what)})" for what, count in ordered]
+
+    def _first_places(self, what: str) -> str:
+        places = self.places[what]
+        return ", ".join([*places[:PLACES_SHOWN], "..."] if len(places) > PLACES_SHOWN else places)
 
 
 @dataclass(frozen=True, kw_only=True)

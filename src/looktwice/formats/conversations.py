@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from looktwice.data.sample import Part, Sample, glue_of
-from looktwice.errors import nearest, short
+from looktwice.errors import counted, nearest, short
 from looktwice.formats.escaping import Mark
 from looktwice.formats.other_training import note_other_training
 from looktwice.formats.reading import GOLD_FIELDS, Fields, Reading, call_syntax_faults, finish
@@ -176,7 +176,7 @@ def _placed(
         row.note(
             dialect.turns,
             "placeholder_count",
-            f"{num_places} {IMAGE_PLACE} for {len(images)} pictures; write one where each belongs, and "
+            f"{num_places} {IMAGE_PLACE} for {counted(len(images), 'picture')}; write one where each belongs, and "
             f"{_PLACE_MARK.escape(IMAGE_PLACE)} for the word",
         )
     upcoming = iter(images)
