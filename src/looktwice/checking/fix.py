@@ -181,20 +181,23 @@ class Cleaning:
         for problem in problems:
             if problem.reason == "box_reversed" and (path := _steps(problem.field)) not in by_question[_question(path)]:
                 by_question[_question(path)].append(path)
-        done: list[Swap] = []
+        trial = deepcopy(values)
+        swaps: defaultdict[int | None, list[Swap]] = defaultdict(list)
         for question, paths in by_question.items():
-            trial = deepcopy(values)
-            swaps: list[Swap] = []
             for path in paths:
                 with suppress(LookupError):  # a name with a dot in it
                     holder = _at(trial, path[:-1])
-                    note = _noting(swaps, path)
-                    holder[path[-1]] = _in_order(holder[path[-1]], self.file.format.commands, note)
-            samples = [one for one in self.read(trial, where)[0] if _question(_steps(one.field)) == question]
-            if samples and swaps and all(self.is_certain(swap, samples[0]) for swap in swaps):
+                    holder[path[-1]] = _in_order(
+                        holder[path[-1]], self.file.format.commands, _noting(swaps[question], path)
+                    )
+        samples = {_question(_steps(one.field)): one for one in self.read(trial, where)[0]}
+        done: list[Swap] = []
+        for question, paths in by_question.items():
+            sample = samples.get(question)
+            if sample and swaps[question] and all(self.is_certain(swap, sample) for swap in swaps[question]):
                 for path in paths:
                     _at(values, path[:-1])[path[-1]] = _at(trial, path)
-                done += swaps
+                done += swaps[question]
         return done
 
     def is_certain(self, swap: Swap, sample: Sample) -> bool:
