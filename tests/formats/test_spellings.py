@@ -101,7 +101,7 @@ def test_of_two_questions_the_one_that_is_not_read_is_named(read, caplog) -> Non
     with caplog.at_level(logging.WARNING):
         [sample] = read({"problem": "P", "prompt": "Q", "image": "a.png", "output": "A", "response": "B"})
     assert (messages_of(sample), sample.extra) == ([user("Q", A), assistant("B")], {"problem": "P", "output": "A"})
-    assert '1 x "problem" of a row with "prompt"' in caplog.text and '"output" of a row with "response"' in caplog.text
+    assert '1 x "problem" (' in caplog.text and '1 x "output" (' in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,10 @@ def test_of_two_questions_the_one_that_is_not_read_is_named(read, caplog) -> Non
         ({"prompt": asked("Q"), "reward_model": {}}, 'images: a row of verl without a picture; name it in "images"'),
         ({"instruction": "Q", "output": "A", "images": []}, "images: a row of alpaca without a picture"),
         ({"question": "Q", "answer": "A"}, "images: a row of VQA without a picture"),
+        (
+            {"prompt": asked("<image>Q"), "images": ["a"], "reward_model": {"ground_truth": ["a", "b"]}},
+            "reward_model.ground_truth: a list where a text belongs",
+        ),
         ({"query": ["Q"], "images": ["a"]}, "query: a list where a text belongs; give one text"),
         ({"instruction": "Q", "input": 3, "images": ["a"]}, "input: a number where a text belongs; write it in quotes"),
         ({"query": "Q", "history": ["R"], "images": ["a"]}, "history[0]: no question with its answer; write"),

@@ -23,8 +23,9 @@ from looktwice.geometry import BOX_FRAMES, Box, BoxFrame, check_box
 from looktwice.messages import ANSWER_OPEN, Conversation, Message
 from looktwice.processing.addresses import data_url, source_of
 
-ANSWER_FIELDS = ("answer", "solution")
-"""Where the short gold answer stands: our name for it, and that of ms-swift and TRL."""
+GROUND_TRUTH = "reward_model.ground_truth"
+ANSWER_FIELDS = ("answer", "solution", GROUND_TRUTH)
+"""Where the short gold answer stands: our name for it, that of ms-swift and TRL, and verl's place of it."""
 GOLD_FIELDS = (*ANSWER_FIELDS, "box", "box_frame")
 """Optional in every format: the short gold answer, the gold box in original pixels, the frame of the boxes in calls."""
 
@@ -246,7 +247,7 @@ def finish(
         field=f"{row.path}{answer_field}",
         extra=extra,
     )
-    absent = tuple(name for name in GOLD_FIELDS if name not in row.values and name != "solution")
+    absent = tuple(name for name in GOLD_FIELDS if name not in {*row.values, *ANSWER_FIELDS[1:]})
     reading.misspelt.update((name, hint) for name in {**row.values, **extra} if (hint := _hint(name, absent)))
     for name in extra if row.is_good else ():
         if not _RECORD_NAME.fullmatch(name) and not _hint(name, absent):

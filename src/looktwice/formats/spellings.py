@@ -29,7 +29,7 @@ from looktwice.formats import chat
 from looktwice.formats.conversations import MEDIA_FIELDS, SWIFT, is_swift, note_objects, read_swift, read_turns
 from looktwice.formats.files import kind_of
 from looktwice.formats.other_training import note_other_training, sign_of
-from looktwice.formats.reading import Fields, Reading
+from looktwice.formats.reading import GROUND_TRUTH, Fields, Reading
 from looktwice.formats.writing import FORMAT_FIELDS
 
 _PAIRS = {"texts": ("user", "assistant"), "conversation": ("human", "assistant")}
@@ -72,9 +72,6 @@ def read(row: Fields, reading: Reading) -> list[Sample]:
     if not _is_spelled(row.values):
         return read_swift(row, reading)
     questions, answers = _given(row.values, _KINDS), _given(row.values, _ANSWERS)
-    for names in (questions, answers):
-        for name in names[1:]:
-            reading.ignored.add(f'"{name}" of a row with "{names[0]}"', row.where)
     note_other_training(row)
     if not questions and row.is_good:
         [text, *_] = _given(row.values, _PLAIN_TEXTS)
@@ -118,10 +115,9 @@ def _listed(value: object) -> list[object]:
 
 
 def _with_ground_truth(values: Mapping[str, object]) -> Mapping[str, object]:
-    """The row with verl's gold answer in the place of ours."""
+    """The row with verl's gold answer as a field of its own."""
     rule = values.get("reward_model")
-    truth = rule.get("ground_truth") if isinstance(rule, dict) else None
-    return values if truth is None or values.get("answer") is not None else {**values, "answer": truth}
+    return {**values, GROUND_TRUTH: rule.get("ground_truth")} if isinstance(rule, dict) else values
 
 
 def _history(row: Fields) -> Iterator[Fields | None]:
