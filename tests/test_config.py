@@ -10,9 +10,22 @@ from pathlib import Path
 import pytest
 
 from looktwice import cli
-from looktwice.cli.arguments import Parser
+from looktwice.cli.arguments import Parser, _kinds_of
 from looktwice.cli.train import train_configs
-from looktwice.config import Config, DataConfig, ExportConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
+from looktwice.config import (
+    CheckConfig,
+    Config,
+    ConvertConfig,
+    DataConfig,
+    DemoConfig,
+    ExportConfig,
+    GRPOConfig,
+    InferenceConfig,
+    ModelConfig,
+    SFTConfig,
+    ShowConfig,
+    StatsConfig,
+)
 from looktwice.errors import ConfigError
 
 
@@ -37,7 +50,7 @@ def write(path: Path, text: object) -> Path:
         (GRPOConfig, "num_generation", "num_generations"),
         (GRPOConfig, "sft_chekpoint", "sft_checkpoint"),
         (DataConfig, "train_date", "train_data"),
-        (ModelConfig, "model", "model_name"),
+        (ModelConfig, "model_nam", "model_name"),
         (InferenceConfig, "max_tokens", "max_new_tokens"),
     ],
 )
@@ -50,8 +63,74 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert refusal(GRPOConfig, surrogate="cispo", epsilon=0.2).startswith("epsilon: cispo has no lower clip bound")
 
 
-def test_a_key_like_no_other_is_refused_without_a_hint() -> None:
-    assert refusal(SFTConfig, zzz=1) == 'unknown setting "zzz" of SFTConfig.'
+@pytest.mark.parametrize("key", ["zzz", "deepseed", "cache", "reference"])
+def test_a_key_like_no_other_is_refused_without_a_hint(key) -> None:
+    assert refusal(SFTConfig, **{key: 1}) == f'unknown setting "{key}" of SFTConfig.'
+
+
+def test_a_key_of_another_config_is_told_so() -> None:
+    assert refusal(SFTConfig, model_name="tiny").endswith("It is a setting of ModelConfig.")
+    assert refusal(DataConfig, num_generations=4).endswith("It is a setting of GRPOConfig.")
+
+
+def test_a_key_of_another_trainer_is_told_what_does_it_here() -> None:
+    assert refusal(SFTConfig, per_device_train_batch_size=4).endswith("Here it is batch_size.")
+    assert refusal(SFTConfig, report_to="none").endswith(
+        "There is none here: metrics go to log.jsonl and TensorBoard files in the run folder."
+    )
+
+
+CONFIGS = [ModelConfig, DataConfig, SFTConfig, GRPOConfig, InferenceConfig, ConvertConfig, ExportConfig]
+CONFIGS += [CheckConfig, ShowConfig, StatsConfig, DemoConfig]
+
+
+def knobs_of(kind: type) -> list[tuple[type[Config], str]]:
+    """The knobs that take this kind of value, by itself or beside others."""
+    fields = [(config, name, field) for config in CONFIGS for name, field in config.model_fields.items()]
+    return [(config, name) for config, name, field in fields if kind in _kinds_of(field.annotation)]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, "inf", "Infinity", "nan", 10**400, "1e999", True])
+def test_a_number_is_finite_and_no_truth(value) -> None:
+    assert len(knobs_of(float)) > 15
+    for config_class, name in knobs_of(float):
+        assert refusal(config_class, **{name: value}).startswith(name)
+    message = refusal(SFTConfig, part_learning_rates={"vit": value})
+    assert message.startswith("part_learning_rates.vit is ")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, "9" * 5000, 10**5000, -(10**400), math.inf, math.nan, 1e300, True, False, "true", "1e3"],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_count_is_a_whole_number_that_fits(value) -> None:
+    assert len(knobs_of(int)) > 40
+    for config_class, name in knobs_of(int):
+        message = refusal(config_class, **{name: value})
+        assert message.startswith(name) and len(message) < 250
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, 2**63, 2**64, 1.5])
+def test_a_seed_is_one_that_every_generator_takes(value) -> None:
+    for config_class, name in knobs_of(int):
+        if name == "seed":
+            assert refusal(config_class, seed=value).startswith("seed is ")
+    assert SFTConfig(seed=2**32 - 1).seed == 2**32 - 1
+
+
+def test_the_home_of_the_user_is_known_wherever_a_path_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert len(knobs_of(Path)) > 10
+    for config_class, name in knobs_of(Path):
+        assert getattr(config_class(**{name: "~/x"}), name) == Path("/home/ada/x")
+    assert (
+        InferenceConfig(model_path=Path("~/m")).model_path == ModelConfig(model_name="~/m").model_name == "/home/ada/m"
+    )
+    assert GRPOConfig(reward="~/r.py:score").reward == "/home/ada/r.py:score"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "sft.json", {"seed": 7})
+    assert SFTConfig.read("~/sft.json") == {"seed": 7}
 
 
 @pytest.mark.parametrize(
@@ -198,13 +277,24 @@ def test_json_and_yaml_files_take_field_and_flag_names(name, text, tmp_path) -> 
         ("c.yaml", "sed: 1", 'unknown setting "sed" of SFTConfig. Did you mean "seed"?'),
         ("c.yaml", "1: 2", 'unknown setting "1" of SFTConfig.'),
         ("c.json", '{"seed": "x"}', "seed is 'x': input should be a valid integer"),
+        ("c.json", '{"seed": 1, "lora_r": 2, "seed": 3}', "cannot be read as a config file (seed stands twice"),
+        ("c.yaml", "seed: 1\nlora_r: 2\nseed: 3", "cannot be read as a config file (seed stands twice"),
+        ("c.yaml", "part_learning_rates: {vit: 1, vit: 2}", "cannot be read as a config file (vit stands twice"),
+        ("c.JSON", '{"num_epochs": 1, "num_train_epochs": 2}', "num_epochs and num_train_epochs are two names of one"),
+        ("c.yaml", "output_dir: a\nsft_output_dir: b", "sft_output_dir and output_dir are two names of one setting"),
+        ("c.json", '{"num_epochs": Infinity}', "num_train_epochs (--num_epochs) is inf: input should be a finite"),
+        ("c.yaml", "learning_rate: .nan", "learning_rate is nan: input should be a finite number"),
+        ("c.yaml", "num_epochs: yes", "num_train_epochs (--num_epochs) is True: give a number"),
+        ("c.json", "[" * 100_000, "cannot be read as a config file (maximum recursion depth"),
+        ("c.yaml", "a: [b\nc: d", "cannot be read as a config file (while parsing a flow sequence in"),
+        ("c.json", '{"seed": ' + "9" * 5000 + "}", "cannot be read as a config file (Exceeds the limit"),
     ],
 )
 def test_a_bad_file_is_named_with_its_problem(name, text, problem, tmp_path) -> None:
     path = write(tmp_path / name, text)
     with pytest.raises(ConfigError) as caught:
         SFTConfig.read(path)
-    assert str(caught.value).startswith(f"{path}: {problem}")
+    assert str(caught.value).startswith(f"{path}: {problem}") and len(str(caught.value).splitlines()) == 1
 
 
 def test_a_missing_file_is_named(tmp_path) -> None:
@@ -270,7 +360,7 @@ def test_a_flag_with_the_prefix_sets_stage_2_alone() -> None:
     ("arguments", "message"),
     [
         (["--learning_rte", "1"], 'unknown argument --learning_rte. Did you mean "--learning_rate"?'),
-        (["--num_train_epochs=2"], 'unknown argument --num_train_epochs=2. Did you mean "--num_epochs"?'),
+        (["--num_train_epochs=2"], "unknown argument --num_train_epochs. Here it is --num_epochs."),
         (["--learn", "1"], "unknown argument --learn."),
         (["--learning_rate", "fast"], "--learning_rate is 'fast'; it must be a number"),
         (["--train_data"], "argument --train_data: expected one argument; see looktwice train --help"),

@@ -11,13 +11,30 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from looktwice.errors import ConfigError, nearest
+from looktwice.errors import ConfigError, nearest, short
 from looktwice.geometry import BoxFrame
+from looktwice.other_trainers import called_here
+from looktwice.paths import expanded
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+
+def no_truth(value: Any) -> Any:
+    """The value of a number as it is; `true` is none, though Python counts it as 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("truth", "give a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(no_truth), Field(le=10**12)]
+"""No count of anything is larger, and products of two must fit into 64 bits where torch takes them."""
+Number = Annotated[float, BeforeValidator(no_truth), Field(allow_inf_nan=False)]
+Positive = Annotated[Whole, Field(ge=1)]
+NonNegativeInt = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Epochs = Annotated[Number, Field(ge=0, le=10**6)]
+Place = Annotated[Path, BeforeValidator(expanded)]
+NameOrPath = Annotated[str, BeforeValidator(expanded)]
 Part = Literal["vit", "visual_head", "visual_table", "llm", "embeddings"]
 WholePart = Literal["visual_head", "visual_table"]
 VISION_PARTS: tuple[Part, ...] = ("vit", "visual_head", "visual_table")
@@ -74,6 +91,24 @@ def knob(default: Any, help: str, *, flag: str | None = None) -> Any:
     return Field(default, description=help, json_schema_extra={"flag": flag} if flag else None)
 
 
+def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The object of these names and values. Raises ValueError for a name that stands twice: one would be lost."""
+    values: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{short(str(name))} stands twice; leave one out")
+        values[name] = value
+    return values
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Plain YAML in which no name stands twice in one object."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+
 class Config(BaseModel):
     """Base of all configs: frozen, and an unknown key is an error that names the nearest one."""
 
@@ -90,14 +125,19 @@ class Config(BaseModel):
     def read(cls, path: str | Path) -> dict[str, Any]:
         """Values of a JSON or YAML file, keys checked. Raises ConfigError with the file's name."""
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-            values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: cannot be read as a config file ({error})") from error
+            text = Path(expanded(path)).read_text(encoding="utf-8-sig")
+            is_json = Path(path).suffix.lower() == ".json"
+            values = json.loads(text, object_pairs_hook=unique) if is_json else yaml.load(text, UniqueKeys)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as a config file ({' '.join(str(error).split())})") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a config file holds one object of settings, got {type(values).__name__}")
-        known = {flag_of(cls, name): name for name in cls.model_fields}
-        values = {known.get(str(key), str(key)): value for key, value in values.items()}
+        fields = {flag_of(cls, name): name for name in cls.model_fields}
+        names = {str(key): fields.get(str(key), str(key)) for key in values}
+        for key, name in names.items():
+            if key != name and name in names:
+                raise ConfigError(f"{path}: {key} and {name} are two names of one setting; leave one out")
+        values = {names[str(key)]: value for key, value in values.items()}
         try:
             cls(**values)
         except ConfigError as error:
@@ -108,7 +148,7 @@ class Config(BaseModel):
 class ModelConfig(Config):
     """Which model, and how it computes."""
 
-    model_name: str = knob(DEFAULT_MODEL, "model folder or hub name; `tiny` is the built-in small model")
+    model_name: NameOrPath = knob(DEFAULT_MODEL, "model folder or hub name; `tiny` is the built-in small model")
     attn_implementation: AttnImplementation = knob("auto", ATTENTION_HELP)
     quantization: Quantization = knob("none", "4 bits (nf4) or 8 for the language model; trains LoRA alone")
     device: str | None = knob(None, DEVICE_HELP)
@@ -118,7 +158,7 @@ class SampleConfig(Config):
     """How samples are read, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
 
     source_format: SourceFormat = knob("auto", "format of the data files; auto: by their first rows", flag="from")
-    image_base_path: Path = knob(Path("."), "folder that the paths of pictures are relative to")
+    image_base_path: Place = knob(Path("."), "folder that the paths of pictures are relative to")
     answer_key: str | None = knob(None, "field of a question that holds its answer (documented format); default: A3, A")
     min_pixels: Positive | None = knob(None, "fewest pixels of a resized picture")
     max_pixels: Positive | None = knob(None, "most pixels of a resized picture")
@@ -149,17 +189,17 @@ class SampleConfig(Config):
 class DataConfig(SampleConfig):
     """Which data, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
 
-    train_data_path: Path | None = knob(None, "training data: JSONL, JSON or Parquet", flag="train_data")
-    val_data_path: Path | None = knob(None, "validation data: loss (stage 1), accuracy (stage 2)", flag="val_data")
+    train_data_path: Place | None = knob(None, "training data: JSONL, JSON or Parquet", flag="train_data")
+    val_data_path: Place | None = knob(None, "validation data: loss (stage 1), accuracy (stage 2)", flag="val_data")
     length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
 
 
 class CheckConfig(SampleConfig):
     """Judging data files before training."""
 
-    val_data_path: Path | None = knob(None, "validation data, judged too and against the files", flag="val_data")
+    val_data_path: Place | None = knob(None, "validation data, judged too and against the files", flag="val_data")
     length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
-    model_name: str | None = knob(None, "model folder or hub name, for token lengths; `tiny` is the small model")
+    model_name: NameOrPath | None = knob(None, "model folder or hub name, for token lengths; `tiny` is the small model")
     stage: Stage = knob("sft", "what the files are for")
     num_workers: NonNegativeInt | None = knob(
         None, "processes that examine rows; default: one a core for 50,000 rows and more, else 0"
@@ -172,11 +212,13 @@ class ShowConfig(SampleConfig):
     """Showing samples as the model will see them."""
 
     length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
-    model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are shown, or `tiny`")
+    model_name: NameOrPath = knob(
+        DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are shown, or `tiny`"
+    )
     stage: Literal["sft", "grpo"] = knob("sft", "sft: the sequence that is trained; grpo: the prompt of rollouts")
     num_samples: Positive = knob(3, "samples shown, from the first row on")
     row: Positive | None = knob(None, "show the samples of this row: the number behind the file in messages")
-    seed: int | None = knob(None, "show rows picked at random by this seed")
+    seed: Seed | None = knob(None, "show rows picked at random by this seed")
 
     @model_validator(mode="after")
     def _check_choice(self) -> ShowConfig:
@@ -188,18 +230,20 @@ class ShowConfig(SampleConfig):
 class StatsConfig(SampleConfig):
     """Measuring data files."""
 
-    model_name: str = knob(DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are counted, or `tiny`")
+    model_name: NameOrPath = knob(
+        DEFAULT_MODEL, "model folder or hub name whose tokens and pixels are counted, or `tiny`"
+    )
     num_rows: Positive | None = knob(None, "measure so many rows of each file, picked at random", flag="sample")
     train_batch_size: Positive = knob(4, "samples of a padded batch that packing is compared with", flag="batch_size")
     max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward")
-    seed: int = knob(42, "seed of what is picked and of the order in which samples are packed")
+    seed: Seed = knob(42, "seed of what is picked and of the order in which samples are packed")
 
 
 class StageConfig(Config):
     """What both stages share. A step is `train_batch_size` x `gradient_accumulation_steps` samples or prompts."""
 
-    output_dir: Path = knob(Path("outputs"), "run folder")
-    num_train_epochs: NonNegative = knob(1.0, "passes over the training data", flag="num_epochs")
+    output_dir: Place = knob(Path("outputs"), "run folder")
+    num_train_epochs: Epochs = knob(1.0, "passes over the training data", flag="num_epochs")
     max_steps: Positive | None = knob(None, "stop after this many optimizer steps, whatever the epochs")
     train_batch_size: Positive = knob(4, "samples (SFT) or prompts (R-GRPO) of one batch", flag="batch_size")
     gradient_accumulation_steps: Positive = knob(1, "batches per optimizer step")
@@ -234,12 +278,12 @@ class StageConfig(Config):
     logging_steps: Positive = knob(1, "steps between log lines; the first and the last have one always")
     eval_steps: Positive | None = knob(None, "steps between evaluations; default: at each epoch's end")
     save_steps: Positive | None = knob(None, "steps between checkpoints; default: final_model only")
-    resume_from_checkpoint: Path | None = knob(
+    resume_from_checkpoint: Place | None = knob(
         None, "checkpoint-N or run folder to go on from; latest: this run folder's last"
     )
     allow_changes: bool = knob(False, "go on from a checkpoint of other data, batches or steps")
     overwrite: bool = knob(False, "remove the run that the run folder holds")
-    seed: int = knob(42, "seed of order, sampling and new weights")
+    seed: Seed = knob(42, "seed of order, sampling and new weights")
 
     @property
     def frozen_parts(self) -> tuple[Part, ...]:
@@ -262,9 +306,9 @@ class StageConfig(Config):
 class SFTConfig(StageConfig):
     """Stage 1: supervised fine-tuning."""
 
-    output_dir: Path = knob(Path("outputs/sft"), "run folder", flag="sft_output_dir")
+    output_dir: Place = knob(Path("outputs/sft"), "run folder", flag="sft_output_dir")
     num_workers: NonNegativeInt | None = knob(None, "processes preparing samples; default: up to 4 on a GPU, else 0")
-    num_train_epochs: NonNegative = knob(3.0, "passes over the training data", flag="num_epochs")
+    num_train_epochs: Epochs = knob(3.0, "passes over the training data", flag="num_epochs")
 
 
 REWARDS = ("robust", "paper", "code")
@@ -283,15 +327,15 @@ def check_reward(spec: str) -> None:
 class GRPOConfig(StageConfig):
     """Stage 2: R-GRPO. `preset` fixes rewards and the algorithm's choices; a knob given here wins over it."""
 
-    output_dir: Path = knob(Path("outputs/grpo"), "run folder", flag="grpo_output_dir")
-    sft_checkpoint_path: Path = knob(
+    output_dir: Place = knob(Path("outputs/grpo"), "run folder", flag="grpo_output_dir")
+    sft_checkpoint_path: Place = knob(
         Path("outputs/sft/final_model"), "policy to start from and KL reference", flag="sft_checkpoint"
     )
     learning_rate: NonNegative = knob(5e-6, "peak learning rate")
     lr_scheduler_type: Literal["cosine", "constant"] = knob("constant", "learning rate after the warm-up")
     preset: Literal["robust", "paper", "code"] = knob("robust", "ours, the paper's choices, or its released code's")
-    reward: str = knob("robust", "robust, paper, code, or path.py:function; default: the preset's")
-    num_generations: Annotated[int, Field(ge=2)] = knob(8, "rollouts per prompt; advantages are centred within them")
+    reward: NameOrPath = knob("robust", "robust, paper, code, or path.py:function; default: the preset's")
+    num_generations: Annotated[Whole, Field(ge=2)] = knob(8, "rollouts per prompt; advantages are centred within them")
     num_iterations: Positive = knob(1, "updates per batch of rollouts")
     beta: NonNegative = knob(0.0, "weight of the KL to the starting policy; 0 loads no reference")
     epsilon: NonNegative | None = knob(None, "lower clip bound; default: 0.2 (ppo), 0.0003 (gspo), none (cispo)")
@@ -301,9 +345,9 @@ class GRPOConfig(StageConfig):
     loss_aggregation: Literal["token_mean", "seq_mean_token_mean"] = knob("token_mean", "how token losses are averaged")
     drop_constant_groups: bool = knob(True, "leave out groups whose rollouts are all right or all wrong")
     mask_truncated_completions: bool = knob(True, "no loss on rollouts cut by a limit")
-    temperature: Annotated[float, Field(gt=0)] = knob(1.0, "sampling temperature of rollouts")
-    top_p: Annotated[float, Field(gt=0, le=1)] = knob(1.0, "sample from the smallest set of this probability")
-    top_k: Annotated[int, Field(ge=0)] = knob(0, "sample from this many ids; 0 is off")
+    temperature: Annotated[Number, Field(gt=0)] = knob(1.0, "sampling temperature of rollouts")
+    top_p: Annotated[Number, Field(gt=0, le=1)] = knob(1.0, "sample from the smallest set of this probability")
+    top_k: Annotated[Whole, Field(ge=0)] = knob(0, "sample from this many ids; 0 is off")
     max_new_tokens: Positive = knob(2048, "sampled tokens of a rollout")
     max_turns: Positive = knob(6, "completions of a rollout, the answer included")
     enable_thinking: bool = knob(True, "let rollouts think before they answer")
@@ -342,14 +386,14 @@ class AnswerConfig(Config):
     max_new_tokens: Positive = knob(3072, "sampled tokens of an answer")
     do_sample: bool | None = knob(None, "sample; off is greedy; default: sample where the temperature is above 0")
     temperature: NonNegative = knob(0.0, "0 is greedy; with do_sample alone it is 1")
-    top_p: Annotated[float, Field(gt=0, le=1)] = knob(1.0, "sample from the smallest set of this probability")
-    top_k: Annotated[int, Field(ge=0)] = knob(0, "sample from this many ids; 0 is off")
+    top_p: Annotated[Number, Field(gt=0, le=1)] = knob(1.0, "sample from the smallest set of this probability")
+    top_k: Annotated[Whole, Field(ge=0)] = knob(0, "sample from this many ids; 0 is off")
     max_turns: Positive = knob(6, "completions of an answer, the answer included")
     enable_thinking: bool = knob(True, "let the model think before it answers")
     enable_thinking_budget: bool = knob(True, "close thinking when its budget is used up")
     thinking_budget: Positive | None = knob(2048, "tokens of thinking before it is closed")
     num_frames: Positive = knob(8, "frames seen of a video file, spread over it")
-    seed: int = knob(42, "seed of sampling")
+    seed: Seed | None = knob(None, "seed of sampling; default: each call draws anew")
 
     @model_validator(mode="after")
     def _check_temperature(self) -> AnswerConfig:
@@ -373,7 +417,9 @@ class AnswerConfig(Config):
 class InferenceConfig(AnswerConfig):
     """Asking a model."""
 
-    model_path: str = knob("outputs/grpo/final_model", "model folder or hub name; `tiny` is the built-in small model")
+    model_path: NameOrPath = knob(
+        "outputs/grpo/final_model", "model folder or hub name; `tiny` is the built-in small model"
+    )
     max_pixels: Positive | None = knob(None, "most pixels of a resized picture; default: the checkpoint's")
     batch_size: Positive = knob(16, "answers that advance together")
     bf16: bool | None = knob(None, "load and compute in bfloat16; default: on a GPU, not on a CPU")
@@ -399,11 +445,19 @@ class ConvertConfig(Config):
 
     target_format: DataFormat = knob("messages", "format to write", flag="to")
     source_format: SourceFormat = knob("auto", "format of the file; auto: by its first rows", flag="from")
-    image_base_path: Path = knob(Path("."), "folder that the paths of pictures are relative to, in both files")
+    image_base_path: Place = knob(Path("."), "folder that the paths of pictures are relative to, in both files")
     answer_key: str | None = knob(None, "field of a question that holds its answer (documented format); default: A3, A")
     box_frame: BoxFrame | None = knob(None, "frame of the boxes in calls, where the file does not say")
     allow_loss: bool = knob(False, "write the file also without what the format cannot hold")
     overwrite: bool = knob(False, "replace the file that is there")
+
+
+class DemoConfig(Config):
+    """The small world's run."""
+
+    output_dir: Place = knob(Path("outputs/demo"), "run folder")
+    seed: Seed = knob(0, "seed of data, training and sampling")
+    overwrite: bool = knob(False, "replace the demo that the run folder holds")
 
 
 class ExportConfig(Config):
@@ -413,7 +467,7 @@ class ExportConfig(Config):
     max_shard_size: Annotated[str, AfterValidator(check_file_size)] = knob("5GB", "largest weight file: KB, MB or GB")
     verify: bool = knob(True, "read everything back and compare tensors and logits")
     verify_with: Literal["none", "vllm"] = knob("none", "also compare a greedy answer with another runtime's")
-    vllm_python: Path | None = knob(None, "python of the environment that has vLLM; default: this one")
+    vllm_python: Place | None = knob(None, "python of the environment that has vLLM; default: this one")
     device: str | None = knob(None, DEVICE_HELP)
 
 
@@ -428,12 +482,37 @@ def _explain(config_class: type[Config], problem: Any) -> str:
     if not name:  # a check of settings against each other
         return str(problem["ctx"]["error"])
     if problem["type"] == "extra_forbidden":
-        known = [*config_class.model_fields, *(flag_of(config_class, field) for field in config_class.model_fields)]
-        return f'unknown setting "{name}" of {config_class.__name__}.{nearest(name, known)}'
+        return f'unknown setting "{short(name)}" of {config_class.__name__}.{_where_it_is(config_class, name)}'
     hint = ""
     if problem["type"] == "literal_error":
         name = str(problem["loc"][0])  # which one of several is told by the value
         hint = nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
     if (flag := flag_of(config_class, name) if name in config_class.model_fields else name) != name:
         name = f"{name} (--{flag})"
-    return f"{name} is {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}{hint and f'.{hint}'}"
+    value, mend = _written(problem["input"]), f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
+    return f"{name} is {value}: {mend}{hint and f'.{hint}'}"
+
+
+def _where_it_is(config_class: type[Config], name: str) -> str:
+    """A hint to what an unknown setting may be: one of another config, another trainer's, or a slip of the pen."""
+    of_a_run = (ModelConfig, DataConfig, SFTConfig, GRPOConfig)
+    if config_class in of_a_run:
+        for other in of_a_run:
+            if name in _names(other):
+                return f" It is a setting of {other.__name__}."
+    known = _names(config_class)
+    return called_here(name, known) or nearest(name, known)
+
+
+def _names(config_class: type[Config]) -> list[str]:
+    """The names of the settings: those of the fields, and those of the flags."""
+    flags = (flag_of(config_class, name) for name in config_class.model_fields)
+    return list(dict.fromkeys([*config_class.model_fields, *flags]))
+
+
+def _written(value: Any) -> str:
+    """A value in one line."""
+    try:
+        return short(repr(value))
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"{type(value).__name__} of thousands of digits"

@@ -66,8 +66,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ` Did you mean "beta"?`, or an empty string when no known name is close."""
     if len(name) > LINE:
         return ""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f' Did you mean "{matches[0]}"?' if matches else ""
+    bare = {other.lstrip("-"): other for other in known}  # flags are not alike for their dashes
+    matches = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.7)
+    return f' Did you mean "{bare[matches[0]]}"?' if matches else ""
 
 
 def counted(number: int, noun: str) -> str:

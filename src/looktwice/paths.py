@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from looktwice.errors import ConfigError, DataError, ImageError, nearest, short_path
 from looktwice.neighbours import nearby
 
 KINDS = (".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+
+
+def expanded(value: Any) -> Any:
+    """The text of a path, or of another name that may be one, with `~` as the user's home; other values stay."""
+    return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value
+
+
+def place(text: str) -> Path:
+    """A path that a user writes on the command line."""
+    return Path(expanded(text))
 
 
 def check_data_file(path: Path) -> None:
@@ -36,6 +47,18 @@ def check_shown_file(path: Path) -> None:
         raise ImageError(f"{short_path(path)}: no such picture or video; {nearby(path) or 'check the path'}", "missing")
     if path.is_dir():
         raise ImageError(f"{path}: a folder, not a picture or video; name the file", "missing")
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a text as UTF-8, in a new folder if need be. Raises ConfigError when it cannot be written.
+
+    Half letters, as in file names that are no UTF-8, are written as JSON writes them.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); make room, or give another path") from error
 
 
 def kind_of_name(path: Path) -> tuple[str, str]:

@@ -13,23 +13,60 @@ from looktwice.cli.arguments import run_one
 from looktwice.errors import LooktwiceError
 
 VERBS = {"train": train.run, "ask": ask.run, "data": data.run, "export": export.run, "demo": demo.run}
+NOBODY_READS = 141
+"""What a shell says of a program that wrote into a closed pipe: 128 + SIGPIPE."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit code: 0, 1 after an error a user can mend, 130 when interrupted."""
-    words = list(sys.argv[1:] if words is None else words)
+    """Run one command and give its exit code.
+
+    0; 1 after an error a user can mend; 130 when interrupted; 141 when what reads the output has left.
+    """
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log the bars of other libraries are rubbish
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # so that a log has it in order with stderr
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # a terminal may lack a letter, and a file name be no text; in a log the lines of both stand in order
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if words is None else words))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # or Python does so at its end, and complains by itself
+    except BrokenPipeError:
+        code, message = NOBODY_READS, ""
+    except OSError as error:  # the disk is full, or a right is missing
+        code, message = 1, f"{error.filename or 'the output cannot be written'}: {error.strerror or error}"
+    except LooktwiceError as error:
+        code, message = 1, str(error)
+    except KeyboardInterrupt as interrupt:
+        code, message = 130, "; ".join(["interrupted", *map(str, interrupt.args)])
+    return _end(code, message)
+
+
+def _run(words: list[str]) -> int:
     if words == ["--version"]:
         print(f"looktwice {__version__}")
         return 0
     try:
         return run_one("looktwice", VERBS, words, also=", or looktwice --version")
-    except LooktwiceError as error:
-        print(f"looktwice: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print("looktwice: interrupted", *interrupt.args, sep="; ", file=sys.stderr)
-        return 130
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich ends so
+            raise end.__context__ from None
+        raise
+
+
+def _end(code: int, message: str) -> int:
+    """Say what is left to say, if anybody still reads, and give back the exit code."""
+    try:
+        if message:
+            print(f"looktwice: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # what cannot be written goes nowhere, or Python tries again at its end and complains by itself
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code

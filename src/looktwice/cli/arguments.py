@@ -10,7 +10,9 @@ from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from looktwice.config import Config, flag_of
-from looktwice.errors import ConfigError, nearest
+from looktwice.errors import ConfigError, nearest, short
+from looktwice.other_trainers import called_here
+from looktwice.paths import write_result
 
 Command = Callable[[Sequence[str]], int | None]
 """Gives its exit code, None for 0."""
@@ -27,15 +29,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse's own says nothing when it cannot
+
     def parse_strictly(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The flags that were given; `--verify-with` is read as `--verify_with`."""
         written = self._with_switches([_with_underscores(argument) for argument in arguments])
         known, unknown = self.parse_known_args(written)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            hint = nearest(unknown[0].split("=")[0], flags) or f" See {self.prog} --help."
-            raise ConfigError(f"unknown argument {unknown[0]}.{hint}")
+            # a word without a dash may be the value of an unknown flag
+            words = [word for word in unknown if word.startswith("-")] or unknown[:1]
+            raise ConfigError("\n".join(map(self._unknown, words)))
         return vars(known)
+
+    def _unknown(self, word: str) -> str:
+        name = word.split("=")[0]
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        hint = called_here(name, flags) or nearest(name, flags) or f" See {self.prog} --help."
+        return f"unknown argument {short(name)}.{hint}"
 
     def _with_switches(self, words: Sequence[str]) -> list[str]:
         """`--bf16 true` and `--bf16=false`, as other trainers write switches, as `--bf16` and `--no-bf16`."""
@@ -100,7 +111,12 @@ def read_command(
     `name` is what stands after `looktwice`, `arguments` its positional ones as the usage shows them.
     """
     program = f"looktwice {name}"
-    parser = Parser(program, usage=f"{program} {arguments} [options]", description=command.__doc__, allow_abbrev=False)
+    parser = Parser(
+        program,
+        usage=" ".join(filter(None, [program, arguments, "[options]"])),
+        description=command.__doc__,
+        allow_abbrev=False,
+    )
     for names, options in own:
         parser.add_argument(*names, **options)
     add_flags(parser, config_class, list(config_class.model_fields))
@@ -145,5 +161,4 @@ def _kinds_of(annotation: Any) -> list[Any]:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from looktwice.geometry import Size
+from looktwice.paths import write_result
 
 MAX_IMAGE_BYTES = 100_000
 MAX_EXACT_BYTES = 30_000
@@ -26,9 +27,7 @@ def write_html(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    html = environment.get_template(template).render(**values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    write_result(path, environment.get_template(template).render(**values))
 
 
 def image_uri(image: Image.Image) -> str:

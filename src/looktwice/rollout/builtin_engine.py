@@ -124,16 +124,19 @@ class BuiltinEngine:
         sampling: Sampling,
         *,
         max_rows: int,
-        seed: int,
+        seed: int | None,
     ) -> BuiltinEngine:
-        """An engine whose segments end where look-twice answers need a decision: after a call, or with the turn."""
+        """An engine whose segments end where look-twice answers need a decision: after a call, or with the turn.
+
+        Without a seed it samples from torch's own generator, which a caller may seed by `torch.manual_seed`.
+        """
         return cls(
             model,
             sampling=sampling,
             stop_ids=[processor.template.token_id(TOOL_CALL_CLOSE), *processor.end_ids],
             forbidden_ids=processor.config.visual_token_ids,
             max_rows=max_rows,
-            generator=torch.Generator(model.device).manual_seed(seed),
+            generator=None if seed is None else torch.Generator(model.device).manual_seed(seed),
         )
 
     def run(self, requests: Sequence[Request], respond: Respond) -> None:

@@ -5,6 +5,7 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:  # refuses NaN too
+        if not 0 <= self.temperature < math.inf:  # refuses NaN too
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must lie in (0, 1]")
@@ -38,7 +39,8 @@ def sample(
     The logprob is of the whole distribution at this temperature, as training computes it: before forbidden ids,
     top-p and top-k are cut away.
     """
-    scores = logits.float() / (sampling.temperature or 1.0)
+    # a smaller divisor would overflow, and decides alike
+    scores = logits.float() / max(sampling.temperature or 1.0, 1e-30)
     allowed = scores.index_fill(1, forbidden, -torch.inf)
     if sampling.temperature == 0:
         ids = allowed.argmax(-1)
@@ -55,6 +57,6 @@ def _truncate(scores: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ranked, order = scores.sort(descending=True)
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        cut = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before >= sampling.top_p)
+        cut = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before >= max(sampling.top_p, 1e-30))
         scores = scores.masked_fill(cut, -torch.inf)
     return scores
