@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -90,12 +92,98 @@ def test_greedy_answers_of_a_batch_are_those_given_one_by_one(batch_size, ask, q
     assert together == [alone.generate(image, question) for image, question in questions]
 
 
-def test_an_image_can_be_a_path_or_a_decoded_one(ask, image, tmp_path) -> None:
-    image.save(tmp_path / "picture.png")
+def test_an_image_can_be_given_in_any_usual_way(ask, image, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "picture.png"
+    image.save(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     inference = ask()
-    answers = [inference.generate(source, "What?") for source in (image, tmp_path / "picture.png")]
-    assert answers[0] == answers[1]
+    ways = (
+        image,
+        path,
+        str(path),
+        "~/picture.png",
+        path.read_bytes(),
+        bytearray(path.read_bytes()),
+        np.asarray(image),
+        [image],
+    )
+    answers = [inference.generate(way, "What?") for way in ways]
+    assert answers == answers[:1] * len(ways)
     assert answers[0] != inference.generate(None, "What?")
+
+
+def test_several_images_are_seen_in_order(ask, image, tmp_path) -> None:
+    inference, other = ask(max_new_tokens=1), image.rotate(180)
+    shown = ([image], [image, np.asarray(other)], [other, image], (image, image, other))
+    answers = [inference.generate_batch([(one, "What?")])[0] for one in shown]
+    prompts = [inference.play([(one, "What?")])[0] for one in shown]
+    assert [trajectory.prompt_ids.count(inference.processor.config.image_token_id) for trajectory in prompts] == [
+        30,
+        60,
+        60,
+        90,
+    ]
+    assert len({trajectory.sampling_logprobs[0] for trajectory in prompts}) == 4
+    assert all(answer["picture"]["num_tokens"] == 30 for answer in answers)
+
+
+def test_frames_can_be_arrays(ask, image) -> None:
+    inference, frames = ask(max_new_tokens=1), [image, image.rotate(180)]
+    stacked = np.stack([np.asarray(frame) for frame in frames])
+    assert inference.generate(video=stacked, question="What?") == inference.generate(video=frames, question="What?")
+
+
+def test_a_model_is_named_by_its_folder_alone(model_folder, image) -> None:
+    by_config = OvisInference(InferenceConfig(model_path=model_folder, device="cpu", max_new_tokens=4))
+    for given in (str(model_folder), model_folder):
+        inference = OvisInference(given, device="cpu", max_new_tokens=4)
+        assert inference.generate(image, "What?") == by_config.generate(image, "What?")
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "problem"),
+    [
+        ({"model_path": "tiny"}, {}, "the config is of type dict; give an InferenceConfig, or the model's folder and"),
+        (SFTConfig(), {}, "the config is of type SFTConfig; give an InferenceConfig"),
+        (InferenceConfig(), {"device": "cpu"}, "two configs are given; give an InferenceConfig"),
+        ("tiny", {"model_path": "tiny"}, "two configs are given; give an InferenceConfig"),
+        ("tiny", {"devise": "cpu"}, 'unknown setting "devise" of InferenceConfig. Did you mean "device"?'),
+    ],
+)
+def test_what_is_no_config_is_told(config, settings, problem) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OvisInference(config, **settings)
+    assert str(caught.value).startswith(problem)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 2.0}, {"do_sample": True}])
+def test_sampled_answers_are_drawn_anew_at_each_call(settings, ask, image) -> None:
+    inference = ask(**settings)
+    assert len({inference.generate(image, "What?")["response"] for _ in range(3)}) == 3
+    assert len({inference.generate(image, "What?", seed=5)["response"] for _ in range(3)}) == 1
+
+
+def test_what_a_script_seeds_repeats_as_a_whole(ask, image) -> None:
+    inference = ask(temperature=2.0)
+
+    def run() -> list[str]:
+        torch.manual_seed(0)
+        return [inference.generate(image, "What?")["response"] for _ in range(2)]
+
+    first = run()
+    assert run() == first and first[0] != first[1]
+
+
+def test_a_seeded_call_leaves_the_seed_of_a_script_alone(ask, image) -> None:
+    inference = ask(temperature=2.0)
+    before = torch.get_rng_state()
+    inference.generate(image, "What?", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-300}])
+def test_the_sharpest_sampling_is_greedy(settings, ask, image) -> None:
+    assert ask(**settings).generate(image, "What?") == ask().generate(image, "What?")
 
 
 def test_sampled_answers_repeat_with_the_seed(ask, questions) -> None:
@@ -157,9 +245,91 @@ def test_an_image_beside_a_video_is_refused(ask, image) -> None:
         ask().generate(image, "What?", video=[image])
 
 
-def test_a_question_is_needed(ask, image) -> None:
-    with pytest.raises(ConfigError, match="there is no question"):
-        ask().generate(image)
+@pytest.mark.parametrize(
+    ("question", "problem"),
+    [
+        ("", "there is no question; give one as `question`"),
+        (" \n", "there is no question; give one as `question`"),
+        (None, "there is no question; give one as `question`"),
+        (["What?"], "the question is of type list; give a text"),
+        (b"What?", "the question is of type bytes; give a text"),
+        ("caf\udce9?", r"the question holds '\udce9', which is no letter of UTF-8; write it anew"),
+    ],
+)
+def test_a_question_is_a_text(question, problem, ask, image) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask().generate(image, question)
+    assert str(caught.value) == problem
+
+
+PIXELS = np.zeros((4, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shown", "problem"),
+    [
+        (
+            {"image": {}},
+            "the picture is of type dict; give a path, a PIL picture, a file's bytes, or an array of uint8",
+        ),
+        ({"image": torch.zeros(3, 4, 5)}, "the picture is of type Tensor; give a path"),
+        ({"image": [None]}, "the picture is of type NoneType; give a path"),
+        ({"image": []}, "the list of pictures is empty; leave it out"),
+        ({"image": PIXELS / 255}, "the picture is an array of float64 [4, 5, 3]; give uint8 [height, width] or"),
+        ({"image": PIXELS.transpose(2, 0, 1)}, "the picture is an array of uint8 [3, 4, 5]; give uint8"),
+        ({"image": PIXELS[:0]}, "the picture is an array of uint8 [0, 5, 3]; give uint8"),
+        ({"image": Image.new("RGB", (0, 5))}, "the picture has 0x5 pixels; give one that has some"),
+        ({"image": "clip.mp4"}, "clip.mp4: a video; give it as `video`"),
+        ({"image": [VideoPart(source=[PIXELS])]}, "the picture is of type VideoPart; give a path"),
+        ({"video": PIXELS}, "the video is of type ndarray; give a path, or a list of pictures"),
+        ({"video": Image.new("RGB", (5, 5))}, "the video is of type Image; give a path, or a list of pictures"),
+        ({"video": [1]}, "the picture is of type int; give a path"),
+    ],
+)
+def test_what_cannot_be_shown_is_told(shown, problem, ask) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask().generate(question="What?", **shown)
+    assert str(caught.value).startswith(problem)
+
+
+@pytest.mark.parametrize("raw", [b"", b"no picture"])
+def test_bytes_that_are_no_picture_are_told(raw, ask) -> None:
+    with pytest.raises(ImageError, match="not a readable picture"):
+        ask().generate(raw, "What?")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"temperature": math.nan}, "temperature is nan: input should be a finite number"),
+        ({"temperature": math.inf}, "temperature is inf: input should be a finite number"),
+        ({"temperature": -1}, "temperature is -1: input should be greater than or equal to 0"),
+        ({"temperature": "hot"}, "temperature is 'hot': input should be a valid number"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: input should be greater than or equal to 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5: input should be a valid integer"),
+        ({"max_new_tokens": True}, "max_new_tokens is True: give a number"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424: input should be less than"),
+        ({"temprature": 1}, 'unknown setting "temprature" of AnswerConfig. Did you mean "temperature"?'),
+        ({"device": "cpu"}, "device is set when the model is loaded: InferenceConfig(device=...)"),
+    ],
+)
+def test_a_wrong_setting_of_a_call_is_told(settings, problem, ask, image) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask().generate(image, "What?", **settings)
+    assert str(caught.value).startswith(problem)
+
+
+@pytest.mark.parametrize("questions", [None, "What?", ["What?"], [("a.png",)], [{"question": "What?"}], 3])
+def test_what_is_no_list_of_questions_is_told(questions, ask) -> None:
+    with pytest.raises(
+        ConfigError, match=r"of type \w+; give a list of pairs \(picture, question\), or of conversations"
+    ):
+        ask().generate_batch(questions)
+
+
+def test_questions_may_come_one_by_one(ask, questions) -> None:
+    inference = ask(batch_size=2)
+    assert inference.generate_batch(iter(questions)) == inference.generate_batch(questions)
 
 
 def test_no_questions_have_no_answers(ask) -> None:

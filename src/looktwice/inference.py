@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
+from os import PathLike
 from typing import Any
 
 import torch
@@ -13,31 +15,40 @@ from looktwice.config import AnswerConfig, InferenceConfig
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
-from looktwice.messages import Conversation, ImageSource, VideoPart, VideoSource, question_about
+from looktwice.messages import Conversation, VideoPart, VideoSource, check_question, question_about
 from looktwice.model.adapters import for_inference, merge
 from looktwice.model.attention import is_gpu, pick_attention
 from looktwice.model.location import locate
 from looktwice.model.weights import load_model, pick_device
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.processing.shown import Shown, parts_shown
 from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.conversation import open_images
 from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
 from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory
 
-Question = Conversation | tuple[ImageSource | VideoPart | None, str]
+Question = Conversation | tuple[Shown | list[Shown] | VideoPart | None, str]
 """A conversation that ends where the assistant is to answer, or what is shown and what is asked about it."""
+QUESTIONS_MEND = "give a list of pairs (picture, question), or of conversations"
 
 
 class OvisInference:
     """A loaded model that answers questions about pictures and videos.
 
+    A model's folder or name stands for a config of it; settings then come by name: OvisInference("tiny", device="cpu").
     Example: OvisInference(InferenceConfig(model_path="outputs/grpo/final_model")).generate(image, "What is this?")
     """
 
-    def __init__(self, config: InferenceConfig | None = None) -> None:
-        self.config = config or InferenceConfig()
+    def __init__(self, config: InferenceConfig | str | PathLike[str] | None = None, **settings: Any) -> None:
+        """Load the model. Raises ConfigError for what is no config of one, and as `load_model` does."""
+        if isinstance(config, (str, PathLike)) and "model_path" not in settings:
+            settings["model_path"] = config
+        elif config is not None and (settings or not isinstance(config, InferenceConfig)):
+            what = "two configs are given" if settings else f"the config is of type {type(config).__name__}"
+            raise ConfigError(f"{what}; give an InferenceConfig, or the model's folder and settings by name")
+        self.config = config if isinstance(config, InferenceConfig) else InferenceConfig(**settings)
         self.processor = Ovis2_5Processor.from_pretrained(locate(self.config.model_path))
         self.processor.policy = self.processor.policy.override(image_max_pixels=self.config.max_pixels)
         device = pick_device(self.config.device)
@@ -55,38 +66,45 @@ class OvisInference:
 
     def generate(
         self,
-        image: ImageSource | None = None,
+        image: Shown | list[Shown] | None = None,
         question: str = "",
         video: VideoSource | None = None,
         **generation: Any,
     ) -> dict[str, Any]:
-        """The answer to one question about a picture (a path or a PIL picture), a video, or neither.
+        """The answer to one question about a picture, a list of them, a video, or nothing to look at.
 
-        `video` is a path, of which `num_frames` are seen, or a list of frames, which are all seen. Crops are cut from
-        pictures only. `generation` are fields of AnswerConfig that hold for this call, such as `temperature=0.7`.
+        A picture is a path, a PIL picture, the bytes of a file, or an array of uint8 [height, width, channels], red
+        first. `video` is a path, of which `num_frames` are seen, or a list of frames, which are all seen. Crops are cut
+        from the first picture, never from a video. `generation` are fields of AnswerConfig that hold for this call,
+        such as `temperature=0.7`. Where it samples, each call draws anew, from torch's own generator, which
+        `torch.manual_seed` sets; with a `seed` it repeats.
 
         Keys: `response` (all the model wrote), `parsed` (`think_content`, `answer_content`, `grounding`), `crops`
-        (each call's `box` in original pixels and `error`), `stop_reason`, `picture` (what was shown: sizes in pixels
-        `original` and `seen`, `num_tokens`, and `frames` of a video; None without a picture).
-        Raises ConfigError for a picture beside a video, without a question, and for a wrong setting.
+        (each call's `box` in original pixels and `error`), `stop_reason`, `picture` (what was shown first: sizes in
+        pixels `original` and `seen`, `num_tokens`, and `frames` of a video; None without a picture).
+        Raises ConfigError for a picture beside a video, without a question, for what is no picture, and for a wrong
+        setting; ImageError for a picture or video that cannot be read.
         """
-        if not question:
-            raise ConfigError("there is no question; give one as `question`")
         if image is not None and video is not None:
             raise ConfigError("a picture and a video are both given; ask about one of them")
-        return self.generate_batch([(image if video is None else VideoPart(source=video), question)], **generation)[0]
+        shown = image if video is None else VideoPart(source=video)
+        [answer] = self.generate_batch([(shown, question)], **generation)
+        return answer
 
-    def generate_batch(self, questions: Sequence[Question], **generation: Any) -> list[dict[str, Any]]:
-        """Answers to many questions, all advancing together; a video is given as VideoPart in the picture's place."""
+    def generate_batch(self, questions: Iterable[Question], **generation: Any) -> list[dict[str, Any]]:
+        """Answers to many questions, all advancing together; a video is given as VideoPart in the picture's place.
+
+        One seed serves them all, so an answer that is sampled depends on the questions beside it.
+        """
         finished = self._finished(questions, None, self.config.answer(**generation))
         return [report(done.trajectory, *done.prompt.images[:1]) for done in finished]
 
-    def play(self, questions: Sequence[Question], look: Look | None = None) -> list[Trajectory]:
+    def play(self, questions: Iterable[Question], look: Look | None = None) -> list[Trajectory]:
         """The finished rollouts of the questions; `look` replaces the crop tool."""
         return [done.trajectory for done in self._finished(questions, look, self.config.answer())]
 
     def _finished(
-        self, questions: Sequence[Question], look: Look | None, generation: AnswerConfig
+        self, questions: Iterable[Question], look: Look | None, generation: AnswerConfig
     ) -> Iterator[Episode]:
         """Episodes at their end: `batch_size` advance together, and only their pictures are held in memory."""
         rules = EpisodeRules(
@@ -103,18 +121,26 @@ class OvisInference:
             max_rows=size,
             seed=generation.seed,
         )
-        for first in range(0, len(questions), size):
-            batch = [conversation_of(asked, generation.num_frames) for asked in questions[first : first + size]]
+        if isinstance(questions, (str, bytes, Conversation)) or not isinstance(questions, Iterable):
+            raise ConfigError(f"the questions are of type {type(questions).__name__}; {QUESTIONS_MEND}")
+        waiting = iter(questions)
+        while batch := [conversation_of(asked, generation.num_frames) for asked in islice(waiting, size)]:
             groups = [start_episodes(prompt, self.processor, rules, look=look) for prompt in batch]
             play(engine, groups)
             yield from (episode for (episode,) in groups)
 
 
 def conversation_of(asked: Question, num_frames: int) -> Conversation:
-    """A question as the conversation that asks it, decoded: of a video file, the frames that are seen."""
+    """A question as the conversation that asks it, decoded: of a video file, the frames that are seen.
+
+    Raises ConfigError for what is no question, ImageError for a picture or video that cannot be read.
+    """
     if not isinstance(asked, Conversation):
+        if not isinstance(asked, (tuple, list)) or len(asked) != 2:
+            raise ConfigError(f"a question is of type {type(asked).__name__}; {QUESTIONS_MEND}")
         shown, text = asked
-        asked = question_about(text, *([] if shown is None else [shown]))
+        check_question(text)
+        asked = question_about(text, *parts_shown(shown))
     return open_images(asked, num_frames=num_frames)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -90,6 +90,19 @@ def user(text: str, *shown: ImageSource | VideoPart) -> Message:
     """A user message in the recommended form: pictures or the video first, then the text."""
     parts = (part if isinstance(part, VideoPart) else ImagePart(source=part) for part in shown)
     return Message(role="user", parts=(*parts, TextPart(text=text)))
+
+
+def check_question(text: Any) -> None:
+    """Raise ConfigError unless a model can read it: a text of whole letters, not only of blanks."""
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"the question is of type {type(text).__name__}; give a text")
+    if not text or not text.strip():
+        raise ConfigError("there is no question; give one as `question`")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        letter = text[error.start]
+        raise ConfigError(f"the question holds {letter!a}, which is no letter of UTF-8; write it anew") from error
 
 
 def question_about(text: str, *shown: ImageSource | VideoPart) -> Conversation:

@@ -10,7 +10,7 @@ from looktwice.cli.arguments import argument, read_command, write_json
 from looktwice.config import InferenceConfig
 from looktwice.errors import ConfigError
 from looktwice.model.location import locate
-from looktwice.paths import check_output_file, check_shown_file
+from looktwice.paths import check_output_file, check_shown_file, expanded, place
 from looktwice.processing.addresses import source_of
 
 
@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> None:
         argument("text", nargs="?", metavar="question", help="what to ask about it"),
         argument("--image_path", help="the picture or video, as a flag"),
         argument("--question", help="the question, as a flag"),
-        argument("--output_json", type=Path, help="also write the answer to this file"),
+        argument("--output_json", type=place, help="also write the answer to this file"),
     )
     if given["image_path"] and given["image"] and not given["question"] and not given["text"]:
         given["image"], given["text"] = None, given["image"]  # the one word that is left is the question
@@ -35,15 +35,17 @@ def run(words: Sequence[str]) -> None:
     image, question = given["image_path"] or given["image"], given["question"] or given["text"]
     if not image or not question:
         raise ConfigError('a picture and a question are needed: looktwice ask photo.jpg "What does the sign say?"')
-    shown_at = source_of(image)
+    shown_at = source_of(expanded(image))
     if isinstance(shown_at, Path):
         check_shown_file(shown_at)
     check_output_file(given["output_json"], "--output_json")
     locate(config.model_path)
+    from looktwice.messages import check_question
     from looktwice.processing.images import image_size
     from looktwice.processing.video import is_video_file, open_video
 
-    # a damaged picture should not wait for the model
+    # what the model cannot read should not wait for it
+    check_question(question)
     if isinstance(shown_at, Path) and is_video_file(shown_at):
         shown: dict[str, Any] = {"video": open_video(shown_at, config.num_frames)}
     else:
@@ -52,10 +54,10 @@ def run(words: Sequence[str]) -> None:
     from looktwice.inference import OvisInference
 
     result = OvisInference(config).generate(question=question, **shown)
-    print_answer(result)
-    if given["output_json"]:
+    if given["output_json"]:  # first: who reads what is printed may leave
         record = {"image_path": image, "question": question, "model_path": config.model_path, **result}
         write_json(given["output_json"], record)
+    print_answer(result)
 
 
 def print_answer(result: dict[str, Any]) -> None:

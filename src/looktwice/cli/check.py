@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 from looktwice.cli.arguments import MODEL, argument, read_command, write_json
 from looktwice.config import CheckConfig
 from looktwice.errors import ConfigError
 from looktwice.model.location import locate
-from looktwice.paths import check_image_folder, check_output_file, check_target
+from looktwice.paths import check_image_folder, check_output_file, check_target, place
 
 
 def run(words: Sequence[str]) -> int:
@@ -21,9 +20,9 @@ def run(words: Sequence[str]) -> int:
         "FILE...",
         words,
         CheckConfig,
-        argument("files", metavar="FILE", nargs="+", type=Path, help="training files to judge"),
-        argument("--json", metavar="FILE", type=Path, help="also write what was found to this file"),
-        argument("--fix", metavar="OUT", type=Path, help="write a copy without the rows that would fail"),
+        argument("files", metavar="FILE", nargs="+", type=place, help="training files to judge"),
+        argument("--json", metavar="FILE", type=place, help="also write what was found to this file"),
+        argument("--fix", metavar="OUT", type=place, help="write a copy without the rows that would fail"),
         MODEL,
     )
     files, target = given["files"], given["fix"]

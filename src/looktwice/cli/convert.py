@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from looktwice.cli.arguments import argument, read_command
 from looktwice.config import ConvertConfig
-from looktwice.paths import check_data_file, check_target
+from looktwice.paths import check_data_file, check_target, place
 
 
 def run(words: Sequence[str]) -> None:
@@ -18,8 +17,8 @@ def run(words: Sequence[str]) -> None:
         "IN OUT",
         words,
         ConvertConfig,
-        argument("source", metavar="IN", type=Path, help="file to read: JSONL, JSON or Parquet"),
-        argument("target", metavar="OUT", type=Path, help="file to write; its name says which kind"),
+        argument("source", metavar="IN", type=place, help="file to read: JSONL, JSON or Parquet"),
+        argument("target", metavar="OUT", type=place, help="file to write; its name says which kind"),
     )
     check_data_file(given["source"])
     check_target(given["target"], given["source"], overwrite=config.overwrite)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from looktwice.cli.arguments import argument, read_command
 from looktwice.config import ExportConfig
 from looktwice.model.location import locate
-from looktwice.paths import check_new_folder
+from looktwice.paths import check_new_folder, place
 
 
 def run(words: Sequence[str]) -> None:
@@ -20,7 +19,7 @@ def run(words: Sequence[str]) -> None:
         words,
         ExportConfig,
         argument("model", metavar="MODEL", help="model or adapter folder, hub name, or tiny"),
-        argument("folder", metavar="FOLDER", type=Path, help="folder to write; must be new or empty"),
+        argument("folder", metavar="FOLDER", type=place, help="folder to write; must be new or empty"),
     )
     locate(given["model"])
     check_new_folder(given["folder"])

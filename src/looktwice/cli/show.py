@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from looktwice.cli.arguments import MODEL, argument, read_command
 from looktwice.config import ShowConfig
 from looktwice.model.location import locate
-from looktwice.paths import check_data_file, check_image_folder, check_output_file
+from looktwice.paths import check_data_file, check_image_folder, check_output_file, place
 
 
 def run(words: Sequence[str]) -> None:
@@ -20,8 +19,8 @@ def run(words: Sequence[str]) -> None:
         "FILE",
         words,
         ShowConfig,
-        argument("file", metavar="FILE", type=Path, help="training file to look into"),
-        argument("--html", metavar="FILE", type=Path, help="also write a page with the pictures to this file"),
+        argument("file", metavar="FILE", type=place, help="training file to look into"),
+        argument("--html", metavar="FILE", type=place, help="also write a page with the pictures to this file"),
         argument("-n", dest="num_samples", metavar="N", default=argparse.SUPPRESS, help="short for --num_samples"),
         MODEL,
     )

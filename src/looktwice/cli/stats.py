@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from looktwice.cli.arguments import MODEL, argument, read_command
 from looktwice.config import StatsConfig
 from looktwice.errors import DataError
 from looktwice.model.location import locate
-from looktwice.paths import check_data_file, check_image_folder, check_output_file
+from looktwice.paths import check_data_file, check_image_folder, check_output_file, place
 
 
 def run(words: Sequence[str]) -> int:
@@ -20,8 +19,8 @@ def run(words: Sequence[str]) -> int:
         "FILE...",
         words,
         StatsConfig,
-        argument("files", metavar="FILE", nargs="+", type=Path, help="training files to measure"),
-        argument("--html", metavar="FILE", type=Path, help="also write a page with charts to this file"),
+        argument("files", metavar="FILE", nargs="+", type=place, help="training files to measure"),
+        argument("--html", metavar="FILE", type=place, help="also write a page with charts to this file"),
         MODEL,
     )
     for path in given["files"]:

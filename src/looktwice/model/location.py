@@ -8,6 +8,7 @@ from typing import Any
 
 from looktwice.config import Quantization
 from looktwice.errors import CheckpointError
+from looktwice.paths import expanded
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
@@ -28,8 +29,7 @@ def locate(name: str) -> str:
 
     Raises CheckpointError for a local folder that cannot hold a model.
     """
-    if name == TINY:
-        name = str(TINY_FOLDER)
+    name = str(TINY_FOLDER) if name == TINY else expanded(name)
     folder = Path(name)
     if folder.is_dir():
         files = {path.name for path in folder.iterdir()}

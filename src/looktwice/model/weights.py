@@ -117,7 +117,7 @@ def load_model(
     problems = [f"{kind}: {', '.join(sorted(map(str, names))[:5])}" for kind, names in info.items() if names]
     if problems:
         raise CheckpointError(f"{name}: the weights do not fit config.json; {'; '.join(problems)}")
-    model.name_or_path = name if name == TINY or not os.path.isdir(name) else os.path.abspath(name)
+    model.name_or_path = name if name == TINY or not os.path.isdir(folder) else os.path.abspath(folder)
     model.weights_fingerprint = weights_fingerprint(name)
     return model
 
