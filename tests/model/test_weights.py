@@ -136,10 +136,6 @@ def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name: str) -> Non
         locate(name)
 
 
-def test_a_hub_name_stays_as_it_is() -> None:
-    assert locate("AIDC-AI/Ovis2.5-2B") == "AIDC-AI/Ovis2.5-2B"
-
-
 def test_a_file_is_not_a_model_folder(model_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="no such model folder"):
         load_model(str(model_folder / "config.json"))

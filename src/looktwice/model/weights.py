@@ -40,8 +40,10 @@ from looktwice.model.location import (
     OWN_FIELDS,
     TINY,
     UNFINISHED,
+    WEIGHT_FILES,
     adapter_base,
     base_quantization,
+    check_hub,
     locate,
 )
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
@@ -79,6 +81,8 @@ def load_model(
     mis-shaped; remote code is never run.
     """
     folder = locate(name)
+    if not os.path.isdir(folder):
+        check_hub(folder, (*WEIGHT_FILES, ADAPTER_CONFIG))
     options = {
         "dtype": dtype,
         "device": device,
