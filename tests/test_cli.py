@@ -22,6 +22,7 @@ from looktwice.training.learner import Learner
 
 GOOD = {"Q": "What is it?", "A3": "<think>{Crop cup 1 [0, 0, 40, 40]}</think>\n\n<answer>cup</answer>"}
 ROW = {"image_path": "cup.png", "QnA": [GOOD]}
+ROOT = Path(__file__).parents[1]
 NOT_READ = {
     "sft": ("sft_checkpoint", "grpo_output_dir"),
     "grpo": ("model_name", "sft_output_dir"),
@@ -474,3 +475,190 @@ def test_an_interrupt_ends_with_its_own_code(
     monkeypatch.setitem(cli.VERBS, "demo", interrupt)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "looktwice: interrupted\n"
+
+
+# -- terminals, pipes and full disks
+
+ROW_LINE = json.dumps(ROW | {"QnA": [{**GOOD, "Q": "What is it, é 日本?"}]})
+
+
+def shell(line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which LT is the command; UNBUFFERED is off, as it is for users."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "", "LT": f"{sys.executable} -m looktwice", **variables}
+    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 120}
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, **options)
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path) -> Path:
+    Image.new("RGB", (160, 120), "red").save(tmp_path / "cup.png")
+    (tmp_path / "d.jsonl").write_text(ROW_LINE + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("words", "unbuffered"), [("--help", "1"), ("--version", ""), ("train --help", "")])
+def test_who_reads_may_leave(words, unbuffered, data_folder) -> None:
+    done = shell(f"$LT {words} | true; exit ${{PIPESTATUS[0]}}", data_folder, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "data check d.jsonl --json result",
+        "data show d.jsonl --model tiny --html result",
+        "data stats d.jsonl --model tiny --html result",
+        "data convert d.jsonl result.jsonl --to messages",
+        "ask cup.png Q --model_path tiny --device cpu --max_new_tokens 1 --output_json result",
+    ],
+)
+def test_a_result_is_written_though_who_reads_has_left(words, data_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.chdir(data_folder)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(words.split()) == 141
+    [result] = data_folder.glob("result*")
+    assert result.stat().st_size > 100
+
+
+FULL = "looktwice: the output cannot be written (No space left on device); make room, or send it elsewhere\n"
+
+
+@pytest.mark.parametrize(("words", "unbuffered"), [("--help", "1"), ("--version", ""), ("train --help", "")])
+def test_a_full_output_is_told_in_one_line(words, unbuffered, data_folder) -> None:
+    done = shell(f"$LT {words} > /dev/full", data_folder, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (1, FULL)
+
+
+@pytest.mark.parametrize("verb", ["check d.jsonl", "show d.jsonl --model tiny", "stats d.jsonl --model tiny"])
+def test_a_table_on_a_full_output_is_told_too(
+    verb, data_folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["data", *verb.split()]) == 1
+    assert capsys.readouterr().err.endswith(FULL)
+
+
+def test_output_that_is_closed_is_no_error(data_folder) -> None:
+    assert shell("$LT --version >&-", data_folder).returncode == 0
+    assert shell("$LT nope 2>&-", data_folder).returncode == 1
+    assert shell("$LT nope 2> /dev/full", data_folder).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["data", "check", "d.jsonl"], "--json"),
+        (["data", "show", "d.jsonl", "--model", "tiny"], "--html"),
+        (["data", "stats", "d.jsonl", "--model", "tiny"], "--html"),
+        (["ask", "cup.png", "Q", "--model_path", "tiny", "--device", "cpu", "--max_new_tokens", "1"], "--output_json"),
+    ],
+)
+def test_a_result_on_a_full_disk_is_told_in_one_line(
+    words, flag, data_folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    assert main([*words, flag, "/dev/full"]) == 1
+    expected = "looktwice: /dev/full: cannot be written (No space left on device); make room, or give another path\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
+LETTERS = [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}]
+LETTERS += [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+
+
+@pytest.mark.parametrize("letters", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "check", "d\udce9.jsonl", "--json", "r\udce9.json", "--fix", "f\udce9.jsonl"],
+        ["data", "show", "d\udce9.jsonl", "--model", "tiny", "--html", "r\udce9.html"],
+        ["data", "stats", "d\udce9.jsonl", "--model", "tiny", "--html", "r\udce9.html"],
+        ["data", "convert", "d\udce9.jsonl", "c\udce9.jsonl", "--to", "messages"],
+    ],
+)
+def test_a_terminal_may_lack_letters_and_a_file_name_be_no_text(
+    words, letters, data_folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data_folder / "d.jsonl").rename(data_folder / "d\udce9.jsonl")
+    monkeypatch.chdir(data_folder)
+    with open("terminal", "w", encoding=letters) as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert main(words) == 0
+    assert r"d\udce9.jsonl" in (data_folder / "terminal").read_text(encoding=letters)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("ask $'no\\xe9.png' Q", "no\\udce9.png: no such picture or video"),
+        ("ask cup.png $'caf\\xe9?' --model_path tiny", "the question holds '\\udce9', which is no letter of UTF-8"),
+        ("ask cup.png Q --model_path $'m\\xe9'", "m\\udce9: the name is not UTF-8; rename it, or give another path"),
+        ("export tiny $'m\\xe9'", "m\\udce9: the name is not UTF-8"),
+        ("demo --output_dir $'m\\xe9'", "m\\udce9: the name is not UTF-8"),
+        ("tr\\äin", 'unknown command "tr'),
+    ],
+)
+@pytest.mark.parametrize("variables", [LETTERS[1], LETTERS[2]])
+def test_what_is_no_text_is_told(words, problem, variables, data_folder) -> None:
+    done = shell(f"$LT {words}", data_folder, **variables)
+    assert done.returncode == 1 and done.stderr.startswith(f"looktwice: {problem}")
+
+
+def test_an_error_of_the_system_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: object) -> None:
+        raise PermissionError(13, "Permission denied", "a" * 500)
+
+    monkeypatch.setitem(cli.VERBS, "demo", fail)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == f"looktwice: {'a' * 60}...{'a' * 17}: Permission denied\n"
+
+
+@pytest.mark.parametrize("folder", [".", "src", "src/looktwice", "tests"])
+def test_the_package_is_a_command_wherever_one_stands(folder) -> None:
+    done = subprocess.run([sys.executable, "-m", "looktwice"], cwd=ROOT / folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout[:16], done.stderr) == (0, "usage: looktwice", "")
+
+
+# -- flags of other trainers
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--per_device_train_batch_size=4"], "--per_device_train_batch_size. Here it is --batch_size."),
+        (["train", "--model-name-or-path", "x"], "--model_name_or_path. Here it is --model_name."),
+        (["train", "--output_dir", "x"], "--output_dir. Here it is --sft_output_dir or --grpo_output_dir."),
+        (["train", "--deepspeed", "x"], "--deepspeed. There is none here: one process trains; for less memory see "),
+        (["train", "data.train_files=x"], "data.train_files. Here it is --train_data."),
+        (["ask", "a.png", "Q", "--model", "tiny"], "--model. Here it is --model_path."),
+        (["ask", "a.png", "Q", "--deepseed"], "--deepseed. See looktwice ask --help."),
+        (["demo", "--output", "x"], '--output. Did you mean "--output_dir"?'),
+    ],
+)
+def test_a_flag_of_another_trainer_names_what_does_it_here(words, message, refusal) -> None:
+    assert refusal(words).startswith(f"unknown argument {message}")
+
+
+def test_all_unknown_flags_are_told_at_once(refusal) -> None:
+    told = refusal(["train", "--lr", "1e-4", "--fp16", "--foo", "--lora_rank", "8"]).splitlines()
+    assert [line.split()[2] for line in told] == ["--lr.", "--fp16.", "--foo.", "--lora_rank."]
+
+
+def test_the_last_of_a_flag_that_is_given_twice_holds() -> None:
+    *_, sft, _ = train_configs(["--seed", "1", "--bf16", "--seed", "2", "--no-bf16"])
+    assert (sft.seed, sft.bf16) == (2, False)
+
+
+def test_flags_may_be_written_with_hyphens_and_file_names_stay(data_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, data, sft, _ = train_configs(["--train-data=a-b.jsonl", "--lora-r", "4"])
+    assert (data.train_data_path, sft.lora_r) == (Path("a-b.jsonl"), 4)
+    (data_folder / "--a-b.jsonl").write_text(ROW_LINE)
+    monkeypatch.chdir(data_folder)
+    assert main(["data", "check", "--", "--a-b.jsonl"]) == 0

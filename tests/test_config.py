@@ -653,6 +653,7 @@ def test_help_says_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None
         "--lr_scheduler_type {cosine,constant} ",
         "--part_learning_rates RATES ",
         "--image_base_path PATH ",
+        "Of a flag that is given twice the last one holds.",
     ):
         assert shown in text
 

@@ -108,9 +108,18 @@ def check_output_file(path: Path | None, flag: str, inputs: Iterable[Path | None
         raise ConfigError(f"{flag} {path}: cannot be written; give another path")
 
 
+def check_letters(path: str | Path) -> None:
+    """Raise ConfigError for a name that is not UTF-8, which libraries of weights cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path}: the name is not UTF-8; rename it, or give another path") from error
+
+
 def check_run_folder(folder: Path) -> None:
     """Raise ConfigError when a run cannot write there. Nothing is made yet."""
     check_name(folder, str(folder))
+    check_letters(folder)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = f"{there} is no folder" if not there.is_dir() else f"no right to write in {there}"
@@ -120,5 +129,6 @@ def check_run_folder(folder: Path) -> None:
 def check_new_folder(folder: Path, *, otherwise: str = "") -> None:
     """Raise ConfigError when there is something already; `otherwise` is what else a user can do."""
     check_name(folder, str(folder))
+    check_letters(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: there is something already; give a new folder{otherwise}")

@@ -27,7 +27,7 @@ from looktwice.formats.reading import Fields, Reading
 from looktwice.formats.sample_file import SampleFile
 from looktwice.formats.writing import write_rows
 from looktwice.geometry import Size
-from looktwice.paths import check_target
+from looktwice.paths import check_target, write_result
 
 Step = str | int
 Note = Callable[[list[float], list[float]], None]
@@ -95,7 +95,7 @@ def fix(judge: Judge, fatal: Mapping[str, list[Problem]], target: Path) -> Fixed
     facts = {"source": str(file.path), "format": file.format.name}
     numbers = {"rows": done.num_rows, "rows_written": done.num_written}
     report = {**facts, **numbers, "mended": done.mended, "left_out": done.left_out}
-    done.report.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result(done.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return done
 
 

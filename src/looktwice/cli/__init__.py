@@ -10,7 +10,7 @@ from io import TextIOWrapper
 from looktwice import __version__
 from looktwice.cli import ask, data, demo, export, train
 from looktwice.cli.arguments import run_one
-from looktwice.errors import LooktwiceError
+from looktwice.errors import LooktwiceError, short
 
 VERBS = {"train": train.run, "ask": ask.run, "data": data.run, "export": export.run, "demo": demo.run}
 NOBODY_READS = 141
@@ -37,7 +37,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         code, message = NOBODY_READS, ""
     except OSError as error:  # the disk is full, or a right is missing
-        code, message = 1, f"{error.filename or 'the output cannot be written'}: {error.strerror or error}"
+        reason = error.strerror or str(error)
+        of_output = f"the output cannot be written ({reason}); make room, or send it elsewhere"
+        code, message = 1, f"{short(str(error.filename))}: {reason}" if error.filename else of_output
     except LooktwiceError as error:
         code, message = 1, str(error)
     except KeyboardInterrupt as interrupt:

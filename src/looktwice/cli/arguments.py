@@ -26,6 +26,9 @@ TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 class Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of leaving; an unknown flag names the nearest one."""
 
+    def __init__(self, *names: str, **options: Any) -> None:
+        super().__init__(*names, epilog="Of a flag that is given twice the last one holds.", **options)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
@@ -34,7 +37,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_strictly(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The flags that were given; `--verify-with` is read as `--verify_with`."""
-        written = self._with_switches([_with_underscores(argument) for argument in arguments])
+        end = [*arguments, "--"].index("--")  # behind it are no flags
+        flags = self._with_switches([_with_underscores(argument) for argument in arguments[:end]])
+        written = [*flags, *arguments[end:]]
         known, unknown = self.parse_known_args(written)
         if unknown:
             # a word without a dash may be the value of an unknown flag

@@ -40,12 +40,13 @@ def run(words: Sequence[str]) -> None:
         check_shown_file(shown_at)
     check_output_file(given["output_json"], "--output_json")
     locate(config.model_path)
+    # what the model cannot read should not wait for it
     from looktwice.messages import check_question
+
+    check_question(question)
     from looktwice.processing.images import image_size
     from looktwice.processing.video import is_video_file, open_video
 
-    # what the model cannot read should not wait for it
-    check_question(question)
     if isinstance(shown_at, Path) and is_video_file(shown_at):
         shown: dict[str, Any] = {"video": open_video(shown_at, config.num_frames)}
     else:

@@ -49,6 +49,9 @@ def run(words: Sequence[str]) -> int:
     judge = Judge(config, processor)
     fatal: defaultdict[str, list[Problem]] = defaultdict(list)
     verdict = judge.judge(files, fatal if target else None)
+    if given["json"]:  # first: who reads what is printed may leave
+        write_json(given["json"], verdict.as_json())
+    fixed = fix(judge, fatal, target) if target else None
     console = open_console()
     for path, name in verdict.formats.items():
         console.out(f"{path}: format {name}")
@@ -56,9 +59,7 @@ def run(words: Sequence[str]) -> int:
         console.print(line, crop=False)
     for flag, unchecked in verdict.unchecked.items():
         console.print(f"not checked without {flag}: {unchecked}")
-    if given["json"]:
-        write_json(given["json"], verdict.as_json())
-    if target:
-        console.out(str(fix(judge, fatal, target)))
+    if fixed:
+        console.out(str(fixed))
     console.out(str(verdict), style=None if verdict.would_train else "red")
     return 0 if verdict.would_train else 1

@@ -40,15 +40,15 @@ def run(words: Sequence[str]) -> None:
     processor = load_processor(config.model_name, config)
     found = f"format {file.format.name} ({file.format.description}), {counted(len(file), 'row')}"
     lead = f"{file.path}: {found}, as {config.model_name} sees them"
+    views = view_file(file, processor, config)
+    if given["html"]:  # first: who reads what is printed may leave
+        views = iter(shown := list(views))
+        write_samples_page(given["html"], title=file.path.name, lead=lead, views=shown)
     console = open_console()
     console.out(lead)
-    views = []
-    for view in view_file(file, processor, config):
+    for view in views:
         console.print()
         for line in sample_lines(view):
             console.print(line, crop=False)
-        if given["html"]:
-            views.append(view)
     if given["html"]:
-        write_samples_page(given["html"], title=file.path.name, lead=lead, views=views)
         console.out(f"\npage: {given['html']}")

@@ -51,17 +51,19 @@ def run(words: Sequence[str]) -> int:
         measured = f"{statistics.num_whole_rows - num_before:,} of {counted(len(rows), 'row')} measured"
         picked = f", picked from {len(file):,}" if len(rows) < len(file) else ""
         leads.append(f"{path}: format {file.format.name}, {measured}{picked}")
-        console.out(leads[-1])
     tables = statistics_tables(statistics, config)
+    if given["html"] and statistics.measures:  # first: who reads what is printed may leave
+        title = ", ".join(path.name for path in given["files"])
+        lead = f"{'; '.join(leads)}. Tokens and pixels as {config.model_name} has them."
+        charts = statistics_charts(statistics)
+        write_statistics_page(given["html"], title=title, lead=lead, tables=tables, charts=charts)
+    for lead in leads:
+        console.out(lead)
     for part in titled(tables):
         console.print(part, crop=False)
     if not statistics.measures:
         raise DataError("no sample could be measured; see the table above and `looktwice data check`")
     if given["html"]:
-        title = ", ".join(path.name for path in given["files"])
-        lead = f"{'; '.join(leads)}. Tokens and pixels as {config.model_name} has them."
-        charts = statistics_charts(statistics)
-        write_statistics_page(given["html"], title=title, lead=lead, tables=tables, charts=charts)
         console.out(f"\npage: {given['html']}")
     if num_broken := statistics.num_rows - statistics.num_whole_rows:
         of_all = f"{num_broken:,} of {counted(statistics.num_rows, 'row')} could not be measured"

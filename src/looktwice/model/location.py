@@ -12,7 +12,7 @@ from typing import Any
 
 from looktwice.config import Quantization
 from looktwice.errors import CheckpointError, short
-from looktwice.paths import expanded
+from looktwice.paths import check_letters, expanded
 
 TINY = "tiny"
 CONNECT_SECONDS = 5
@@ -36,6 +36,7 @@ def locate(name: str) -> str:
     Raises CheckpointError for a local folder that cannot hold a model, and for a name of the hub that cannot be had.
     """
     name = str(TINY_FOLDER) if name == TINY else expanded(name)
+    check_letters(name)
     folder = Path(name)
     if os.path.isdir(folder):  # of a name that is too long Path.is_dir raises an error
         files = {path.name for path in folder.iterdir()}
