@@ -54,9 +54,10 @@ def _run(words: list[str]) -> int:
     try:
         return run_one("looktwice", VERBS, words, also=", or looktwice --version")
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # rich ends so
-            raise end.__context__ from None
-        raise
+        before = end.__context__
+        while before is not None and not isinstance(before, BrokenPipeError):
+            before = before.__context__
+        raise before or end from None  # so rich ends when nobody reads
 
 
 def _end(code: int, message: str) -> int:

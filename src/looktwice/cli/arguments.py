@@ -26,8 +26,8 @@ TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 class Parser(argparse.ArgumentParser):
     """Raises ConfigError instead of leaving; an unknown flag names the nearest one."""
 
-    def __init__(self, *names: str, **options: Any) -> None:
-        super().__init__(*names, epilog="Of a flag that is given twice the last one holds.", **options)
+    def __init__(self, program: str, **options: Any) -> None:
+        super().__init__(program, epilog="Of a flag that is given twice the last one holds.", **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
