@@ -16,6 +16,7 @@ import looktwice
 from looktwice import cli
 from looktwice.cli import main
 from looktwice.cli.train import train_configs
+from looktwice.errors import short
 from looktwice.inference import OvisInference
 from looktwice.training import sft
 from looktwice.training.learner import Learner
@@ -617,7 +618,7 @@ def test_an_error_of_the_system_is_told_in_one_line(
 
     monkeypatch.setitem(cli.VERBS, "demo", fail)
     assert main(["demo"]) == 1
-    assert capsys.readouterr().err == f"looktwice: {'a' * 60}...{'a' * 17}: Permission denied\n"
+    assert capsys.readouterr().err == f"looktwice: {short('a' * 500)}: Permission denied\n"
 
 
 @pytest.mark.parametrize("folder", [".", "src", "src/looktwice", "tests"])

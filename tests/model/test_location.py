@@ -15,7 +15,7 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
-from looktwice.errors import CheckpointError
+from looktwice.errors import CheckpointError, short
 from looktwice.model import location
 from looktwice.model.location import TINY_FOLDER, check_hub, locate, reach
 
@@ -108,7 +108,7 @@ def test_what_is_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
         ("some one/model", "some one/model: no such model folder, and no hub name; check the spelling"),
         ("./none", "./none: no such model folder; give a folder"),
         ("none", "none: no such model folder; give a folder"),
-        ("x" * 5000, f"{'x' * 60}...{'x' * 17}: no such model folder; give a folder"),
+        ("x" * 5000, f"{short('x' * 5000)}: no such model folder; give a folder"),
     ],
 )
 def test_a_name_of_nothing_is_told(name: str, problem: str) -> None:

@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             # a word without a dash may be the value of an unknown flag
             words = [word for word in unknown if word.startswith("-")] or unknown[:1]
-            raise ConfigError("\n".join(map(self._unknown, words)))
+            raise ConfigError(*map(self._unknown, words))
         return vars(known)
 
     def _unknown(self, word: str) -> str:
