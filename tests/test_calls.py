@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
+from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, WRITTEN_CALL, format_call, parse_call, split_calls
 from looktwice.errors import BoxError
 from looktwice.geometry import Box
 
@@ -124,3 +124,15 @@ def test_segments_joined_give_the_text_back(text: str) -> None:
     assert "".join([*calls, rest]) == text
     assert all(call.endswith(TOOL_CALL_CLOSE) and call.count(TOOL_CALL_CLOSE) == 1 for call in calls)
     assert TOOL_CALL_CLOSE not in rest
+
+
+def test_a_call_is_found_from_its_last_opening_tag_and_at_once_where_none_is_closed() -> None:
+    assert WRITTEN_CALL.findall("<tool_call> or <tool_call>[1, 2, 3, 4]</tool_call>") == [
+        "<tool_call>[1, 2, 3, 4]</tool_call>"
+    ]
+    assert WRITTEN_CALL.findall("<tool_call>" * 100_000) == []
+
+
+def test_a_number_of_many_digits_is_refused_at_once() -> None:
+    with pytest.raises(BoxError, match="got"):
+        parse_call(f"[{'1' * 200_000}x, 2, 3, 4]")

@@ -17,11 +17,11 @@ TOOL_RESPONSE_OPEN, TOOL_RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
 MAX_WORDS_LENGTH = 80
 """Characters before the bracket; enough for names of objects, too few for a sentence that lost its opening tag."""
 
-WRITTEN_CALL = re.compile(f"{TOOL_CALL_OPEN}.*?{TOOL_CALL_CLOSE}", re.DOTALL)
-"""A call in a text, whatever stands in it."""
+WRITTEN_CALL = re.compile(f"{TOOL_CALL_OPEN}(?:(?!{TOOL_CALL_OPEN}).)*?{TOOL_CALL_CLOSE}", re.DOTALL)
+"""A call in a text, whatever stands in it but another opening tag: a search then takes no longer than the text."""
 
 _WORDS = re.compile(rf"[^\[\]{{}}<>]{{0,{MAX_WORDS_LENGTH}}}")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 
 
 def format_call(numbers: Iterable[float | str]) -> str:

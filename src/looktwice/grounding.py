@@ -12,7 +12,7 @@ from looktwice.geometry import Size
 GroundingKind = Literal["box", "point"]
 
 _MARK = re.compile(r"<(ref|box|point)\s*>((?:(?!<(?:ref|box|point)\s*>).)*?)</\s*\1\s*>", re.DOTALL | re.IGNORECASE)
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 _BETWEEN = re.compile(r"[\s,;()\[\]{}]+")
 _SLACK = 0.01
 """A fraction this far outside [0, 1] is a rounding slip and is clamped; beyond it the frame must be another one."""
