@@ -153,7 +153,15 @@ def keep_steps(path: Path, last: int) -> None:
     if not path.exists():
         return
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= last]
+    kept = [line for line in whole.splitlines() if _step_of(line) <= last]
     draft = path.with_name(f".{path.name}.unfinished")
     draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     draft.replace(path)
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of a log; 0 where somebody else wrote it, so that it stays."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -103,6 +103,12 @@ def test_what_the_run_starts_from_is_never_removed(settings, run, monkeypatch) -
         check_run(SFTConfig(output_dir=run, overwrite=True, **settings), str(run / "checkpoint-10"))
 
 
+def test_a_start_in_the_home_folder_is_found_too(run, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(run.parent))
+    with pytest.raises(ConfigError, match="final_model: this run starts from it"):
+        check_run(SFTConfig(output_dir=run, overwrite=True), "~/run/final_model")
+
+
 def test_the_base_of_an_adapter_is_not_removed_either(run, tmp_path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{run}/final_model"}}')

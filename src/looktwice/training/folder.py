@@ -18,6 +18,7 @@ from looktwice.config import StageConfig
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.metrics import LOG_FILE, TENSORBOARD
 from looktwice.model.location import UNFINISHED, adapter_base, local_adapter
+from looktwice.paths import place
 from looktwice.training.record import Record
 
 FINAL_MODEL = "final_model"
@@ -57,7 +58,7 @@ def checkpoint_of(config: StageConfig) -> Path | None:
 
 
 def check_run(config: StageConfig, start: str) -> None:
-    """Refuse a folder that holds another run, or in which one is under way, before anything heavy is imported.
+    """Refuse a folder that holds another run, before anything heavy is imported.
 
     `start` is the model that the run starts from. Raises ConfigError and CheckpointError.
     """
@@ -85,9 +86,9 @@ def check_final_model(config: StageConfig, *, total_steps: int) -> None:
 
 def check_not_needed(path: Path, start: str, checkpoint: Path | None) -> None:
     """Raise ConfigError when what is to make room holds what the run starts from."""
-    needed = [Path(start), *([checkpoint] if checkpoint else [])]
-    if adapter := local_adapter(start):
-        needed.append(Path(adapter_base(adapter)))
+    needed = [place(start), *([checkpoint] if checkpoint else [])]
+    if adapter := local_adapter(place(start)):
+        needed.append(place(adapter_base(adapter)))
     for one in needed:
         if one.resolve().is_relative_to(path.resolve()):
             raise ConfigError(f"{one}: this run starts from it and would have to remove it; give another folder")
