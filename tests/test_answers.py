@@ -287,3 +287,11 @@ def test_normalised_answer_keeps_lone_letters_and_signs():
 )
 def test_choice_follows_the_order_of_the_harnesses(text, letter):
     assert extract_choice(text, ["red", "blue", "dark blue", "green"]) == letter
+
+
+@pytest.mark.parametrize(
+    ("prediction", "solution"), [("7", "\uff17"), ("7", r"\fbox{7}"), (r"\fbox{\text{cup}}", "cup")]
+)
+def test_full_width_digits_and_another_box_of_latex_are_read(prediction: str, solution: str) -> None:
+    assert answers_match(prediction, solution)
+    assert answers_match(solution, prediction)

@@ -40,6 +40,9 @@ _MATH = re.compile(
 )
 """A whole text in the delimiters or a command of LaTeX."""
 _LATEX = ((re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"), (re.compile(r"\\([$%&#_])"), r"\1"))
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+"""Letters, digits and signs as wide as Chinese ones, to the plain ones."""
+_BOXED = re.compile(r"\\(?:boxed|fbox)\{")
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u2212", "''\"\"-")
 _ARTICLE = re.compile(r"\b(?:a|an|the)\s+(?=[^\W\d_]{2})")
 _NUMBER = re.compile(
@@ -185,7 +188,7 @@ def normalise_answer(text: str) -> str:
     What would become empty ("?" read from a sign) keeps its punctuation. Entities of HTML, invisible characters, and
     the LaTeX of fractions and escaped signs are written plainly.
     """
-    text = html.unescape(unicodedata.normalize("NFC", text))
+    text = html.unescape(unicodedata.normalize("NFC", text)).translate(_FULL_WIDTH)
     text = "".join(character for character in text if unicodedata.category(character) != "Cf") or text
     for latex, plain in _LATEX:
         text = latex.sub(plain, text)
@@ -236,15 +239,15 @@ def _is_number(text: str, wanted: tuple[str, Fraction, str], *, is_stored: bool)
 
 
 def _last_boxed(text: str) -> str | None:
-    """Content of the last closed `\\boxed{…}`, nested braces included."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    """Content of the last closed `\\boxed{…}` or `\\fbox{…}`, nested braces included."""
+    *_, last = [None, *_BOXED.finditer(text)]
+    if last is None:
         return None
     depth = 0
-    for end in range(start, len(text)):
+    for end in range(last.start(), len(text)):
         depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0 and text[end] == "}":
-            return text[start + len("\\boxed{") : end].strip() or None
+            return text[last.end() : end].strip() or None
     return None
 
 

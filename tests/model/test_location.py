@@ -131,3 +131,9 @@ def test_the_command_tells_it_before_torch_is_imported(settings: dict[str, str],
     assert done.returncode == 0 and done.stderr.startswith(
         "looktwice: AIDC-AI/Ovis2.5-9B: no such model folder, no conf"
     )
+
+
+def test_a_file_is_told_from_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="a file, not a model folder; name the folder that it lies in"):
+        locate(str(tmp_path / "model.safetensors"))

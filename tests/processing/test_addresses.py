@@ -35,6 +35,8 @@ DRESSES: dict[str, Callable[[], str]] = {
     "bare, for addresses": lambda: urlsafe_b64encode(RAW).decode(),
     "bare, percent-encoded": lambda: quote(BASE64, safe=""),
     "base64://": lambda: f"base64://{BASE64}",
+    "base64,": lambda: f"base64,{BASE64}",
+    "in quotes": lambda: f"'{BASE64}'",
     "data:": lambda: f"data:image/png;base64,{BASE64}",
     "DATA:": lambda: f"DATA:image/PNG;BASE64,{BASE64}",
     "with the wrong kind": lambda: f"data:image/jpg;base64,{BASE64}",

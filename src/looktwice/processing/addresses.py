@@ -16,17 +16,19 @@ DATA_URL = "data:"
 
 _OWN = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/]+=*", re.ASCII)
 """How such an address is written here."""
-_HOLDING = re.compile(r"\s*(?:data:([^,]*),|base64://)(.*)", re.DOTALL | re.IGNORECASE)
+_HOLDING = re.compile(r"\s*(?:data:([^,]*),|base64(?:://|,))(.*)", re.DOTALL | re.IGNORECASE)
 _FILE = re.compile(r"\s*(?:file://(?:localhost(?=/))?|file:(?=/))(.*)", re.DOTALL | re.IGNORECASE)
 _WEB = re.compile(r"\s*(?:[a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _QUOTED = re.compile(r"""b?(['"])(.*)\1""", re.DOTALL)
+_QUOTE = re.compile(r"""\Ab?['"]""")
 
 
 def source_of(written: str, folder: Path = Path()) -> str | Path:
     """The picture that a text names: its path, taken from `folder`, or the `data:` address that holds it.
 
-    base64 is read with or without `data:…,` or `base64://` before it, in lines, in either alphabet, percent-encoded or
-    without its padding; a file of that name comes first. Raises ImageError with the reason `web_address` or `data_url`.
+    base64 is read with or without `data:…,`, `base64://` or `base64,` before it, in lines, in either alphabet,
+    percent-encoded or without its padding; a file of that name comes first. Raises ImageError with the reason
+    `web_address` or `data_url`.
     """
     if _OWN.fullmatch(written) and (len(written) - written.index(",") - 1) % 4 == 0:
         return written
@@ -90,4 +92,4 @@ def _decoded(text: str) -> bytes | None:
 def _unquoted(text: str) -> str:
     text = unquote(text) if "%" in text else text
     quoted = _QUOTED.fullmatch(text.strip())
-    return quoted[2] if quoted else text.strip().removeprefix("b'").removeprefix('b"')
+    return quoted[2] if quoted else _QUOTE.sub("", text.strip())

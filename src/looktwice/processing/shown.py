@@ -11,7 +11,7 @@ from PIL import Image
 
 from looktwice.errors import ConfigError, short_path
 from looktwice.messages import ImageSource, VideoPart
-from looktwice.paths import expanded
+from looktwice.paths import check_shown_file, expanded
 from looktwice.processing.addresses import data_url, source_of
 from looktwice.processing.video import is_video_file
 
@@ -41,11 +41,13 @@ def parts_shown(shown: Any) -> list[ImageSource | VideoPart]:
 
 
 def image_source(shown: Any) -> ImageSource:
-    """A picture as `open_image` takes it. Raises ConfigError for what is none."""
+    """A picture as `open_image` takes it. Raises ConfigError for what is none, ImageError for a lost file."""
     if isinstance(shown, (str, PathLike)):
         source = source_of(expanded(shown))
         if isinstance(source, Path) and is_video_file(source):
             raise ConfigError(f"{short_path(source)}: a video; give it as `video`")
+        if isinstance(source, Path):
+            check_shown_file(source)
         return source
     if isinstance(shown, Image.Image):
         if not all(shown.size):
