@@ -135,5 +135,5 @@ def test_the_command_tells_it_before_torch_is_imported(settings: dict[str, str],
 
 def test_a_file_is_told_from_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="a file, not a model folder; name the folder that it lies in"):
+    with pytest.raises(CheckpointError, match="no such model folder, but a file; name the folder that it lies in"):
         locate(str(tmp_path / "model.safetensors"))

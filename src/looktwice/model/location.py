@@ -45,7 +45,7 @@ def locate(name: str) -> str:
         if CONFIG not in files:
             raise CheckpointError(f"{name}: no {CONFIG} in this folder")
     elif os.path.isfile(folder):
-        raise CheckpointError(f"{name}: a file, not a model folder; name the folder that it lies in")
+        raise CheckpointError(f"{name}: no such model folder, but a file; name the folder that it lies in")
     elif any(map(os.path.exists, (folder, folder.parent))) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         name = short(name)
         raise CheckpointError(f"{name}: no such model folder; give a folder, a hub name (AIDC-AI/Ovis2.5-2B) or tiny")
