@@ -81,3 +81,7 @@ def test_a_folder_that_was_changed_is_read_again(folder: Path) -> None:
     (folder / "data/images/NEW.png").touch()
     os.utime(folder / "data/images", (0, 0))
     assert "data/images/NEW.png" in nearby("data/images/new.png")
+
+
+def test_a_path_of_hundreds_of_folders_is_not_searched_for() -> None:
+    assert list(nearby("a/" * 1500 + "x.png")) == []

@@ -62,10 +62,16 @@ def _spellings(written: str) -> Iterator[tuple[str, str]]:
             yield how, written
 
 
+MOST_FOLDERS = 40
+"""A path of more folders is not searched for: that would take long, and nobody wrote it."""
+
+
 @lru_cache(maxsize=1024)
 def _folders_near(folder: str, base: str) -> tuple[tuple[str, Path], ...]:
     """Folders that are there and may have been meant by one, which is absolute, each with how it differs."""
     parts = Path(folder).parts
+    if len(parts) > MOST_FOLDERS:
+        return ()
     near = [("", Path(folder))]
     for size in range(1, len(parts) // 2 + 1):
         for start in range(len(parts) - 2 * size + 1):

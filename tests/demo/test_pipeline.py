@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from looktwice.demo import pipeline
+from looktwice.errors import ConfigError
 from looktwice.report.run_page import write_run_page
 
 
@@ -62,3 +63,10 @@ def test_the_page_can_be_written_again_from_the_folder(run: tuple[Path, dict[str
 def test_both_final_models_are_left_behind(run: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = run
     assert all((folder / stage / "final_model" / "config.json").is_file() for stage in ("sft", "grpo"))
+
+
+def test_a_demo_replaces_nothing_that_is_not_a_demos(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ConfigError, match="data: not written by a demo"):
+        pipeline.run_demo(tmp_path)
+    assert (tmp_path / "data").is_dir()

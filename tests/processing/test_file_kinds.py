@@ -121,3 +121,10 @@ def test_rarer_pictures_that_pillow_reads_are_read(name: str, tmp_path: Path) ->
 
 def test_a_text_that_is_cut_within_a_character_is_a_text() -> None:
     assert other_kind(("x" + "é" * LOOKED_AT).encode()[:LOOKED_AT])
+
+
+def test_many_comments_before_the_first_tag_take_no_time(tmp_path: Path) -> None:
+    file = tmp_path / "page.jpg"
+    file.write_text("<!-- a comment -->\n" * 500 + "<rss>")
+    with pytest.raises(ImageError, match="not a readable picture"):
+        open_image(file)

@@ -13,6 +13,7 @@ from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfi
 from looktwice.console import open_console
 from looktwice.data.sample import Sample
 from looktwice.demo.task import DatasetFiles, make_dataset
+from looktwice.errors import ConfigError
 from looktwice.evaluation.accuracy import Evaluation, evaluate
 from looktwice.evaluation.controls import CONTROLS
 from looktwice.formats.sample_file import read_samples
@@ -23,7 +24,7 @@ from looktwice.model.location import TINY
 from looktwice.processing.images import image_size
 from looktwice.report.run_page import ANSWERS_FILE, SUMMARY_FILE, run_tables, write_run_page
 from looktwice.report.terminal import titled
-from looktwice.training.folder import claimed, remove
+from looktwice.training.folder import check_free, claimed, remove
 from looktwice.training.grpo import train_grpo
 from looktwice.training.sft import train_sft
 
@@ -90,14 +91,25 @@ class Demo:
         return inference, evaluate(inference, samples)
 
 
+WRITTEN = ("data", "sft", "grpo", SUMMARY_FILE, ANSWERS_FILE, "report.html")
+MARK = ".demo"
+"""In a folder that a demo has written: what stands there may be replaced."""
+
+
 def run_demo(folder: Path, *, seed: int = 0) -> dict[str, Any]:
     """Run everything, write `summary.json`, `answers.jsonl` and `report.html`, and give back the summary.
 
-    An earlier demo in the folder is replaced. Raises ConfigError when another process is at work there.
+    An earlier demo in the folder is replaced. Raises ConfigError when another process is at work there, or what would
+    be replaced is not a demo's.
     """
     with claimed(folder):
-        for name in ("data", "sft", "grpo", SUMMARY_FILE, ANSWERS_FILE, "report.html"):
-            remove(folder / name)
+        there = [path for path in (folder / name for name in WRITTEN) if path.exists()]
+        if there and not (folder / MARK).exists():
+            raise ConfigError(f"{there[0]}: not written by a demo, so it is not removed; give another folder")
+        (folder / MARK).touch()
+        for path in there:
+            check_free(path)
+            remove(path)
         return run_phases(folder, seed=seed)
 
 

@@ -77,11 +77,13 @@ _OTHERS = tuple(
         (rb"\0{16}", "zeros where a picture begins", "copy or download it again"),
     )
 )  # fmt: skip
+_PROLOGUE = r"<\?xml(?:(?!\?>).)*+\?>\s*+|<!--(?:(?!-->).)*+-->\s*+"
+"""What may stand before the first tag; possessive, since many comments could else be split in endless ways."""
 _TEXTS = tuple(
     (re.compile(beginning, re.DOTALL | re.IGNORECASE), Other(what, mend))
     for beginning, what, mend in (
-        (r"(?:<\?xml.*?\?>\s*|<!--.*?-->\s*|<!doctype svg.*?>\s*)*<(?:\w+:)?svg[\s>]", "an SVG drawing", _CONVERT),
-        (r"(?:<\?xml.*?\?>\s*|<!--.*?-->\s*)*<(?:!doctype html|html|head|body|script|meta|title|center|h1|p)\b",
+        (rf"(?:{_PROLOGUE}|<!doctype svg[^>]*+>\s*+)*+<(?:\w+:)?svg[\s>]", "an SVG drawing", _CONVERT),
+        (rf"(?:{_PROLOGUE})*+<(?:!doctype html|html|head|body|script|meta|title|center|h1|p)\b",
          "an HTML page", _AGAIN),
         (r"<\?xml|<\w+[\s>/]", "an XML text, perhaps the error of a server", _AGAIN),
         (r"data:image/", "a text that holds a picture as a data: URL", "write the address itself, or decode it"),
