@@ -7,12 +7,12 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
+from looktwice.calls import NUMBER
 from looktwice.geometry import Size
 
 GroundingKind = Literal["box", "point"]
 
 _MARK = re.compile(r"<(ref|box|point)\s*>((?:(?!<(?:ref|box|point)\s*>).)*?)</\s*\1\s*>", re.DOTALL | re.IGNORECASE)
-_NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 _BETWEEN = re.compile(r"[\s,;()\[\]{}]+")
 _SLACK = 0.01
 """A fraction this far outside [0, 1] is a rounding slip and is clamped; beyond it the frame must be another one."""
@@ -59,7 +59,7 @@ def _read_places(content: str, kind: GroundingKind, size: Size) -> list[tuple[fl
     """The places between two tags in pixels; empty when there is anything else or a number lies outside [0, 1]."""
     fields = [field for field in _BETWEEN.split(content) if field]
     count = 4 if kind == "box" else 2
-    if not all(_NUMBER.fullmatch(field) for field in fields) or len(fields) % count or len(fields) > count == 2:
+    if not all(NUMBER.fullmatch(field) for field in fields) or len(fields) % count or len(fields) > count == 2:
         return []
     values = [float(field) for field in fields]
     if not all(-_SLACK <= value <= 1 + _SLACK for value in values):

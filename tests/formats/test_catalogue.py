@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from base64 import b64decode
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,16 +30,6 @@ PIXEL = (
 
 def untrained(text: str) -> Message:
     return Message(role="assistant", parts=(TextPart(text=text),), is_trained=False)
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., list[Sample]]:
-    def read_rows(*rows: object, **options: object) -> list[Sample]:
-        path = tmp_path / "d.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return read_samples(path, "p", **options)
-
-    return read_rows
 
 
 def messages_of(sample: Sample) -> list[Message]:

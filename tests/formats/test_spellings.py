@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError
-from looktwice.formats.sample_file import read_samples
 from looktwice.messages import ImagePart, Message, TextPart, assistant, system, user
 
 A, B = Path("p/a.png"), Path("p/b.png")
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., list[Sample]]:
-    def read_rows(*rows: object, **options: object) -> list[Sample]:
-        path = tmp_path / "d.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return read_samples(path, "p", **options)
-
-    return read_rows
 
 
 def messages_of(sample: Sample) -> list[Message]:

@@ -10,8 +10,7 @@ from typing import Any
 from looktwice.cli.arguments import Parser, add_flags
 from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
 from looktwice.errors import CheckpointError, ConfigError
-from looktwice.paths import check_run_folder
-from looktwice.training.folder import FINAL_MODEL, LATEST, check_free, check_run, checkpoints
+from looktwice.training.folder import FINAL_MODEL, LATEST, check_place, checkpoints
 from looktwice.training.start import check_request
 
 FILE_FLAGS: dict[str, type[Config]] = {
@@ -67,9 +66,7 @@ def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GR
     check_reward(grpo.reward)
     if grpo.output_dir.absolute() == sft.output_dir.absolute():
         raise ConfigError(f"{grpo.output_dir}: the run folder of both stages; give each its own")
-    check_run_folder(grpo.output_dir)
-    check_free(grpo.output_dir)
-    check_run(grpo, str(grpo.sft_checkpoint_path))
+    check_place(grpo, str(grpo.sft_checkpoint_path))
     from looktwice.processing.processor import load_processor
     from looktwice.rewards import load_reward
     from looktwice.training.sets import load_sets

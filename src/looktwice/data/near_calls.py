@@ -7,13 +7,13 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from looktwice.calls import WRITTEN_CALL
+from looktwice.calls import NUMBER, WRITTEN_CALL
 
 _BEFORE, _AFTER = 240, 120
 """Characters before and after the numbers that are looked at."""
 _BRACKETS = str.maketrans("【】〔〕「」《》〈〉⟨⟩«»", "[][][]<><><><>")
 
-_NUMBER = r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?(?: ?(?:%|px))?"
+_NUMBER = rf"{NUMBER.pattern}(?: ?(?:%|px))?"
 _GAP = (
     r"(?:[\s\"')\]}]{0,24}[,;|][\s(\[{\"']{0,24}|[\"']?\s{1,8}|[)\]}]{1,3}\s?[(\[{]{1,3}\s?|</\w{1,8}>\s{0,8}<\w{1,8}>)"
 )

@@ -32,6 +32,9 @@ CHANCE = 0.1
 NUM_TRAIN, NUM_RL, NUM_EVAL = 200, 600, 400
 SFT_EPOCHS, GRPO_STEPS = 2, 80
 MAX_NEW_TOKENS = 96
+WRITTEN = ("data", "sft", "grpo", SUMMARY_FILE, ANSWERS_FILE, "report.html")
+MARK = ".demo"
+"""In a folder that a demo has written: what stands there may be replaced."""
 
 
 class Demo:
@@ -89,11 +92,6 @@ class Demo:
         )
         inference = OvisInference(config)
         return inference, evaluate(inference, samples)
-
-
-WRITTEN = ("data", "sft", "grpo", SUMMARY_FILE, ANSWERS_FILE, "report.html")
-MARK = ".demo"
-"""In a folder that a demo has written: what stands there may be replaced."""
 
 
 def run_demo(folder: Path, *, seed: int = 0) -> dict[str, Any]:

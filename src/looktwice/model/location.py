@@ -22,12 +22,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
-BASE_FINGERPRINT = "base_fingerprint"
-UNFINISHED = ".unfinished"
-"""How the name of a folder ends that is still being written."""
 OWN_FIELDS = "looktwice"
 """The place in an adapter folder's config.json for what PEFT does not store: `quantization`, how the base was quantised
 while the adapter was trained, and `base_fingerprint`, which weights it had."""
+BASE_FINGERPRINT = "base_fingerprint"
 
 
 def locate(name: str) -> str:

@@ -39,7 +39,6 @@ from looktwice.model.location import (
     BASE_FINGERPRINT,
     OWN_FIELDS,
     TINY,
-    UNFINISHED,
     WEIGHT_FILES,
     adapter_base,
     base_quantization,
@@ -48,6 +47,7 @@ from looktwice.model.location import (
 )
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_config, quantization_of
+from looktwice.paths import UNFINISHED
 
 CHANGES_BASE_FOR_GOOD = ("pissa_niter", "corda", "loftq")
 """Starts of LoRA after which an adapter fits no base on disk. PEFT repeats plain PiSSA and OLoRA when it loads."""

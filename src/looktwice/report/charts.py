@@ -74,23 +74,10 @@ def histogram(values: Sequence[int], *, title: str, x_name: str, y_name: str) ->
     first = low // step
     counts = Counter(value // step - first for value in values)
     num_bins = high // step - first + 1
-    top, y_ticks = _upwards(max(counts.values()))
-    width = WIDTH / num_bins
-    bars = [
-        _bar(number * width, width, counts[number] / top, f"{_span(first + number, step)}: {counts[number]:,}")
-        for number in range(num_bins)
-    ]
-    every = math.ceil(num_bins / 6)
+    tips = [_span(first + number, step) for number in range(num_bins)]
+    width, every = WIDTH / num_bins, math.ceil(num_bins / 6)
     x_ticks = [Tick(number * width, f"{(first + number) * step:,}") for number in range(0, num_bins + 1, every)]
-    return Chart(
-        title=title,
-        summary=_summary(values, x_name, y_name),
-        x_name=x_name,
-        y_name=y_name,
-        x_ticks=tuple(x_ticks),
-        y_ticks=y_ticks,
-        bars=tuple(bars),
-    )
+    return _bar_chart(values, counts, tips, x_ticks, title=title, x_name=x_name, y_name=y_name)
 
 
 def count_bars(values: Sequence[int], *, title: str, x_name: str, y_name: str) -> Chart:
@@ -98,14 +85,29 @@ def count_bars(values: Sequence[int], *, title: str, x_name: str, y_name: str) -
     last = MAX_BARS - 1
     counts = Counter(min(value, last) for value in values)
     num_bars = max(counts) + 1
-    top, y_ticks = _upwards(max(counts.values()))
-    width = WIDTH / num_bars
     labels = [f"{number}{'+' if number == last else ''}" for number in range(num_bars)]
-    bars = [
-        _bar(number * width, width, counts[number] / top, f"{label}: {counts[number]:,}")
-        for number, label in enumerate(labels)
-    ]
+    width = WIDTH / num_bars
     x_ticks = [Tick((number + 0.5) * width, label) for number, label in enumerate(labels)]
+    return _bar_chart(values, counts, labels, x_ticks, title=title, x_name=x_name, y_name=y_name)
+
+
+def _bar_chart(
+    values: Sequence[int],
+    counts: Counter[int],
+    tips: Sequence[str],
+    x_ticks: Sequence[Tick],
+    *,
+    title: str,
+    x_name: str,
+    y_name: str,
+) -> Chart:
+    """A bar for each of `tips`, as high as its number is counted."""
+    top, y_ticks = _upwards(max(counts.values()))
+    width = WIDTH / len(tips)
+    bars = [
+        _bar(number * width, width, counts[number] / top, f"{tip}: {counts[number]:,}")
+        for number, tip in enumerate(tips)
+    ]
     return Chart(
         title=title,
         summary=_summary(values, x_name, y_name),

@@ -17,8 +17,8 @@ from typing import TextIO
 from looktwice.config import StageConfig
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.metrics import LOG_FILE, TENSORBOARD
-from looktwice.model.location import UNFINISHED, adapter_base, local_adapter
-from looktwice.paths import place
+from looktwice.model.location import adapter_base, local_adapter
+from looktwice.paths import UNFINISHED, check_run_folder, place
 from looktwice.training.record import Record
 
 FINAL_MODEL = "final_model"
@@ -72,6 +72,16 @@ def check_run(config: StageConfig, start: str) -> None:
         raise ConfigError(f"{folder}: holds a run ({names}); {go_on}replace it: --overwrite, or give another folder")
     for path in [*in_the_way, *later_checkpoints(folder, checkpoint)]:
         check_not_needed(path, start, checkpoint)
+
+
+def check_place(config: StageConfig, start: str) -> None:
+    """Refuse a run folder that cannot be written, in which another process is at work, or that holds another run.
+
+    Raises ConfigError and CheckpointError.
+    """
+    check_run_folder(config.output_dir)
+    check_free(config.output_dir)
+    check_run(config, start)
 
 
 def check_final_model(config: StageConfig, *, total_steps: int) -> None:

@@ -104,7 +104,7 @@ class Learner:
             towers = "all" if is_gpu(device) else "none"
         recompute_layers(base_of(model), towers)
         learner = cls(model, processor, config, total_steps=total_steps)
-        learner.start = weights_fingerprint(name)
+        learner.start = learner.base.weights_fingerprint if adapter is None else weights_fingerprint(name)
         return learner
 
     @property

@@ -10,8 +10,8 @@ from typing import TypeVar
 from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, StageConfig, check_reward
 from looktwice.errors import ConfigError
 from looktwice.model.location import base_quantization, local_adapter, locate
-from looktwice.paths import check_data_file, check_image_folder, check_run_folder
-from looktwice.training.folder import check_free, check_run
+from looktwice.paths import check_data_file, check_image_folder
+from looktwice.training.folder import check_place
 
 T = TypeVar("T")
 
@@ -26,9 +26,7 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
             check_data_file(path)
     check_image_folder(data.image_base_path)
     check_one_process()
-    check_run_folder(config.output_dir)
-    check_free(config.output_dir)
-    check_run(config, name)
+    check_place(config, name)
     if isinstance(config, GRPOConfig):
         check_reward(config.reward)
     check_attention(model, model.device or "")
