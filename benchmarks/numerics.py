@@ -17,16 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from looktwice.engine.builtin import BuiltinEngine
+from looktwice.engine.interface import Continuation, Request, Segment
 from looktwice.messages import Conversation, user
 from looktwice.model.adapters import add_lora, base_of, merge, trained_parameters
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import TINY, load_model, locate
+from looktwice.processing.images import PatchedImage
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.rollout.builtin_engine import BuiltinEngine
-from looktwice.rollout.engine import Continuation, Request, Segment
-from looktwice.rollout.sampling import Sampling
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden"
 VISUAL_IDS = {-300: 514, -301: 515, -302: 516}
@@ -137,29 +137,36 @@ def cache_difference(
     prompts = [example.copy() for example in examples]
     for prompt in prompts:
         prompt.loss_mask = [False] * len(prompt)
-    finished, noted = [prompt.copy() for prompt in prompts], [[] for _ in prompts]
-    turns = [0] * len(prompts)
-
-    def respond(number: int, segment: Segment) -> Continuation | None:
-        finished[number].append(segment.ids, is_trained=True)
-        noted[number] += segment.logprobs
-        turns[number] += 1
-        if turns[number] == NUM_TURNS:
-            return None
-        processor.append_image(finished[number], crop)
-        return Continuation(ids=processor.image_ids(crop), images=[crop], max_new_tokens=TURN_TOKENS)
-
-    engine = BuiltinEngine(
-        model,
-        sampling=Sampling(),
-        stop_ids=[],
-        forbidden_ids=(),
-        max_rows=len(prompts),
-        generator=torch.Generator().manual_seed(0),
-    )
-    engine.run([Request(prompt=prompt, num_rollouts=1, max_new_tokens=TURN_TOKENS) for prompt in prompts], respond)
+    scripts = [Script(prompt, crop, processor) for prompt in prompts]
+    engine = BuiltinEngine(model, max_rows=len(prompts))
+    engine.run([Request(prompt=one.prompt, drivers=[one], max_new_tokens=TURN_TOKENS) for one in scripts])
+    finished, noted = [one.finished for one in scripts], [one.noted for one in scripts]
     difference = (logprobs(model, finished) - torch.tensor([value for row in noted for value in row])).abs()
     return float(difference.max()), float(difference.mean())
+
+
+class Script:
+    """A rollout of set turns with a crop after each, and the logprobs it was told."""
+
+    def __init__(self, prompt: Example, crop: PatchedImage, processor: Ovis2_5Processor) -> None:
+        self.prompt, self.finished, self.crop, self.processor = prompt, prompt.copy(), crop, processor
+        self.noted: list[float] = []
+        self.turns = 0
+
+    def hear(self, token: int, logprob: float) -> None:
+        pass
+
+    def respond(self, segment: Segment) -> Continuation | None:
+        self.finished.append(segment.ids, is_trained=True)
+        self.noted += segment.logprobs
+        self.turns += 1
+        if self.turns == NUM_TURNS:
+            return None
+        self.processor.append_image(self.finished, self.crop)
+        return Continuation(ids=self.processor.image_ids(self.crop), images=[self.crop], max_new_tokens=TURN_TOKENS)
+
+    def fail(self, error: Exception) -> None:
+        raise error
 
 
 def checkpointing_difference(model: Ovis2_5ForConditionalGeneration, examples: list[Example]) -> float:

@@ -6,6 +6,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from looktwice.rollout.builtin_engine import BuiltinEngine
+from looktwice.rollout.engine import Continuation, Request, Segment
+from looktwice.rollout.sampling import Sampling
 from measure import medians, publish
 
 from looktwice.config import InferenceConfig
@@ -14,11 +17,8 @@ from looktwice.demo.task import make_dataset
 from looktwice.formats.sample_file import read_samples
 from looktwice.inference import OvisInference
 from looktwice.model.weights import TINY
-from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.crop_tool import CropTool
-from looktwice.rollout.engine import Continuation, Request, Segment
 from looktwice.rollout.episode import EpisodeRules, start_episodes
-from looktwice.rollout.sampling import Sampling
 
 NUM_PROMPTS, GROUP, NUM_TURNS, TURN_TOKENS = 8, 8, 3, 16
 CALL = "<tool_call>[40, 40, 90, 90]</tool_call>"

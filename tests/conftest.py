@@ -21,10 +21,11 @@ from PIL import Image
 
 from looktwice.demo.task import DatasetFiles, make_dataset
 from looktwice.demo.tiny import build_config, build_model, build_processor, build_tokenizer
+from looktwice.engine.interface import Continuation, Driver, Request, Segment
+from looktwice.engine.sampling import Sampling
 from looktwice.messages import question_about
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.processor import Ovis2_5Processor
-from looktwice.rollout.engine import Continuation, Request, Respond, Segment
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 
 torch.set_num_threads(1)
@@ -100,7 +101,7 @@ class ScriptedEngine:
     """Plays written texts, one a rollout, as an engine would sample them: up to a stop id or the length limit.
 
     The text goes on after each decision, whatever was inserted. `continuations` are the decisions, by rollout. The
-    logprob of the n-th id of a rollout is -n / 1000.
+    logprob of the n-th id of a rollout is -n / 1000, that of the drawn distribution -n / 500.
     """
 
     def __init__(self, processor: Ovis2_5Processor, scripts: Sequence[str]) -> None:
@@ -110,14 +111,14 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.continuations: list[list[Continuation | None]] = [[] for _ in scripts]
 
-    def run(self, requests: Sequence[Request], respond: Respond) -> None:
+    def run(self, requests: Sequence[Request]) -> None:
         self.requests += requests
         numbers = count()
         for request in requests:
-            for _, number in zip(range(request.num_rollouts), numbers):
-                self._play(number, request.max_new_tokens, respond)
+            for driver in request.drivers:
+                self._play(next(numbers), request.max_new_tokens, driver)
 
-    def _play(self, number: int, budget: int, respond: Respond) -> None:
+    def _play(self, number: int, budget: int, driver: Driver) -> None:
         script, place = self.scripts[number], 0
         while True:
             first = place
@@ -126,7 +127,9 @@ class ScriptedEngine:
                 place += 1
             ids = script[first:place]
             logprobs = [-n / 1000 for n in range(first, place)]
-            step = respond(number, Segment(ids=ids, logprobs=logprobs, is_stopped=ids[-1] in self.stop_ids))
+            drawn_logprobs = [-n / 500 for n in range(first, place)]
+            stop = "stop_id" if ids[-1] in self.stop_ids else "length"
+            step = driver.respond(Segment(ids=ids, logprobs=logprobs, drawn_logprobs=drawn_logprobs, stop=stop))
             self.continuations[number].append(step)
             if step is None:
                 return
@@ -148,7 +151,7 @@ def play_scripts(processor: Ovis2_5Processor, image: Image.Image) -> PlayScripts
         prompt = question_about(question, *([] if shown is None else [shown]))
         episodes = start_episodes(prompt, processor, rules, count=len(scripts), look=look)  # type: ignore[arg-type]
         engine = ScriptedEngine(processor, scripts)
-        play(engine, [episodes])
+        play(engine, [episodes], Sampling(), [0])
         return episodes, engine
 
     return run

@@ -18,7 +18,7 @@ LAYERS = (
     ("config", "messages", "calls", "model.configuration", "model.location"),
     ("processing",),
     ("model", "serving.modeling_ovis2_5"),
-    ("rollout", "answers", "grounding", "rewards"),
+    ("engine", "rollout", "answers", "grounding", "rewards"),
     ("data",),
     ("formats",),
     ("checking",),

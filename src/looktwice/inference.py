@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from os import PathLike
@@ -12,6 +13,8 @@ import torch
 
 from looktwice.answers import extract_answer, split_thinking
 from looktwice.config import AnswerConfig, InferenceConfig
+from looktwice.engine.builtin import BuiltinEngine
+from looktwice.engine.sampling import Sampling, mixed_seed
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
 from looktwice.grounding import parse_grounding
@@ -21,16 +24,16 @@ from looktwice.model.attention import is_gpu, pick_attention
 from looktwice.model.location import locate
 from looktwice.model.weights import load_model, pick_device
 from looktwice.processing.images import PatchedImage
-from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.processing.shown import Shown, parts_shown
-from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.conversation import open_images
-from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
-from looktwice.rollout.sampling import Sampling
+from looktwice.rollout.episode import Episode, EpisodeRules, Look, request_of, start_episodes
 from looktwice.rollout.trajectory import Trajectory
 
 Question = Conversation | tuple[Shown | list[Shown] | VideoPart | None, str]
 """A conversation that ends where the assistant is to answer, or what is shown and what is asked about it."""
+AHEAD = 2
+"""How many times the live questions are begun, so that a slow one at the head holds up no others."""
 QUESTIONS_MEND = "give a list of pairs (picture, question), or of conversations"
 
 
@@ -94,7 +97,7 @@ class OvisInference:
     def generate_batch(self, questions: Iterable[Question], **generation: Any) -> list[dict[str, Any]]:
         """Answers to many questions, all advancing together; a video is given as VideoPart in the picture's place.
 
-        One seed serves them all, so an answer that is sampled depends on the questions beside it.
+        With a seed an answer is the same alone and beside any others, and the same question twice has one answer.
         """
         finished = self._finished(questions, None, self.config.answer(**generation))
         return [report(done.trajectory, *done.prompt.images[:1]) for done in finished]
@@ -106,28 +109,41 @@ class OvisInference:
     def _finished(
         self, questions: Iterable[Question], look: Look | None, generation: AnswerConfig
     ) -> Iterator[Episode]:
-        """Episodes at their end: `batch_size` advance together, and only their pictures are held in memory."""
+        """Episodes at their end, in order: `batch_size` advance together, and only the pictures of a few more are held
+        in memory."""
         rules = EpisodeRules(
             max_turns=generation.max_turns,
             max_new_tokens=generation.max_new_tokens,
             thinking=generation.enable_thinking,
             thinking_budget=generation.enforced_budget,
         )
-        size = self.config.batch_size
-        engine = BuiltinEngine.for_answers(
-            self.model,
-            self.processor,
-            Sampling(temperature=generation.sampling_temperature, top_p=generation.top_p, top_k=generation.top_k),
-            max_rows=size,
-            seed=generation.seed,
-        )
         if isinstance(questions, (str, bytes, Conversation)) or not isinstance(questions, Iterable):
             raise ConfigError(f"the questions are of type {type(questions).__name__}; {QUESTIONS_MEND}")
-        waiting = iter(questions)
-        while batch := [conversation_of(asked, generation.num_frames) for asked in islice(waiting, size)]:
-            groups = [start_episodes(prompt, self.processor, rules, look=look) for prompt in batch]
-            play(engine, groups)
-            yield from (episode for (episode,) in groups)
+        sampling = Sampling(temperature=generation.sampling_temperature, top_p=generation.top_p, top_k=generation.top_k)
+        size = self.config.batch_size
+        engine = BuiltinEngine(self.model, max_rows=size)
+        seeds = seeds_of(generation.seed)
+        conversations = (conversation_of(asked, generation.num_frames) for asked in questions)
+        episodes = (start_episodes(prompt, self.processor, rules, look=look)[0] for prompt in conversations)
+        begun: deque[Episode] = deque()
+        while True:
+            for episode in islice(episodes, AHEAD * size - len(begun)):
+                engine.submit(request_of([episode], sampling, seeds(episode.prompt)))
+                begun.append(episode)
+            if not begun:
+                return
+            with engine.ready():
+                while not begun[0].is_over:
+                    engine.step()
+            yield begun.popleft()
+
+
+def seeds_of(seed: int | None) -> Callable[[Example], int]:
+    """The seed of a prompt: of its ids and pictures and nothing else when a seed is given, else always another one,
+    from torch's own generator."""
+    if seed is None:
+        return lambda prompt: int(torch.randint(2**62, ()))
+    return lambda prompt: mixed_seed(seed, repr(prompt.input_ids).encode(), *(image.key for image in prompt.images))
 
 
 def conversation_of(asked: Question, num_frames: int) -> Conversation:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
+from looktwice.engine.interface import Continuation
+from looktwice.engine.sampling import Sampling
 from looktwice.errors import ConfigError
 from looktwice.geometry import Size
 from looktwice.messages import Conversation, VideoPart, assistant, question_about, user
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.rollout.crop_tool import Observation, refusal
-from looktwice.rollout.engine import Continuation
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.trajectory import StopReason
 
@@ -259,9 +260,10 @@ def test_the_example_is_the_prompt_and_the_completion_trained_where_sampled(scri
 def test_the_mask_counts_exactly_the_ids_the_engine_reported(script, play_scripts, processor) -> None:
     trajectory = played(script, play_scripts).trajectory
     written = ids_of(script + " and so on" * 200, processor)
-    record = zip(trajectory.completion_ids, trajectory.sampling_logprobs, trajectory.is_sampled, strict=True)
-    sampled = [(token, logprob) for token, logprob, is_sampled in record if is_sampled]
-    assert sampled == [(written[n], -n / 1000) for n in range(len(sampled))]
+    logprobs = trajectory.sampling_logprobs, trajectory.drawn_logprobs
+    record = zip(trajectory.completion_ids, *logprobs, trajectory.is_sampled, strict=True)
+    sampled = [(token, plain, drawn) for token, plain, drawn, is_sampled in record if is_sampled]
+    assert sampled == [(written[n], -n / 1000, -n / 500) for n in range(len(sampled))]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -283,7 +285,7 @@ def test_siblings_share_no_state(play_scripts) -> None:
     assert outcome(first) == ("answered", 3, [None, None]) and outcome(second) == ("answered", 1, [])
     assert (len(first.example.images), len(second.example.images), len(first.prompt.images)) == (3, 1, 1)
     assert second.example.input_ids == second.prompt.input_ids + second.trajectory.completion_ids
-    assert [request.num_rollouts for request in engine.requests] == [2]
+    assert [len(request.drivers) for request in engine.requests] == [2]
 
 
 def test_rollouts_are_numbered_through_the_groups(processor, image, play_scripts) -> None:
@@ -292,7 +294,7 @@ def test_rollouts_are_numbered_through_the_groups(processor, image, play_scripts
         start_episodes(question_about("What?", image), processor, EpisodeRules(), count=2),
         start_episodes(question_about("Why?"), processor, EpisodeRules()),
     ]
-    play(engine, groups)
+    play(engine, groups, Sampling(), [0, 1])
     texts = [[episode.trajectory.text[0] for episode in group] for group in groups]
     assert texts == [["a", "b"], ["c"]]
 

@@ -318,13 +318,16 @@ def test_rollouts_of_another_step_are_others_and_those_of_the_same_step_the_same
 def test_rollouts_are_sampled_in_the_precision_of_training(bf16, load, dataset) -> None:
     learner = load(num_generations=4, max_new_tokens=12, bf16=bf16)
     samples = read_samples(dataset.rl, dataset.rl.parent)[:2]
+    during: list[bool] = []
+    learner.base.lm_head.register_forward_hook(lambda *_: during.append(torch.is_autocast_enabled("cpu")))
     groups = roll_out(learner, samples, learner.config, lambda trajectory, solution: Reward(total=0.0))
+    assert {*during} == {bf16}
     rollouts = [rollout for group in groups for rollout in group]
     with torch.no_grad():
         trained = learner.score(pack([rollout.episode.example for rollout in rollouts])).logprobs
     recorded = [logprob for rollout in rollouts for logprob in rollout.trajectory.sampling_logprobs if logprob]
-    # in float32 alone the difference to bfloat16 would be 0.003
-    assert (trained - torch.tensor(recorded)).abs().mean() < 5e-4
+    # how much bfloat16 rounds away depends on the processor
+    assert (trained - torch.tensor(recorded)).abs().mean() < (0.02 if bf16 else 1e-5)
 
 
 # -- whole runs

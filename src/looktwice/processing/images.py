@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -80,6 +82,13 @@ class PatchedImage:
     size: Size
     num_tokens: int
     is_video: bool = False
+
+    @cached_property
+    def key(self) -> bytes:
+        """The same for equal pixels and grids, and for them alone."""
+        return blake2b(
+            self.pixel_values.contiguous().numpy().data, key=repr(self.grid_thw).encode(), digest_size=16
+        ).digest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""One look-twice answer: the rules of an episode, the crop tool, and the engine that samples."""
+"""One look-twice answer: the rules of an episode, the crop tool, and what a rollout leaves behind."""

@@ -8,8 +8,23 @@ from typing import Literal
 
 from looktwice.geometry import Box, Size, iou
 
-StopReason = Literal["answered", "max_turns", "max_tokens", "no_answer"]
-"""answered: ended its turn with an answer; no_answer: ended without one; the others name the limit that cut it."""
+StopReason = Literal[
+    "answered",
+    "no_answer",
+    "stop_text",
+    "max_turns",
+    "max_tokens",
+    "max_turn_tokens",
+    "max_visual_tokens",
+    "max_seconds",
+    "no_room",
+    "cancelled",
+    "error",
+]
+"""answered: ended its turn with an answer; no_answer: ended without one; stop_text: wrote a text that was to end it;
+the max_ name the limit that cut it; no_room: longer than the engine's whole cache; cancelled: by its owner; error: the
+crop tool or a callback raised."""
+COMPLETE: tuple[StopReason, ...] = ("answered", "no_answer", "stop_text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +50,12 @@ class ToolCall:
 class Trajectory:
     """One rollout. `completion_ids` [N] hold everything after the prompt: sampled text, crops, tool text.
 
-    `is_sampled` [N] is True where the policy wrote the id, False where the tool did; `sampling_logprobs` [N] are 0
-    where it is False. `text` is the completion as text, crops left out. `calls` are the crop calls in order.
-    `image_size` is that of the upright original, or of a video's first frame; None without either.
+    `is_sampled` [N] is True where the policy wrote the id, False where the tool did; both kinds of logprobs [N] are 0
+    where it is False: `sampling_logprobs` of the plain distribution at the sampling temperature, which training
+    computes, `drawn_logprobs` of the one really drawn from (after penalties, truncation and banned ids).
+    `text` is the completion as text, crops left out. `calls` are the crop calls in order.
+    `image_size` is that of the upright original, or of a video's first frame; None without either. `error` is what was
+    raised when that ended it.
     """
 
     prompt_ids: list[int]
@@ -45,14 +63,16 @@ class Trajectory:
     completion_ids: list[int] = field(default_factory=list)
     is_sampled: list[bool] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
+    drawn_logprobs: list[float] = field(default_factory=list)
     text: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     stop_reason: StopReason = "max_tokens"
+    error: str | None = None
     num_turns: int = 0
 
     @property
     def is_truncated(self) -> bool:
-        return self.stop_reason in ("max_turns", "max_tokens")
+        return self.stop_reason not in COMPLETE
 
 
 def gold_overlaps(trajectories: Sequence[Trajectory], gold_boxes: Sequence[Box | None]) -> list[float]:

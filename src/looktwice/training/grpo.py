@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from looktwice.data.examples import processor_for
 from looktwice.data.lengths import fit_lengths
 from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
+from looktwice.engine.builtin import BuiltinEngine
+from looktwice.engine.sampling import Sampling, mixed_seed
 from looktwice.metrics import Recorder
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import Ovis2_5Processor, load_processor
 from looktwice.rewards import Reward, RewardFunction, load_reward, score
-from looktwice.rollout.builtin_engine import BuiltinEngine
 from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
-from looktwice.rollout.sampling import Sampling
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
 from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner, Reference, Scores
@@ -149,22 +150,25 @@ def roll_out(
         )
         for sample in samples
     ]
-    engine = BuiltinEngine.for_answers(
-        learner.base,
-        learner.processor,
-        Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k),
-        max_rows=config.rollout_batch_size,
-        seed=config.seed * 1_000_003 + learner.step,
-    )
+    engine = BuiltinEngine(learner.base, max_rows=config.rollout_batch_size)
+    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
+    seeds = [mixed_seed(config.seed, learner.step, place) for place in range(len(episodes))]
     with learner.precision():
-        play(engine, episodes)
+        play(engine, episodes, sampling, seeds)
     return [
         [
-            Rollout(episode=episode, sample=sample, reward=score_rollout(episode.trajectory, sample.solution))
+            Rollout(episode=episode, sample=sample, reward=rewarded(episode.trajectory, sample, score_rollout))
             for episode in group
         ]
         for sample, group in zip(samples, episodes)
     ]
+
+
+def rewarded(trajectory: Trajectory, sample: Sample, score_rollout: RewardFunction) -> Reward:
+    """The reward of a finished rollout; failed when the rollout did."""
+    if trajectory.stop_reason == "error":
+        return Reward(total=math.nan, error=trajectory.error)
+    return score_rollout(trajectory, sample.solution)
 
 
 def improve(

@@ -1,0 +1,1 @@
+"""What samples: tokens, caches and pictures in, segments out; it knows nothing of calls, boxes or answers."""

@@ -1,0 +1,149 @@
+"""Attention of one pass over the pages of the cache, as transformers' layers call it.
+
+A pass is one flat row of tokens: first those that feed one id, which read their keys page by page, then chunks of
+several ids of one sequence each. The work of a page is the same whoever it belongs to, so rows of any length stand
+beside each other without padding; a page that siblings share is read once for all of them.
+
+Legend: T tokens of a pass, B of them single, N pages, G rows that read a page, H query heads, K key heads, R = H / K,
+P tokens of a page, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from looktwice.engine.cache import Cache
+
+PAGED = "looktwice_paged"
+HIDDEN = -1e30
+"""Added to the score of a place that holds nothing; finite, so that pages of nobody give no NaN."""
+
+
+class Reads(NamedTuple):
+    """Pages [N] (None: all there are) and the rows that read each [N, G] (B where there is none); `hidden` [N, P] is
+    added to their scores."""
+
+    pages: Tensor | None
+    rows: Tensor
+    hidden: Tensor
+
+
+class Chunk(NamedTuple):
+    """Tokens `start` to `end` of a pass, of one sequence that has `num_before` ids in its `pages`."""
+
+    start: int
+    end: int
+    pages: Tensor
+    num_before: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Where each token of a pass is stored [T], and what it reads."""
+
+    cache: Cache
+    pages: Tensor
+    offsets: Tensor
+    num_single: int
+    reads: list[Reads]
+    chunks: list[Chunk]
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    paged: Pass,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]."""
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    cache, device = paged.cache, key.device
+    # layers may be spread over several GPUs, and an index must be where its tensor is
+    cache.write(layer, key[0], value[0], paged.pages.to(device), paged.offsets.to(device))
+    keys, values = cache.keys[layer], cache.values[layer]
+    assert keys is not None and values is not None
+    parts = []
+    if paged.num_single:
+        single = query[0, :, : paged.num_single].transpose(0, 1)
+        parts.append(_read_pages(single, keys, values, paged.reads, scaling))
+    for chunk in paged.chunks:
+        new = slice(chunk.start, chunk.end)
+        queries, k, v, seen = query[:, :, new], key[:, :, new], value[:, :, new], None
+        if chunk.num_before:
+            length = chunk.num_before + chunk.end - chunk.start
+            k, v = (_gathered(store, chunk.pages.to(device), length) for store in (keys, values))
+            seen = torch.ones(queries.shape[2], length, dtype=torch.bool, device=device).tril(chunk.num_before)
+        out = F.scaled_dot_product_attention(
+            queries, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
+        )
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)[None], None
+
+
+def _gathered(store: Tensor, pages: Tensor, length: int) -> Tensor:
+    """The first `length` keys or values of a sequence: [1, K, length, D]."""
+    found = store[pages].transpose(0, 1)
+    return found.reshape(1, found.shape[0], -1, found.shape[3])[:, :, :length]
+
+
+def _read_pages(query: Tensor, keys: Tensor, values: Tensor, reads: list[Reads], scaling: float) -> Tensor:
+    """One token a row over its pages: [B, H, D], [*, K, P, D] -> [B, H, D].
+
+    Each page gives a part of the sum; parts of a row are put together under the row's largest score.
+    """
+    num_rows, num_heads, width = query.shape
+    num_keys = keys.shape[1]
+    repeats = num_heads // num_keys
+    # one row more, for readers that are not there
+    padded = F.pad(query.view(num_rows, num_keys, repeats, width), (0, 0, 0, 0, 0, 0, 0, 1))
+    top = query.new_full((num_rows + 1, num_keys, repeats), HIDDEN, dtype=torch.float32)
+    scored = []
+    for pages, rows, hidden in reads:
+        rows, hidden = rows.to(keys.device), hidden.to(keys.device)
+        pages = None if pages is None else pages.to(keys.device)
+        num_pages, group = rows.shape
+        queries = padded[rows].transpose(1, 2).reshape(num_pages * num_keys, group * repeats, width)
+        score = _product(queries, _flat(keys, pages).transpose(1, 2)).mul_(scaling)
+        score = score.view(num_pages, num_keys, group, repeats, -1).add_(hidden[:, None, None, None])
+        readers = rows.flatten()
+        best = score.amax(-1).transpose(1, 2).reshape(-1, num_keys, repeats)
+        top.scatter_reduce_(0, readers[:, None, None].expand_as(best), best, "amax")
+        scored.append((pages, readers, score))
+    mass = torch.zeros_like(top)
+    sums = top.new_zeros(*top.shape, width)
+    for pages, readers, score in scored:
+        num_pages, _, group, _, size = score.shape
+        weights = score.sub_(top[readers].view(num_pages, group, num_keys, repeats).transpose(1, 2)[..., None]).exp_()
+        mass.index_add_(0, readers, weights.sum(-1).transpose(1, 2).reshape(-1, num_keys, repeats))
+        found = _product(weights.view(num_pages * num_keys, group * repeats, size), _flat(values, pages))
+        found = found.view(num_pages, num_keys, group, repeats, width).transpose(1, 2)
+        sums.index_add_(0, readers, found.reshape(-1, num_keys, repeats, width))
+    return (sums[:-1] / mass[:-1, ..., None]).to(query).flatten(1, 2)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """A batched matrix product in float32: scores rounded to bfloat16 would be off by hundredths."""
+    with torch.autocast(left.device.type, enabled=False):
+        if left.is_cuda and right.dtype != torch.float32:
+            return torch.bmm(left.to(right), right, out_dtype=torch.float32)
+        return torch.bmm(left.float(), right.float())
+
+
+def _flat(store: Tensor, pages: Tensor | None) -> Tensor:
+    """Pages [*, K, P, D] as so many matrices [N * K, P, D]."""
+    return (store if pages is None else store[pages]).flatten(0, 1)
+
+
+AttentionInterface.register(PAGED, paged_attention)
+AttentionMaskInterface.register(PAGED, sdpa_mask)
