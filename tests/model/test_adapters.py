@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from looktwice.model.adapters import (
     check_same_adapter,
     for_inference,
     freeze,
+    is_fresh,
     merge,
+    merged,
     part_of,
     part_sizes,
     trained_parameters,
@@ -241,3 +244,183 @@ def test_an_adapter_that_is_not_finite_is_not_merged(fresh: Ovis2_5ForConditiona
         next(parameter for _, parameter in trained_parameters(adapted)).fill_(torch.nan)
     with pytest.raises(CheckpointError, match="the adapter cannot be merged"):
         merge(adapted)
+
+
+# -- merged for a while
+
+IDS = torch.arange(10, 20)[None]
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"targets": "llm+vit", "modules_to_save": ["visual_table"]},
+]
+
+
+def tensors_of(model: nn.Module) -> dict[str, tuple[int, torch.Tensor]]:
+    """Where every tensor of a model lies, and a copy of it."""
+    return {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, tuple[int, torch.Tensor]]) -> None:
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, (place, tensor) in before.items():
+        assert after[name].data_ptr() == place and torch.equal(after[name], tensor), name
+
+
+def merged_layers(model: nn.Module) -> int:
+    return sum(bool(getattr(layer, "merged", False)) for layer in model.modules())
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_a_model_merged_for_a_while_gives_the_same_logits_and_is_itself_again(fresh, settings) -> None:
+    adapted = trained_by_chance(add_lora(fresh, r=2, alpha=4, **settings)).eval()
+    before = tensors_of(adapted)
+    with torch.no_grad():
+        wanted = fresh(IDS).logits
+        with merged(adapted):
+            assert merged_layers(adapted) == len(adapted_layers(adapted))
+            torch.testing.assert_close(fresh(IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+            assert not torch.equal(fresh(IDS).logits, wanted)
+        assert torch.equal(fresh(IDS).logits, wanted)
+    assert merged_layers(adapted) == 0
+    assert_untouched(adapted, before)
+
+
+def test_a_merged_layer_runs_its_base_alone(fresh) -> None:
+    adapted = trained_by_chance(add_lora(fresh, r=2, alpha=4))
+    runs: list[nn.Module] = []
+    for name, layer in adapted.named_modules():
+        if ".lora_A.default" in name or ".lora_B.default" in name:
+            layer.register_forward_hook(lambda module, inputs, output: runs.append(module))
+    with merged(adapted):
+        fresh(IDS)
+    assert runs == []
+    fresh(IDS)
+    assert len(runs) == 2 * len(adapted_layers(adapted))
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_a_bias_of_an_adapter_is_merged_where_the_base_has_one(fresh) -> None:
+    vit_only = r"model\.visual_tokenizer\.vit\.encoder\.layers\..*\.fc1"
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=f"{vit_only}|{LLM_LINEARS}", lora_bias=True)
+    adapted = trained_by_chance(get_peft_model(fresh, config)).eval()
+    patches, grid = torch.ones(16, 3 * fresh.config.vit_config.patch_size**2), torch.tensor([[1, 4, 4]])
+    before = tensors_of(adapted)
+    with torch.no_grad():
+        wanted = fresh.get_image_features(patches, grid), fresh(IDS).logits
+        with merged(adapted):
+            # no linear layer of Qwen3 has a bias
+            assert merged_layers(adapted) == fresh.config.vit_config.num_hidden_layers
+            torch.testing.assert_close((fresh.get_image_features(patches, grid), fresh(IDS).logits), wanted)
+    assert_untouched(adapted, before)
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float32, 1e-6, 1e-8), (torch.bfloat16, 2**-8, 2e-4)])
+def test_merged_weights_have_the_dtype_of_the_base_also_under_autocast(fresh, dtype, rtol, atol) -> None:
+    adapted = trained_by_chance(add_lora(fresh.to(dtype), r=2, alpha=4, modules_to_save=["visual_table"]))
+    layer = fresh.model.language_model.layers[0].self_attn.q_proj
+    exact = layer.base_layer.weight.float() + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    with torch.autocast("cpu", torch.bfloat16), merged(adapted), torch.no_grad():
+        weight = layer.base_layer.weight
+        assert weight.dtype == dtype
+        torch.testing.assert_close(weight.float(), exact, atol=atol, rtol=rtol)
+        assert fresh(IDS).logits.isfinite().all()
+    assert {parameter.dtype for _, parameter in trained_parameters(adapted)} == {torch.float32}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_inside_leaves_the_weights_as_they_were(fresh, error) -> None:
+    adapted = trained_by_chance(add_lora(fresh, r=2, alpha=4))
+    before = tensors_of(adapted)
+    with pytest.raises(error), merged(adapted):
+        raise error
+    assert_untouched(adapted, before)
+
+
+def test_an_interrupt_while_merging_leaves_the_weights_as_they_were(fresh, monkeypatch) -> None:
+    adapted = trained_by_chance(add_lora(fresh, r=2, alpha=4))
+    before = tensors_of(adapted)
+    layer = fresh.model.language_model.layers[1].mlp.up_proj
+    plain = layer.merge
+
+    def stopped(**options: Any) -> None:
+        plain(**options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer, "merge", stopped)
+    with pytest.raises(KeyboardInterrupt), merged(adapted):
+        raise AssertionError("not reached")
+    assert merged_layers(adapted) == 0
+    assert_untouched(adapted, before)
+
+
+def test_an_adapter_that_is_not_finite_is_not_merged_for_a_while_either(fresh) -> None:
+    adapted = add_lora(fresh, r=2, alpha=4)
+    with torch.no_grad():
+        fresh.model.language_model.layers[1].mlp.up_proj.lora_B["default"].weight.fill_(torch.inf)
+    before = tensors_of(adapted)
+    with pytest.raises(CheckpointError, match="the adapter cannot be merged"), merged(adapted):
+        raise AssertionError("not reached")
+    assert_untouched(adapted, before)
+
+
+def test_inside_another_block_merging_does_nothing(fresh) -> None:
+    adapted = trained_by_chance(add_lora(fresh, r=2, alpha=4))
+    before = tensors_of(adapted)
+    with torch.no_grad(), merged(adapted):
+        wanted = fresh(IDS).logits
+        with merged(fresh):
+            assert torch.equal(fresh(IDS).logits, wanted)
+        assert torch.equal(fresh(IDS).logits, wanted)
+    assert_untouched(adapted, before)
+
+
+def test_an_adapter_that_is_switched_off_is_not_merged(fresh) -> None:
+    adapted = trained_by_chance(add_lora(fresh, r=2, alpha=4))
+    before = tensors_of(adapted)
+    with torch.no_grad(), adapted.disable_adapter():
+        wanted = fresh(IDS).logits
+        with merged(adapted):
+            assert torch.equal(fresh(IDS).logits, wanted)
+    assert_untouched(adapted, before)
+
+
+def test_quantised_layers_run_as_they_are(fresh) -> None:
+    adapted = trained_by_chance(add_lora(fresh, r=2, alpha=4))
+    quantised = fresh.model.language_model.layers[0].self_attn.q_proj
+    # the mark of bitsandbytes' weights is an integer dtype
+    quantised.base_layer.weight = nn.Parameter(quantised.base_layer.weight.to(torch.uint8), requires_grad=False)
+    with merged(adapted):
+        assert not quantised.merged
+        assert merged_layers(adapted) == len(adapted_layers(adapted)) - 1
+
+
+def test_a_plain_model_runs_merged_as_ever(model) -> None:
+    with merged(model), torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_training_goes_on_after_merging_as_without_it(model, settings) -> None:
+    trained = []
+    for is_merged in (False, True):
+        torch.manual_seed(0)
+        adapted = trained_by_chance(add_lora(copy.deepcopy(model), r=2, alpha=4, **settings))
+        if is_merged:
+            with torch.no_grad(), merged(adapted):
+                adapted(IDS)
+        optimizer = torch.optim.AdamW([parameter for _, parameter in trained_parameters(adapted)], lr=1e-3)
+        adapted(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        trained.append(adapted.state_dict())
+    assert all(torch.equal(trained[0][name], tensor) for name, tensor in trained[1].items())
+
+
+def test_an_adapter_is_fresh_until_a_b_of_it_is_not_zero(fresh) -> None:
+    adapted = add_lora(fresh, r=2, alpha=4)
+    assert is_fresh(adapted)
+    with torch.no_grad():
+        fresh.model.language_model.layers[1].mlp.up_proj.lora_B["default"].weight[0, 0] = 1e-6
+    assert not is_fresh(adapted)

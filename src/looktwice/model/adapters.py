@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from looktwice.config import LORA_KNOBS, Part, WholePart
 from looktwice.errors import CheckpointError, ConfigError
@@ -231,6 +233,55 @@ def merge(model: nn.Module) -> Ovis2_5ForConditionalGeneration:
     for parameter in merged.parameters():  # whole parts were trained in float32; rotary buffers stay in it
         parameter.data = parameter.data.to(dtype)
     return base_of(merged)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Inside, adapted layers compute with their merged weight, in the dtype of the base, and no work of the adapter;
+    afterwards, also after an error or Ctrl-C, the very tensors of before are in their places. Parts that are trained
+    whole, and a plain model, run as ever; inside another block this one does nothing.
+
+    Layers whose weights are quantised, where what an adapter adds would be rounded away, and layers without a bias
+    under an adapter that has one run as they are. In bfloat16 a merged weight is rounded once more, to 1/256 of itself.
+    Costs the memory of the adapted weights once more while it lasts, and the products of all adapters at its start.
+    Its weights lie elsewhere each time, so a CUDA graph captured inside is good for this block alone.
+
+    Raises CheckpointError when a merged weight is not finite.
+    """
+    base = base_of(model)
+    layers = [layer for layer in base.modules() if isinstance(layer, BaseTunerLayer) and _can_be_merged(layer)]
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        _merge_layers(layers, kept, device_type=base.device.type)
+        yield
+    finally:
+        # the originals are put back, not reckoned back: W + d - d is not W
+        for parameter, original in kept:
+            parameter.data = original
+        for layer in layers:
+            layer.merged_adapters.clear()
+
+
+def _merge_layers(layers: Sequence[Any], kept: list[tuple[nn.Parameter, Tensor]], *, device_type: str) -> None:
+    """Give each layer a merged weight of its own; what was there before is noted in `kept` first."""
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        for layer in layers:
+            kept += [(parameter, parameter.data) for parameter in layer.get_base_layer().parameters()]
+            try:
+                layer.merge(safe_merge=True)  # "safe" is into a new tensor
+            except ValueError as error:
+                raise CheckpointError(f"the adapter cannot be merged: {error}") from error
+
+
+def _can_be_merged(layer: Any) -> bool:
+    linear = layer.get_base_layer()
+    lacks_bias = getattr(linear, "bias", None) is None and any(layer.lora_bias.values())
+    return linear.weight.is_floating_point() and not (lacks_bias or layer.merged or layer.disable_adapters)
+
+
+def is_fresh(model: nn.Module) -> bool:
+    """Whether every LoRA B of a model is zero, as before its first step, so that its adapter changes nothing yet."""
+    return not any(parameter.any() for name, parameter in model.named_parameters() if ".lora_B." in name)
 
 
 def base_of(model: nn.Module) -> Ovis2_5ForConditionalGeneration:

@@ -21,6 +21,7 @@ from looktwice.data.sample import Sample
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.sampling import Sampling, mixed_seed
 from looktwice.metrics import Recorder
+from looktwice.model.adapters import merged
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import Ovis2_5Processor, load_processor
 from looktwice.rewards import Reward, RewardFunction, load_reward, score
@@ -153,7 +154,7 @@ def roll_out(
     engine = BuiltinEngine(learner.base, max_rows=config.rollout_batch_size)
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
     seeds = [mixed_seed(config.seed, learner.step, place) for place in range(len(episodes))]
-    with learner.precision():
+    with learner.precision(), merged(learner.base):
         play(engine, episodes, sampling, seeds)
     return [
         [
