@@ -49,6 +49,9 @@ METRICS: dict[str, str] = {
     "policy/entropy": "mean entropy of the policy at sampled tokens, nats",
     "kl/reference": "mean k3 estimate of the KL to the starting policy, nats",
     "kl/sampling": "mean absolute difference between logprobs in training and in sampling, nats",
+    "canary/gap": "mean absolute difference between logprobs in training and in sampling, one rollout, nats",
+    "canary/picture": "mean absolute change of an answer's logprobs when its pictures are others, nats",
+    "canary/adapter": "mean absolute change of an answer's logprobs without the adapter, nats",
     "clip/low": "share of tokens clipped at the lower bound",
     "clip/high": "share of tokens clipped at the upper bound",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from looktwice.processing.packing import pack
 from looktwice.rewards import Reward
 from looktwice.rollout.trajectory import ToolCall
 from looktwice.training.grpo import Rollout, improve, roll_out, rollout_metrics, train_grpo
-from looktwice.training.learner import Learner
+from looktwice.training.learner import Learner, TrainingError
 from looktwice.training.sft import train_sft
 
 CALL = "<tool_call>[0, 0, 48, 48]</tool_call>"
@@ -418,6 +419,26 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(settings, run
     for name in ("reward/total", "kl/reference", "loss"):
         assert [line[name] for line in lines] == [line[name] for line in expected[1:]]
     assert weights(resumed) == weights(whole)
+
+
+def test_canaries_are_logged_at_the_first_step_of_a_run_also_of_one_that_goes_on(run, tmp_path) -> None:
+    settings = {"max_steps": 3, "save_steps": 1, "logging_steps": 3}
+    _, whole = run("whole", **settings)
+    _, resumed = run("resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-1", **settings)
+    for lines, steps in ((whole, [1, 3]), (resumed, [2, 3])):
+        assert [line["step"] for line in lines] == steps
+        assert lines[0]["canary/gap"] < 1e-4 < lines[0]["canary/picture"]
+        assert not any(name.startswith("canary/") for line in lines[1:] for name in line)
+
+
+def test_a_run_of_a_blind_model_stops_before_its_first_update(run, model, processor, tmp_path) -> None:
+    blind = copy.deepcopy(model)
+    blind.model.vte.weight.data.zero_()
+    blind.save_pretrained(tmp_path / "blind")
+    processor.save_pretrained(tmp_path / "blind")
+    with pytest.raises(TrainingError, match="the model does not see its pictures"):
+        run(sft_checkpoint_path=tmp_path / "blind", max_steps=1)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_an_adapter_of_stage_1_is_what_stage_2_starts_from(run, model_folder, dataset, tmp_path) -> None:

@@ -28,6 +28,7 @@ from looktwice.rewards import Reward, RewardFunction, load_reward, score
 from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
+from looktwice.training.canaries import check_rollouts
 from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner, Reference, Scores
 from looktwice.training.losses import (
@@ -80,6 +81,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
             config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", start=learner.step
         ) as recorder:
             show_overview(recorder.console, learner, order, model)
+            canaries: dict[str, float] = {}
             eval_every = config.eval_steps or order.steps_per_epoch
             while learner.step < order.total_steps:
                 started = time.perf_counter()
@@ -88,6 +90,10 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 if prompts:
                     groups = roll_out(learner, prompts, config, score_rollout)
                     metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
+                    if not canaries:  # once a run, also after a resume: three forwards of one rollout
+                        episodes = [rollout.episode for group in groups for rollout in group]
+                        canaries = check_rollouts(learner, episodes, temperature=config.temperature)
+                        metrics |= canaries
                     metrics |= improve(learner, groups, config, reference)
                     metrics["time/update_s"] = time.perf_counter() - started - metrics["time/rollout_s"]
                 learner.step += 1

@@ -73,8 +73,8 @@ def close_step(learner: Learner, recorder: Recorder, metrics: dict[str, float], 
     """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due."""
     config = learner.config
     recorder.advance(learner.step)
-    is_evaluated = any(name.startswith("eval/") for name in metrics)
-    if learner.step == 1 or is_evaluated or is_due(learner, config.logging_steps):
+    has_rare_ones = any(name.startswith(("eval/", "canary/")) for name in metrics)
+    if learner.step == 1 or has_rare_ones or is_due(learner, config.logging_steps):
         recorder.log(learner.step, metrics)
     is_last = learner.step == learner.total_steps
     if config.save_steps and learner.step % config.save_steps == 0 and not is_last:

@@ -1,0 +1,107 @@
+"""Canaries: what must hold before a policy learns from its rollouts, looked at in one of them.
+
+The model sees its pictures, its adapter is at work, and the engine samples from what the trainer computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from looktwice.errors import counted
+from looktwice.model.adapters import is_fresh
+from looktwice.model.quantization import quantization_of
+from looktwice.processing.images import PatchedImage
+from looktwice.processing.packing import pack
+from looktwice.processing.processor import Example
+from looktwice.rollout.episode import Episode
+from looktwice.training.learner import Learner, TrainingError
+
+SMALLEST_CHANGE = 1e-6
+"""Nats. A forward repeated on the same inputs moves no logprob; the rounding of one in float32 is below this."""
+LARGEST_GAP, LARGEST_ROUGH_GAP = 1e-3, 0.1
+"""Nats on average. In float32 engine and trainer differ by about 1e-6 a token, in bfloat16, with 8 bits of each number,
+by 0.001 to 0.02; a layer of 8 or 4 bits adds its own. Another picture, position or temperature gives more than 0.1."""
+
+
+def check_rollouts(learner: Learner, episodes: Sequence[Episode], *, temperature: float) -> dict[str, float]:
+    """What `check_rollout` sees in the first rollout that can be judged, one with a picture if there is any.
+
+    Without any sampled token there is none: says so, and gives an empty dict.
+    """
+    sampled = [episode for episode in episodes if any(episode.example.loss_mask)]
+    if not sampled:
+        print(f"none of {counted(len(episodes), 'rollout')} holds a sampled token; the canaries wait for the next step")
+        return {}
+    judged = next((episode for episode in sampled if episode.example.images), sampled[0])
+    return check_rollout(learner, judged, temperature=temperature)
+
+
+def check_rollout(learner: Learner, episode: Episode, *, temperature: float) -> dict[str, float]:
+    """The metrics `canary/...` of a finished rollout: means over its sampled tokens, nats.
+
+    `gap`: trainer against engine. `picture`: how far other pictures move the logprobs, if it shows any. `adapter`: how
+    far switching the adapter off does, if there is one that has learnt something.
+    Costs three forwards of one sequence, without gradients, and draws no random number.
+
+    Raises TrainingError when one is not as it must be.
+    """
+    learner.model.eval()
+    logprobs = _logprobs(learner, episode.example, temperature)
+    seen = {"canary/gap": _mean_change(logprobs, _recorded(episode))}
+    _check_gap(learner, seen["canary/gap"], num_tokens=len(logprobs))
+    if episode.example.images:
+        other = replace(episode.example, images=[_repainted(image) for image in episode.example.images])
+        seen["canary/picture"] = _mean_change(logprobs, _logprobs(learner, other, temperature))
+        if not seen["canary/picture"] > SMALLEST_CHANGE:
+            raise TrainingError(
+                f"another picture moves the logprobs of an answer by {seen['canary/picture']:.2g} nats: the model does "
+                "not see its pictures, and would learn nothing about them; start from one that answers differently "
+                "about two pictures (looktwice ask shows it)"
+            )
+    if isinstance(learner.model, PeftModel) and not is_fresh(learner.model):
+        with learner.model.disable_adapter():
+            seen["canary/adapter"] = _mean_change(logprobs, _logprobs(learner, episode.example, temperature))
+        if not seen["canary/adapter"] > SMALLEST_CHANGE:
+            raise TrainingError(
+                f"switching the adapter off moves the logprobs of an answer by {seen['canary/adapter']:.2g} nats: it "
+                "has weights, and they do nothing; look at lora_alpha and target_modules in its adapter_config.json"
+            )
+    return seen
+
+
+def _check_gap(learner: Learner, gap: float, *, num_tokens: int) -> None:
+    is_rough = learner.config.bf16 or quantization_of(learner.base) != "none"
+    limit = LARGEST_ROUGH_GAP if is_rough else LARGEST_GAP
+    if not gap <= limit:  # refuses NaN too
+        precision = "bfloat16 or over a quantised base" if is_rough else "float32"
+        raise TrainingError(
+            f"engine and trainer disagree: the logprobs of {counted(num_tokens, 'sampled token')} differ by {gap:.3g} "
+            f"nats on average, and rounding in {precision} gives at most {limit}; updates would be of another policy "
+            "than the one that sampled. Try --attn_implementation sdpa, and report it"
+        )
+
+
+def _logprobs(learner: Learner, example: Example, temperature: float) -> Tensor:
+    """Logprobs of the sampled tokens as training computes them: [N] float32, on the CPU."""
+    with torch.no_grad():
+        return learner.score(pack([example]), temperature=temperature).logprobs.float().cpu()
+
+
+def _recorded(episode: Episode) -> Tensor:
+    """Logprobs of the sampled tokens as the engine recorded them: [N]."""
+    trajectory = episode.trajectory
+    return torch.tensor([kept for kept, flag in zip(trajectory.sampling_logprobs, trajectory.is_sampled) if flag])
+
+
+def _mean_change(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().mean())
+
+
+def _repainted(image: PatchedImage) -> PatchedImage:
+    """Another picture of the same grid: every byte moves by half the range, so that a blank one changes too."""
+    return replace(image, pixel_values=image.pixel_values + 128)
