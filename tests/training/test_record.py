@@ -42,14 +42,27 @@ def test_what_was_written_is_read(data, tmp_path) -> None:
 
 @pytest.mark.parametrize(("content", "found"), [(None, "missing"), (b"123", "3 bytes")])
 def test_a_folder_of_which_a_file_is_not_whole_is_named(content, found, data, tmp_path) -> None:
-    file = tmp_path / "saved" / "tokenizer.json"
+    file = tmp_path / "saved" / "model.safetensors"
     file.parent.mkdir()
     file.write_bytes(b"12345")
     saved(record(data), file.parent)
     file.unlink()
     if content:
         file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"tokenizer.json: {found}, was saved with 5 bytes"):
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {found}, was saved with 5 bytes"):
+        Record.read(file.parent)
+
+
+def test_a_file_that_people_edit_has_only_to_be_there(data, tmp_path) -> None:
+    """Our messages advise writing the new place of a base into adapter_config.json."""
+    file = tmp_path / "saved" / "adapter_config.json"
+    file.parent.mkdir()
+    file.write_text('{"base_model_name_or_path": "old"}')
+    there = saved(record(data), file.parent)
+    file.write_text('{"base_model_name_or_path": "a new place"}')
+    assert Record.read(file.parent) == there
+    file.unlink()
+    with pytest.raises(CheckpointError, match="adapter_config.json: missing"):
         Record.read(file.parent)
 
 
@@ -62,18 +75,21 @@ def test_a_folder_without_a_record_is_named(content, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "difference"),
+    ("settings", "difference", "price"),
     [
-        ({"train_batch_size": 2}, "batch_size was 4 and is 2"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1 and is 2"),
-        ({"seed": 1}, "seed was 42 and is 1"),
-        ({"num_samples": 39}, "samples was 40 and is 39"),
-        ({"total_steps": 20}, "steps was 10 and is 20"),
+        ({"train_batch_size": 2}, "batch_size was 4 and is 2", "samples are seen again or never"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1 and is 2", "samples are"),
+        ({"seed": 1}, "seed was 42 and is 1", "samples are"),
+        ({"num_samples": 39}, "samples was 40 and is 39", "samples are"),
+        ({"num_samples": 39, "total_steps": 20}, "samples was 40 and is 39; steps was 10 and is 20", "samples are"),
+        ({"total_steps": 20}, "steps was 10 and is 20", "the learning rate goes on by another schedule"),
     ],
 )
-def test_a_step_that_means_other_samples_is_refused_by_name_or_accepted(settings, difference, data, tmp_path) -> None:
+def test_a_step_that_means_something_else_is_refused_by_name_or_accepted(
+    settings, difference, price, data, tmp_path
+) -> None:
     there, here = saved(record(data), tmp_path / "saved"), record(data, **settings)
-    with pytest.raises(CheckpointError, match=f"{difference}.*accept with --allow_changes"):
+    with pytest.raises(CheckpointError, match=f"{difference}.*accept with --allow_changes that {price}"):
         here.check_goes_on(there, CHECKPOINT, allow_changes=False)
     here.check_goes_on(there, CHECKPOINT, allow_changes=True)
 

@@ -51,7 +51,10 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """The record in a folder of which all files are there. Raises CheckpointError when one is not."""
+        """The record in a folder of which all files are there, and whole but for JSON, which people edit.
+
+        Raises CheckpointError when one is not.
+        """
         path = folder / RECORD_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +64,8 @@ class Record:
             raise CheckpointError(f"{path}: does not say what run it is of; resume from another checkpoint") from error
         for name, size in record.files.items():
             there = folder / name
-            if not there.is_file() or there.stat().st_size != size:
+            is_whole = there.is_file() and (there.suffix == ".json" or there.stat().st_size == size)
+            if not is_whole:
                 found = f"{there.stat().st_size:,} bytes" if there.is_file() else "missing"
                 raise CheckpointError(
                     f"{there}: {found}, was saved with {size:,} bytes; copy the folder again, or resume from another"
@@ -76,7 +80,8 @@ class Record:
         (folder / RECORD_FILE).write_text(text, encoding="utf-8")
 
     def check_goes_on(self, saved: Record, checkpoint: Path, *, allow_changes: bool) -> None:
-        """Refuse a checkpoint that lies beyond the end of this run, or whose step number means other samples here.
+        """Refuse a checkpoint that lies beyond the end of this run, or whose step number means other samples, or
+        another learning rate, here.
 
         Raises ConfigError and CheckpointError; `allow_changes` accepts the latter.
         """
@@ -89,15 +94,20 @@ class Record:
                 f"{checkpoint}: saved after step {saved.step:,}, and this run ends with step {self.order['steps']:,}, "
                 "so nothing would be trained; raise --max_steps or --num_epochs, or leave the checkpoint out"
             )
-        changed = [
-            f"{name} was {saved.order.get(name)} and is {value}"
+        changed = {
+            name: f"{name} was {saved.order.get(name)} and is {value}"
             for name, value in self.order.items()
             if saved.order.get(name) != value
-        ]
+        }
         if changed and not allow_changes:
+            # which samples a step takes does not depend on how many steps there are
+            schedule_alone = set(changed) == {"steps"}
+            price = (
+                "the learning rate goes on by another schedule" if schedule_alone else "samples are seen again or never"
+            )
             raise CheckpointError(
-                f"{checkpoint}: saved by another run than this: {'; '.join(changed)}. Go on with the same, or accept "
-                "with --allow_changes that samples are seen again or never"
+                f"{checkpoint}: saved by another run than this: {'; '.join(changed.values())}. Go on with the same, or "
+                f"accept with --allow_changes that {price}"
             )
 
     def changes_since(self, saved: Record) -> Iterator[str]:
