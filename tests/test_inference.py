@@ -20,6 +20,7 @@ from looktwice.errors import CheckpointError, ConfigError, ImageError
 from looktwice.geometry import Box, Size
 from looktwice.inference import OvisInference, report
 from looktwice.messages import VideoPart
+from looktwice.model import attention
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 from looktwice.training.learner import Learner
@@ -376,6 +377,28 @@ def test_a_model_spread_over_gpus_is_bfloat16(model_folder, monkeypatch: pytest.
     monkeypatch.setattr(inference, "merge", lambda model: model)
     OvisInference(InferenceConfig(model_path=str(model_folder), device="auto"))
     assert (asked["device"], asked["dtype"]) == ("auto", torch.bfloat16 if has_gpu else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_installed", "picked"),
+    [
+        ({}, True, "flash_attention_2"),
+        ({}, False, "sdpa"),
+        ({"bf16": False}, True, "sdpa"),
+        ({"attn_implementation": "eager"}, True, "eager"),
+    ],
+)
+def test_on_a_gpu_flash_attention_is_used_by_itself_where_it_is_installed(
+    settings, is_installed, picked, model_folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: is_installed)
+    monkeypatch.setattr(inference, "load_model", lambda _, **options: asked.update(options))
+    monkeypatch.setattr(inference, "merge", lambda model: model)
+    OvisInference(InferenceConfig(model_path=str(model_folder), **settings))
+    assert (asked["device"], asked["attn_implementation"]) == ("cuda", picked)
 
 
 def test_a_missing_image_or_model_is_named(ask) -> None:

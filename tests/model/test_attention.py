@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from looktwice.errors import ConfigError
 from looktwice.model import attention
 from looktwice.model.attention import packed_attention, packed_inputs, pick_attention
 
@@ -50,23 +53,52 @@ def test_an_attention_that_would_mix_sequences_is_refused() -> None:
         packed_inputs([0, 2], "paged|eager", is_causal=True, like=torch.zeros(1))
 
 
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """GPUs of these compute capabilities, flash-attn installed or not."""
+
+    def give(*capabilities: tuple[int, int], is_installed: bool = True) -> None:
+        monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: is_installed)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        # as torch numbers a device: by itself, or by its name, of which `cuda` is the present one
+        places = {"cuda": 0} | {f"cuda:{place}": place for place in range(len(capabilities))}
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device: capabilities[places.get(device, device)]
+        )
+
+    return give
+
+
 @pytest.mark.parametrize(
-    ("device", "is_bf16", "is_installed", "capability", "picked"),
+    ("device", "is_bf16", "is_installed", "capabilities", "picked"),
     [
-        ("cuda", True, True, (9, 0), "flash_attention_2"),
-        ("cuda:1", True, True, (8, 0), "flash_attention_2"),
-        ("auto", True, True, (9, 0), "flash_attention_2"),
-        ("cuda", True, False, (9, 0), "sdpa"),
-        ("cuda", False, True, (9, 0), "sdpa"),
-        ("cuda", True, True, (7, 5), "sdpa"),
-        ("cpu", True, True, (9, 0), "sdpa"),
+        ("cuda", True, True, [(9, 0), (9, 0)], "flash_attention_2"),
+        ("cuda:1", True, True, [(7, 5), (8, 0)], "flash_attention_2"),
+        ("auto", True, True, [(9, 0), (8, 0)], "flash_attention_2"),
+        ("cuda", True, False, [(9, 0), (9, 0)], "sdpa"),
+        ("cuda", False, True, [(9, 0), (9, 0)], "sdpa"),
+        ("cuda:1", True, True, [(9, 0), (7, 5)], "sdpa"),
+        ("auto", True, True, [(9, 0), (7, 5)], "sdpa"),
+        ("cpu", True, True, [(9, 0), (9, 0)], "sdpa"),
+        ("auto", True, True, [], "sdpa"),
     ],
 )
-def test_auto_is_flash_attention_where_it_can_run(
-    device, is_bf16, is_installed, capability, picked, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: is_installed)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+def test_auto_is_flash_attention_where_it_can_run(device, is_bf16, is_installed, capabilities, picked, gpus) -> None:
+    gpus(*capabilities, is_installed=is_installed)
     assert pick_attention("auto", device, is_bf16=is_bf16) == picked
     assert pick_attention("eager", device, is_bf16=is_bf16) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("device", "is_bf16", "capability"), [("cpu", True, (9, 0)), ("cuda", False, (9, 0)), ("cuda", True, (7, 5))]
+)
+def test_flash_attention_is_refused_where_it_was_asked_for_and_cannot_run(device, is_bf16, capability, gpus) -> None:
+    gpus(capability)
+    with pytest.raises(ConfigError, match="flash_attention_2 runs in bfloat16, on a CUDA GPU .* add --bf16"):
+        pick_attention("flash_attention_2", device, is_bf16=is_bf16)
+
+
+def test_flash_attention_that_can_run_is_what_was_asked_for(gpus) -> None:
+    gpus((9, 0))
+    assert pick_attention("flash_attention_2", "cuda", is_bf16=True) == "flash_attention_2"

@@ -18,12 +18,14 @@ from looktwice.console import open_console
 from looktwice.data.examples import encode_sample
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.formats.sample_file import read_samples
+from looktwice.model import attention
 from looktwice.model.adapters import LLM_LINEARS, part_of, part_sizes
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import is_adapter, load_model, save_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
 from looktwice.training import learner as learner_module
+from looktwice.training import start
 from looktwice.training.learner import Learner, TrainingError, towers_of
 from looktwice.training.overview import run_facts, show_overview
 from looktwice.training.record import Record
@@ -285,6 +287,34 @@ def test_every_kind_of_lora_trains_and_goes_on_from_disk(settings, load, example
     assert losses[-1] < losses[0]
     learner.save(tmp_path, RECORD, with_optimizer=False)
     assert update(load(name=tmp_path, **settings), examples[:1]) == pytest.approx(update(learner, examples[:1]))
+
+
+@pytest.mark.parametrize(("bf16", "picked"), [(True, "flash_attention_2"), (False, "sdpa")])
+def test_on_a_gpu_training_in_bfloat16_uses_flash_attention_by_itself(
+    bf16, picked, load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def stop(name: str, **options: object) -> None:
+        asked.update(options)
+        raise StopIteration
+
+    monkeypatch.setattr(attention, "is_gpu", lambda device: True)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(learner_module, "load_model", stop)
+    with pytest.raises(StopIteration):
+        load(bf16=bf16)
+    assert asked["attn_implementation"] == picked
+
+
+def test_flash_attention_that_cannot_train_is_refused_before_the_model_is_loaded(
+    model_folder, processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "find_spec", lambda name: True)
+    asked = ModelConfig(device="cpu", attn_implementation="flash_attention_2")
+    with pytest.raises(ConfigError, match="flash_attention_2 runs in bfloat16, on a CUDA GPU"):
+        Learner.load(str(model_folder), asked, SFTConfig(bf16=True), processor, total_steps=1)
 
 
 @pytest.mark.parametrize(("has_gpu", "is_recomputed"), [(False, False), (True, True)])

@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.generic import is_flash_attention_requested
 
 from looktwice.config import AttnImplementation
+from looktwice.errors import ConfigError
 
 PACKED_SDPA = "packed_sdpa"
 
@@ -35,12 +36,24 @@ class PackedAttentionModel(PreTrainedModel):
 def pick_attention(name: AttnImplementation, device: str, *, is_bf16: bool) -> str:
     """The implementation of a setting, for a device of `pick_device`.
 
-    `auto` is flash-attention where it can run: installed, on a CUDA GPU of compute capability 8 or above, in bfloat16.
+    `auto` is flash-attention where it can run: installed, on CUDA GPUs of compute capability 8 or above, in bfloat16.
+    Raises ConfigError where it was asked for and cannot run, whatever is installed.
     """
+    can_run = is_gpu(device) and is_bf16 and _least_capability(device) >= (8, 0)
+    if name == "flash_attention_2" and not can_run:
+        raise ConfigError(
+            "flash_attention_2 runs in bfloat16, on a CUDA GPU of compute capability 8 or above; add --bf16 there, "
+            "and use auto elsewhere"
+        )
     if name != "auto":
         return name
-    can_flash = is_gpu(device) and is_bf16 and is_flash_attn_2_available()
-    return "flash_attention_2" if can_flash and torch.cuda.get_device_capability() >= (8, 0) else "sdpa"
+    return "flash_attention_2" if can_run and is_flash_attn_2_available() else "sdpa"
+
+
+def _least_capability(device: str) -> tuple[int, int]:
+    """Of the GPU named, of the present one for `cuda`, or for `auto` of all that layers are spread over."""
+    gpus = range(torch.cuda.device_count()) if device == "auto" else [device]
+    return min((torch.cuda.get_device_capability(gpu) for gpu in gpus), default=(0, 0))
 
 
 def is_gpu(device: str) -> bool:
