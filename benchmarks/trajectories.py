@@ -105,7 +105,7 @@ class Work:
 
     def _look(self, prompt: int, tile: str) -> Inserted:
         call = format_call(str(side) for side in self.boards[prompt].box_of(tile))
-        return observed(self.tool.look(call, self.pictures[prompt]), self.processor)
+        return observed(self.tool.look(call, [self.pictures[prompt]]), self.processor)
 
     def thinking(self, plans: Sequence[Plan], *, is_cut: bool) -> list[Script]:
         """Drivers without crops. Cut by a thinking budget, a different one each, they have the closing text put in;

@@ -144,11 +144,14 @@ def play_scripts(processor: Ovis2_5Processor, image: Image.Image) -> PlayScripts
     """Plays sibling episodes about `image` (or what is `shown` instead), one for each script, to their end."""
 
     def run(
-        *scripts: str, shown: Image.Image | Path | None = image, question: str = "What is it?", **options: object
+        *scripts: str,
+        shown: Image.Image | Path | Sequence[Image.Image | Path] | None = image,
+        question: str = "What is it?",
+        **options: object,
     ) -> tuple[list[Episode], ScriptedEngine]:
         look = options.pop("look", None)
         rules = EpisodeRules(**options)  # type: ignore[arg-type]
-        prompt = question_about(question, *([] if shown is None else [shown]))
+        prompt = question_about(question, *([] if shown is None else shown if isinstance(shown, Sequence) else [shown]))
         episodes = start_episodes(prompt, processor, rules, count=len(scripts), look=look)  # type: ignore[arg-type]
         engine = ScriptedEngine(processor, scripts)
         play(engine, [episodes], Sampling(), [0])

@@ -6,13 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, WRITTEN_CALL, format_call, parse_call, split_calls
+from looktwice.calls import (
+    MAX_WORDS_LENGTH,
+    TOOL_CALL_CLOSE,
+    TOOL_CALL_OPEN,
+    WRITTEN_CALL,
+    Call,
+    format_call,
+    parse_call,
+    split_calls,
+)
 from looktwice.errors import BoxError
 from looktwice.geometry import Box
 
 SYNTAX = st.lists(
     st.sampled_from(
-        [TOOL_CALL_OPEN, TOOL_CALL_CLOSE, "[", "]", ",", "1", "2.5", "-3", "1e4", "Crop ", "{", "\n", "nan"]
+        [TOOL_CALL_OPEN, TOOL_CALL_CLOSE, "[", "]", ",", "1", "2.5", "-3", "1e4", "Crop ", "image ", "{", "\n", "nan"]
     )
 ).map("".join)
 
@@ -32,7 +41,7 @@ SYNTAX = st.lists(
     ],
 )
 def test_a_call_gives_its_box(text: str, box: tuple[float, ...]) -> None:
-    assert parse_call(text) == Box(*box)
+    assert parse_call(text) == (Box(*box), 1)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +93,63 @@ def test_anything_else_is_refused_with_its_reason(text: str, reason: str) -> Non
 def test_no_text_makes_the_parser_raise_anything_but_a_box_error(text: str) -> None:
     for candidate in (text, f"[{text}]", f"{TOOL_CALL_OPEN}{text}{TOOL_CALL_CLOSE}"):
         try:
-            box = parse_call(candidate)
+            box = parse_call(candidate).box
         except BoxError as error:
             assert error.reason in {"no_box", "wrong_length", "not_a_number", "reversed"}
         else:
             assert box.x1 < box.x2 and box.y1 < box.y2
+
+
+@pytest.mark.parametrize(
+    "words, number",
+    [
+        ("image 2 ", 2),
+        ("picture 2", 2),
+        ("PICTURE 2: ", 2),
+        ("Crop cup in Image 12 ", 12),
+        ("Crop cup of image 3, left ", 3),
+        ("image 02 ", 2),
+        ("image #2 ", 2),
+        ("image_2 ", 2),
+        ("image2 ", 2),
+        ("image 0 ", 0),
+        ("as in image 1, image 2 ", 2),
+        ("Crop cup 1 ", 1),
+        ("images 2 ", 1),
+        ("the pictured 2 ", 1),
+        ("subimage 2 ", 1),
+        ("image 2.5 ", 1),
+        ("image 2nd ", 1),
+        ("image two ", 1),
+        ("image ２ ", 1),
+        ("2 image ", 1),
+        ("", 1),
+    ],
+)
+def test_the_words_of_a_call_name_its_picture(words: str, number: int) -> None:
+    assert parse_call(f"<tool_call>{words}[1, 2, 30, 40]</tool_call>") == (Box(1, 2, 30, 40), number)
+
+
+def test_words_outside_the_call_name_no_picture() -> None:
+    assert parse_call("In image 2: <tool_call>[1, 2, 30, 40]</tool_call>").image_number == 1
+
+
+def test_a_number_as_long_as_words_may_be_is_read() -> None:
+    assert parse_call(f"image{'9' * (MAX_WORDS_LENGTH - 5)}[1, 2, 30, 40]").image_number == 10**75 - 1
+
+
+def test_a_call_picks_what_stands_for_its_picture() -> None:
+    box = Box(1, 2, 30, 40)
+    assert [Call(box).pick("ab"), Call(box, 2).pick("ab")] == ["a", "b"]
+    for number, images, reason in ((1, "", "no_picture"), (0, "ab", "no_such_picture"), (3, "ab", "no_such_picture")):
+        with pytest.raises(BoxError) as caught:
+            Call(box, number).pick(images)
+        assert caught.value.reason == reason
+
+
+@given(st.integers(0, 10**9))
+def test_the_number_of_a_picture_is_read_back(number: int) -> None:
+    assert parse_call(format_call((1, 2, 30, 40), number)) == (Box(1, 2, 30, 40), number)
 
 
 def test_a_call_is_written_with_comma_and_space() -> None:
@@ -102,7 +163,7 @@ def test_a_written_box_is_read_back_exactly(numbers: list[float]) -> None:
     x1, x2 = sorted(numbers[:2])
     y1, y2 = sorted(numbers[2:])
     if x1 < x2 and y1 < y2:
-        assert parse_call(format_call(Box(x1, y1, x2, y2))) == Box(x1, y1, x2, y2)
+        assert parse_call(format_call(Box(x1, y1, x2, y2))) == (Box(x1, y1, x2, y2), 1)
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,12 @@ def test_an_answer_has_the_documented_keys(ask, image) -> None:
 def test_a_finished_rollout_is_reported_as_plain_data() -> None:
     trajectory = Trajectory(
         prompt_ids=[],
-        image_size=Size(200, 100),
+        image_sizes=(Size(200, 100),),
         text="<think>\nThe <ref>cup</ref><box>(0.1,0.2),(0.5,0.6)</box>.\n</think>\n\nSo: <answer>red</answer>",
         calls=[
             ToolCall(requested=Box(10.5, 5, 60, 55), box=Box(10, 5, 60, 55), size=Size(48, 48), error=None),
             ToolCall(requested=None, box=None, size=None, error="no_box"),
+            ToolCall(requested=Box(1, 2, 3, 4), box=None, size=None, error="no_such_picture", image_number=3),
         ],
         stop_reason="answered",
     )
@@ -75,8 +76,9 @@ def test_a_finished_rollout_is_reported_as_plain_data() -> None:
         "written": written,
     }
     assert answer["crops"] == [
-        {"box": [10, 5, 60, 55], "requested": [10.5, 5, 60, 55], "size": [48, 48], "error": None},
-        {"box": None, "requested": None, "size": None, "error": "no_box"},
+        {"image": 1, "box": [10, 5, 60, 55], "requested": [10.5, 5, 60, 55], "size": [48, 48], "error": None},
+        {"image": 1, "box": None, "requested": None, "size": None, "error": "no_box"},
+        {"image": 3, "box": None, "requested": [1, 2, 3, 4], "size": None, "error": "no_such_picture"},
     ]
     assert answer["stop_reason"] == "answered"
 

@@ -60,6 +60,13 @@ def test_code_preset_gives_the_released_codes_rewards(completion, expected, box)
     assert (parts["format"], parts["region"], parts["length"]) == pytest.approx(expected)
 
 
+def test_the_same_box_of_two_pictures_is_two_regions():
+    preset = replace(PAPER, region_cap=2.0)
+    text = "<think>Hm.</think><answer>STOP</answer>"
+    for other, region in ((CROP, 0.5), (replace(CROP, image_number=2), 1.0)):
+        assert score(rollout(text, CROP, other), "STOP", preset).parts["region"] == region
+
+
 @pytest.mark.parametrize("preset", [PAPER, ROBUST])
 @pytest.mark.parametrize(("completion", "expected"), VECTORS)
 def test_no_written_box_earns_region_without_a_crop(completion, expected, preset):

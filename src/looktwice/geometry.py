@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, get_args
 
-from looktwice.errors import BoxError, ConfigError
+from looktwice.errors import BoxError, ConfigError, short
 
 BoxFrame = Literal["original_px", "resized_px", "unit", "norm1000"]
 BOX_FRAMES: tuple[str, ...] = get_args(BoxFrame)
@@ -164,15 +164,15 @@ def check_box(values: object) -> Box:
     Raises BoxError with reason `wrong_length`, `not_a_number` or `reversed`.
     """
     if not isinstance(values, (list, tuple)) or len(values) != 4:
-        raise BoxError("wrong_length", f"a box has 4 numbers [x1, y1, x2, y2], got {_short(values)}")
+        raise BoxError("wrong_length", f"a box has 4 numbers [x1, y1, x2, y2], got {short(repr(values))}")
     for value in values:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # the float limit first: math.isfinite raises OverflowError on an integer of a few hundred digits
         if not is_number or not abs(value) < 1e300 or not math.isfinite(value):
-            raise BoxError("not_a_number", f"a box holds finite numbers, got {_short(values)}")
+            raise BoxError("not_a_number", f"a box holds finite numbers, got {short(repr(values))}")
     box = Box(*(float(value) for value in values))
     if box.x1 >= box.x2 or box.y1 >= box.y2:
-        raise BoxError("reversed", f"a box runs from top-left to bottom-right, got {_short(values)}")
+        raise BoxError("reversed", f"a box runs from top-left to bottom-right, got {short(repr(values))}")
     return box
 
 
@@ -212,8 +212,3 @@ def _enlarge(low: int, high: int, min_side: int, limit: int) -> tuple[int, int]:
         return low, high
     low = min(max(0, low - missing // 2), limit - min(min_side, limit))
     return low, low + min(min_side, limit)
-
-
-def _short(values: object) -> str:
-    text = repr(values)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -78,13 +78,15 @@ class OvisInference:
 
         A picture is a path, a PIL picture, the bytes of a file, or an array of uint8 [height, width, channels], red
         first. `video` is a path, of which `num_frames` are seen, or a list of frames, which are all seen. Crops are cut
-        from the first picture, never from a video. `generation` are fields of AnswerConfig that hold for this call,
-        such as `temperature=0.7`. Where it samples, each call draws anew, from torch's own generator, which
-        `torch.manual_seed` sets; with a `seed` it repeats.
+        from the picture that a call names (`image 2` before its box), else from the first, never from a video.
+        `generation` are fields of AnswerConfig that hold for this call, such as `temperature=0.7`. Where it
+        samples, each call draws anew, from torch's own generator, which `torch.manual_seed` sets; with a `seed` it
+        repeats.
 
         Keys: `response` (all the model wrote), `parsed` (`think_content`, `answer_content`, `grounding`), `crops`
-        (each call's `box` in original pixels and `error`), `stop_reason`, `picture` (what was shown first: sizes in
-        pixels `original` and `seen`, `num_tokens`, and `frames` of a video; None without a picture).
+        (of each call `image`, the number of its picture counted from 1, `box` in original pixels of it, and `error`),
+        `stop_reason`, `picture` (what was shown first: sizes in pixels `original` and `seen`, `num_tokens`, and
+        `frames` of a video; None without a picture).
         Raises ConfigError for a picture beside a video, without a question, for what is no picture, and for a wrong
         setting; ImageError for a picture or video that cannot be read.
         """
@@ -173,6 +175,7 @@ def report(trajectory: Trajectory, seen: PatchedImage | None = None) -> dict[str
         },
         "crops": [
             {
+                "image": call.image_number,
                 "box": None if call.box is None else [int(side) for side in call.box],
                 "requested": None if call.requested is None else list(call.requested),
                 "size": None if call.size is None else list(call.size),

@@ -38,7 +38,7 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class CropPart:
-    """The place of the crop that follows a call; what it shows is cut from the first picture of the conversation."""
+    """The place of the crop that follows a call; what it shows is cut from a picture before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages in order. Crop boxes refer to the first picture of the conversation.
+    """Messages in order. A crop call refers to the picture that it names, counted from 1, else to the first.
 
     Raises ConfigError for a video beside pictures or beside another one: the model has not learned to read that.
     """

@@ -90,7 +90,7 @@ def score(trajectory: Trajectory, solution: str, preset: RewardPreset = ROBUST) 
     if preset.measure == "rollout":
         has_format = _has_think_and_answer(text)
         num_chars = _reasoning_chars(text)
-        num_crops = len({call.box for call in trajectory.calls if call.is_valid})
+        num_crops = len({(call.image_number, call.box) for call in trajectory.calls if call.is_valid})
     else:
         has_format = _ends_in_answer(text)
         num_chars = _shortest_piece_chars(text)

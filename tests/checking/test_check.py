@@ -423,6 +423,19 @@ def test_corners_that_can_be_read_in_no_other_way_are_put_in_order(
     assert mend["what"].startswith("corners put in order")
 
 
+@pytest.mark.parametrize(("number", "is_mended"), [(1, False), (2, True), (3, False)])
+def test_corners_are_put_in_order_on_the_picture_that_the_call_names(
+    number, is_mended, tmp_path, image_folder, processor
+) -> None:
+    asked = [{"type": "image", "image": name} for name in ("good.png", "large.png")]
+    call = "<tool_call>Crop cup in image NUMBER [1690, 1590, 1500, 1000]</tool_call> <answer>a</answer>"
+    bad = said(call.replace("NUMBER", str(number)))
+    bad["messages"][0]["content"][:1] = asked
+    kept = fixed_rows([bad, said("<answer>a</answer>")], tmp_path, image_folder, processor)
+    assert len(kept) == 1 + is_mended
+    assert is_mended == ("in image 2 [1500, 1000, 1690, 1590]" in kept[0]["messages"][1]["content"])
+
+
 @pytest.mark.parametrize(
     "box", ["[100, 50, 30, 40]", "[120, 80, 100, 90]", "[190, 140, 190, 100]", "[390, 140, 150, 100]"]
 )

@@ -132,7 +132,7 @@ def test_every_assistant_turn_is_trained_and_each_call_followed_by_its_crop(path
     assert torch.equal(first.pixel_values, third.pixel_values) and not torch.equal(
         first.pixel_values, second.pixel_values
     )
-    assert torch.equal(crop.pixel_values, CropTool(processor).look(CALL, image).image.pixel_values)
+    assert torch.equal(crop.pixel_values, CropTool(processor).look(CALL, [image]).image.pixel_values)
     assert torch.equal(again.pixel_values, crop.pixel_values)
 
 

@@ -52,7 +52,7 @@ class Plan:
         number = len(self.segments)
         if number == len(self.budgets):
             return None
-        observation = CropTool(self.processor).look(self.calls[number - 1], self.image)
+        observation = CropTool(self.processor).look(self.calls[number - 1], [self.image])
         ids, images = observed(observation, self.processor)
         self.example.append(ids, is_trained=False)
         self.example.images += images
@@ -394,7 +394,7 @@ def calls_often(model: Ovis2_5ForConditionalGeneration, processor: Ovis2_5Proces
 def test_episodes_with_crops_give_the_training_forward_the_logprobs_they_recorded(model, processor, image) -> None:
     chatty, tool = calls_often(model, processor), CropTool(processor)
 
-    def look(call_text: str, shown: Image.Image | None) -> Observation:
+    def look(call_text: str, shown: list[Image.Image]) -> Observation:
         return tool.look(INSERTS[len(call_text) % 3], shown)
 
     rules = EpisodeRules(max_turns=4, max_new_tokens=40)

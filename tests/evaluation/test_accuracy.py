@@ -57,6 +57,11 @@ def test_answers_calls_and_overlaps_are_counted() -> None:
     assert result.trajectories == tuple(rollouts)
 
 
+def test_a_crop_of_another_picture_than_the_first_does_not_overlap_its_gold_box() -> None:
+    result = evaluate(Written([said("<answer>7</answer>", HIT, replace(HIT, image_number=2))]), [SAMPLE])
+    assert result.mean_iou == 0.25
+
+
 def test_without_calls_there_is_no_share_and_no_overlap() -> None:
     result = evaluate(Written([said("<answer>7</answer>")]), [SAMPLE])
     assert (result.accuracy, result.calls_per_answer, result.valid_share, result.mean_iou) == (1, 0, None, None)

@@ -223,6 +223,12 @@ def test_a_crop_part_is_a_call_and_says_its_frame(read) -> None:
     assert sample.box_frame == "norm1000"
 
 
+def test_a_crop_part_names_its_picture_by_number(read) -> None:
+    crop = {"type": "crop", "box": [1, 2, 30, 40], "image_number": 2}
+    [sample] = read({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": [crop]}]})
+    assert sample.response == "<tool_call>image 2 [1, 2, 30, 40]</tool_call>"
+
+
 def test_the_caller_says_the_frame_where_the_row_does_not(read) -> None:
     row = {"messages": [{"role": "user", "content": "Q"}]}
     frames = [sample.box_frame for sample in read(row, {**row, "box_frame": "unit"}, box_frame="norm1000")]

@@ -259,7 +259,7 @@ def test_all_real_records_are_read_completely() -> None:
     samples = read_samples(REAL_SAMPLE, "pictures")
     calls = [segment for sample in samples for segment in split_calls(sample.response)[:-1]]
     assert (len(samples), len({sample.image_paths[0] for sample in samples}), len(calls)) == (50, 10, 50)
-    assert all(parse_call(call).area > 0 for call in calls)
+    assert all(parse_call(call).box.area > 0 for call in calls)
     assert not any(re.search(r"\{\s*crop[^}]*\[", sample.response, re.IGNORECASE) for sample in samples)
     assert all(sample.solution and sample.solution in sample.response for sample in samples)
     assert sum("{" in sample.response for sample in samples) == 1  # braces that hold no crop

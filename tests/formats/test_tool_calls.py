@@ -75,6 +75,23 @@ def test_reasoning_is_the_thinking_and_calls_of_tools_are_crop_calls(answer, tex
         assert not reading.ignored and bool(reading.changed) == ("tool_calls" in str(answer[:-1]) or "Hm" in text)
 
 
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"img_idx": 0}, ""),
+        ({"target_image": 1}, ""),
+        ({"image_index": None}, ""),
+        ({"img_idx": 1}, "image 2 "),
+        ({"image_index": 1.0}, "image 2 "),
+        ({"target_image": 2, "image_idx": 1}, "image 2 "),
+    ],
+)
+def test_a_call_of_a_tool_names_its_picture_as_the_call_does(named, words, tmp_path) -> None:
+    [_, told], reading = read(tmp_path, ASKED, calling({"box": [1, 2, 30, 40], **named}), TOOL, TOLD)
+    assert text_of(told) == f"<tool_call>{words}[1, 2, 30, 40]</tool_call><answer>red</answer>"
+    assert not reading.ignored
+
+
 def test_what_spells_a_place_in_reasoning_is_text(tmp_path) -> None:
     asked = {"role": "user", "content": "<image>Q"}
     [_, told], _ = read(tmp_path, asked, {**TOLD, "reasoning_content": "<image> &lt;image>"}, images=["a.png"])
@@ -105,7 +122,16 @@ def test_an_answer_goes_on_after_its_tool_and_no_further(tmp_path) -> None:
         ([calling(None), TOOL, TOLD], 'arguments: null where an object belongs; write {"bbox_2d"'),
         ([{**calling(), "tool_calls": ["crop"]}, TOOL, TOLD], "messages[1].tool_calls[0]: a text where an object"),
         ([{**TOLD, "tool_calls": "crop"}], "messages[1].tool_calls: a text where a list belongs"),
-        ([calling({"box": [1, 2, 3, 4], "img_idx": 1}), TOOL, TOLD], "arguments: img_idx 1 is not the first picture"),
+        (
+            [calling({"box": [1, 2, 3, 4], "img_idx": -1}), TOOL, TOLD],
+            "arguments: img_idx is -1; count pictures from 0",
+        ),
+        ([calling({"box": [1, 2, 3, 4], "target_image": 0}), TOOL, TOLD], "target_image is 0; count pictures from 1"),
+        ([calling({"box": [1, 2, 3, 4], "image_idx": "b"}), TOOL, TOLD], "arguments: image_idx is 'b'; count pictures"),
+        (
+            [calling({"box": [1, 2, 3, 4], "img_idx": 1, "target_image": 1}), TOOL, TOLD],
+            "arguments: one box in pictures 2, 1; name one of them",
+        ),
         (
             [{**TOLD, "function_call": {"name": "crop"}}],
             "messages[1].function_call: a call in the old way; write it in",

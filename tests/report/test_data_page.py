@@ -23,6 +23,7 @@ from looktwice.report.data_page import write_samples_page
 from looktwice.report.sample_view import ImageView, SampleView, view_file
 
 CALL = "<tool_call>[0, 0, 48, 60]</tool_call>"
+OTHER_CALL = "<tool_call>image 2 [60, 100, 110, 150]</tool_call>"
 
 
 class Page(HTMLParser):
@@ -165,6 +166,25 @@ def test_each_picture_of_a_conversation_has_its_place_in_the_words(
     assert "picture 1, picture 3: " in page.text
     assert [text for _, text in page.of_class("chip")][:3] == ["picture 1", "picture 2", "picture 3"]
     assert [text for _, text in page.of_class("text")] == ["left,", "right,", "left again?", "Yes."]
+
+
+def test_a_box_stands_on_the_picture_that_its_call_names(
+    tmp_path: Path, image: Image.Image, processor: Ovis2_5Processor
+) -> None:
+    image.save(tmp_path / "a.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png")
+    turns = [{"from": "human", "value": "<image><image>What?"}, {"from": "gpt", "value": f"{CALL} {OTHER_CALL}"}]
+    row = {"id": "1", "image": ["a.png", "b.png"], "box": [10, 20, 50, 80], "conversations": turns}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
+    views = list(view_file(SampleFile(tmp_path / "c.jsonl", tmp_path), processor, ShowConfig()))
+    write_samples_page(tmp_path / "c.html", title="c", lead="", views=views)
+    page = Page(tmp_path / "c.html")
+    alts = [one["alt"] for one in page.of_tag("img") if "box" in one["alt"]]
+    assert alts == ["the whole picture, gold box, box of crop 1", "the whole picture, box of crop 2"]
+    assert "crop 2: image 2 [60, 100, 110, 150], 50 x 50, seen as" in page.text
+    first, second = views[0].crops
+    assert first.caption.startswith("crop 1 0,0-48,60 →")
+    assert second.caption.startswith("crop 2 of picture 2 60,100-110,150 → 50x50,")
 
 
 def test_many_samples_have_a_list_of_contents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def with_frame(processor: Ovis2_5Processor, frame: BoxFrame) -> Ovis2_5Processor
     ],
 )
 def test_a_call_that_cannot_be_run_is_refused_with_its_reason(call, reason, requested, processor, image) -> None:
-    observation = CropTool(processor).look(call, image)
+    observation = CropTool(processor).look(call, [image])
     assert observation.image is None
     assert observation.text == f"<tool_response>{REFUSALS[reason]}</tool_response>"
     assert (observation.call.error, observation.call.is_valid) == (reason, False)
@@ -46,19 +47,37 @@ def test_a_call_that_cannot_be_run_is_refused_with_its_reason(call, reason, requ
 
 
 def test_a_strip_is_refused_as_too_thin(processor) -> None:
-    assert CropTool(processor).look("[0, 0, 2000, 16]", STRIP).call.error == "too_thin"
+    assert CropTool(processor).look("[0, 0, 2000, 16]", [STRIP]).call.error == "too_thin"
 
 
 def test_a_call_without_an_image_is_refused_and_keeps_the_box_as_written(processor) -> None:
-    call = CropTool(processor).look("[1, 2, 30, 40]", None).call
+    call = CropTool(processor).look("[1, 2, 30, 40]", []).call
     assert (call.error, call.requested) == ("no_picture", Box(1, 2, 30, 40))
+
+
+@pytest.mark.parametrize("number", [0, 3, 99])
+def test_a_picture_that_is_not_there_is_refused_and_named_in_the_record(number, processor, image) -> None:
+    call = CropTool(processor).look(f"image {number} [1, 2, 30, 40]", [image, image]).call
+    assert (call.error, call.requested, call.image_number) == ("no_such_picture", Box(1, 2, 30, 40), number)
+
+
+@pytest.mark.parametrize(
+    ("words", "number"), [("", 1), ("picture 1 ", 1), ("Crop cup 2 ", 1), ("image 2 ", 2), ("Crop cup in image 3 ", 3)]
+)
+def test_a_crop_is_cut_from_the_picture_that_its_call_names(words, number, processor, image) -> None:
+    shown = [image, image.rotate(90, expand=True), image.resize((300, 200))]
+    tool = CropTool(processor)
+    seen = tool.look(f"<tool_call>{words}[20, 10, 90.5, 110]</tool_call>", shown)
+    alone = tool.look("[20, 10, 90.5, 110]", [shown[number - 1]])
+    assert torch.equal(seen.image.pixel_values, alone.image.pixel_values)
+    assert seen.call == replace(alone.call, image_number=number)
 
 
 def test_a_call_about_a_video_is_refused_and_keeps_the_box_as_written(processor, image) -> None:
     tool = CropTool(processor, is_video=True)
-    call = tool.look("[1, 2, 30, 40]", image).call
+    call = tool.look("[1, 2, 30, 40]", [image]).call
     assert (call.error, call.requested, call.box) == ("video", Box(1, 2, 30, 40), None)
-    assert tool.look("[1, 2]", None).call.error == "wrong_length"
+    assert tool.look("[1, 2]", []).call.error == "wrong_length"
 
 
 def test_the_model_reads_these_words() -> None:
@@ -70,6 +89,7 @@ def test_the_model_reads_these_words() -> None:
         "outside": "The box lies outside the picture.",
         "too_thin": "The box is too thin.",
         "no_picture": "There is no picture to look at.",
+        "no_such_picture": "There is no picture with this number.",
         "video": "A video cannot be cropped.",
         "switched_off": "The crop tool is switched off.",
     }
@@ -93,15 +113,15 @@ def test_a_refusal_is_inserted_as_its_text(processor) -> None:
 def test_the_same_region_is_cut_in_every_box_frame(frame, call, processor, image) -> None:
     assert processor.overview_size(Size(*image.size)) == Size(96, 80)
     tool = CropTool(with_frame(processor, frame))
-    observation = tool.look(call, image)
+    observation = tool.look(call, [image])
     assert observation.call.box == Box(40, 24, 120, 96)
-    expected = CropTool(processor).look("[40, 24, 120, 96]", image).image
+    expected = CropTool(processor).look("[40, 24, 120, 96]", [image]).image
     assert torch.equal(observation.image.pixel_values, expected.pixel_values)
 
 
 def test_a_crop_has_the_pixels_of_the_original(processor, image) -> None:
     # 48 x 48 pixels are cut and, at this policy, shown at 48 x 48: not one pixel is interpolated
-    observation = CropTool(processor).look("<tool_call>Crop it [90, 50, 138, 98]</tool_call>", image)
+    observation = CropTool(processor).look("<tool_call>Crop it [90, 50, 138, 98]</tool_call>", [image])
     expected = processor.patch(image.crop((90, 50, 138, 98)))
     assert torch.equal(observation.image.pixel_values, expected.pixel_values)
     assert observation.image.grid_thw == (1, 6, 6)
@@ -109,25 +129,25 @@ def test_a_crop_has_the_pixels_of_the_original(processor, image) -> None:
 
 
 def test_a_box_is_rounded_outwards_and_clamped_to_the_image(processor, image) -> None:
-    call = CropTool(processor).look("[100.6, -7, 1e9, 60.2]", image).call
+    call = CropTool(processor).look("[100.6, -7, 1e9, 60.2]", [image]).call
     assert (call.requested, call.box) == (Box(100.6, -7, 1e9, 60.2), Box(100, 0, 160, 61))
 
 
 def test_a_tiny_box_is_enlarged_to_one_visual_token(processor, image) -> None:
-    assert CropTool(processor).look("[158, 50, 159, 51]", image).call.box == Box(144, 43, 160, 59)
+    assert CropTool(processor).look("[158, 50, 159, 51]", [image]).call.box == Box(144, 43, 160, 59)
 
 
 def test_a_crop_is_sized_by_its_own_bounds(processor, image) -> None:
     roomy = Ovis2_5Processor(
         processor.tokenizer, processor.config, PixelPolicy(crop_min_pixels=16 * 16, crop_max_pixels=160 * 160)
     )
-    small = CropTool(roomy).look("[0, 0, 32, 32]", image).call
-    whole = CropTool(roomy).look("[0, 0, 160, 120]", image).call
+    small = CropTool(roomy).look("[0, 0, 32, 32]", [image]).call
+    whole = CropTool(roomy).look("[0, 0, 160, 120]", [image]).call
     assert (small.size, whole.size) == (Size(64, 64), Size(160, 128))
 
 
 def test_a_crop_is_inserted_between_its_indicators(processor, image) -> None:
-    observation = CropTool(processor).look("[0, 0, 48, 48]", image)
+    observation = CropTool(processor).look("[0, 0, 48, 48]", [image])
     ids, images = observed(observation, processor)
     config = processor.config
     assert ids == [config.image_start_token_id, *[config.image_token_id] * 9, config.image_end_token_id]
@@ -157,3 +177,21 @@ def test_sft_data_and_a_rollout_of_the_same_text_are_the_same_ids_and_pixels(
     assert len(trained.images) == 3
     for rolled, taught in zip(episode.example.images, trained.images, strict=True):
         assert torch.equal(rolled.pixel_values, taught.pixel_values) and rolled.grid_thw == taught.grid_thw
+
+
+def test_sft_data_and_a_rollout_cut_the_same_from_each_of_several_pictures(
+    processor, image, play_scripts, tmp_path: Path
+) -> None:
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    image.save(paths[0])
+    image.rotate(90, expand=True).save(paths[1])
+    response = (
+        "<tool_call>image 2 [60, 100, 110, 150]</tool_call><tool_call>[0, 0, 80, 60]</tool_call><answer>7</answer>"
+    )
+    conversation = Conversation(messages=(user("What?", *paths), assistant(response)))
+    trained = encode_sample(Sample(conversation=conversation, where="a:1", field="A3"), processor, max_length=1000)
+    episode = play_scripts(response + "<|im_end|>", shown=paths, question="What?", thinking=False)[0][0]
+    assert episode.example.input_ids == trained.input_ids
+    for rolled, taught in zip(episode.example.images, trained.images, strict=True):
+        assert torch.equal(rolled.pixel_values, taught.pixel_values)
+    assert [call.image_number for call in episode.trajectory.calls] == [2, 1]

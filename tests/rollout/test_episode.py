@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from PIL import Image
 
 from looktwice.engine.interface import Continuation
 from looktwice.engine.sampling import Sampling
-from looktwice.errors import ConfigError
+from looktwice.errors import ConfigError, DataError
 from looktwice.geometry import Size
 from looktwice.messages import Conversation, VideoPart, assistant, question_about, user
 from looktwice.processing.chat_template import EARLY_STOP
@@ -133,6 +135,23 @@ def test_a_call_without_an_image_is_refused(play_scripts) -> None:
     assert episode.example.images == []
 
 
+def test_a_call_may_name_any_picture_of_the_conversation(processor, image, play_scripts) -> None:
+    other = image.rotate(90, expand=True)
+    script = f"<tool_call>image 2 [60, 100, 110, 150]</tool_call><tool_call>image 3 [0, 0, 40, 40]</tool_call>{ANSWER}"
+    [episode], _ = play_scripts(script, shown=[image, other])
+    assert outcome(episode) == ("answered", 3, [None, "no_such_picture"])
+    assert [call.image_number for call in episode.trajectory.calls] == [2, 3]
+    assert episode.trajectory.image_sizes == (Size(160, 120), Size(120, 160))
+    expected = processor.patch(other.crop((60, 100, 110, 150)).resize((48, 48), Image.Resampling.BILINEAR))
+    assert episode.example.images[2].pixel_values.tolist() == expected.pixel_values.tolist()
+
+
+def test_a_picture_that_is_asked_about_later_cannot_be_cut_yet(processor, image) -> None:
+    early = (user("Q", image), assistant("<tool_call>image 2 [0, 0, 40, 40]</tool_call> A"), user("R", image))
+    with pytest.raises(DataError, match=r"^message 2: crop call refused: .*There is no picture with this number"):
+        start_episodes(Conversation(messages=early), processor, EpisodeRules())
+
+
 def test_a_call_about_a_video_is_refused_and_the_answer_follows(play_scripts, image) -> None:
     video = VideoPart(source=[image, image.rotate(180)])
     [episode], engine = play_scripts(f"{CALL} {ANSWER}", shown=video)
@@ -148,7 +167,7 @@ def test_a_video_is_shown_as_one_span_of_all_its_frames(play_scripts, image, pro
     assert video.grid_thw[0] == 3
     start = episode.prompt.input_ids.index(processor.config.video_start_token_id)
     assert episode.prompt.input_ids[start : start + video.num_tokens + 2] == processor.image_ids(video)
-    assert (episode.image, episode.trajectory.image_size) == (None, Size(160, 120))
+    assert (episode.images, episode.trajectory.image_size) == ([], Size(160, 120))
 
 
 # -- thinking budget
@@ -302,18 +321,18 @@ def test_rollouts_are_numbered_through_the_groups(processor, image, play_scripts
 def test_the_calls_are_answered_by_the_tool_given(play_scripts) -> None:
     seen: list[tuple[str, object]] = []
 
-    def look(call_text: str, image: Image.Image | None) -> Observation:
-        seen.append((call_text, image))
+    def look(call_text: str, images: Sequence[Image.Image]) -> Observation:
+        seen.append((call_text, images))
         return refusal("switched_off", None)
 
     [episode], _ = play_scripts(f"First {CALL} then {OTHER_CALL}{ANSWER}", look=look)
     assert outcome(episode) == ("answered", 3, ["switched_off", "switched_off"])
     assert [text for text, _ in seen] == [f"First {CALL}", f" then {OTHER_CALL}"]
-    assert all(image is episode.image for _, image in seen)
+    assert all(images is episode.images for _, images in seen)
 
 
 def test_an_exception_in_the_tool_is_a_bug_and_not_an_observation(play_scripts) -> None:
-    def look(call_text: str, image: Image.Image | None) -> Observation:
+    def look(call_text: str, images: Sequence[Image.Image]) -> Observation:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -336,4 +355,4 @@ def test_an_episode_goes_on_from_earlier_turns_with_their_crops(processor, image
     )
     assert [one.size for one in episode.prompt.images[:2]] == [processor.overview_size(Size(160, 120))] * 2
     assert len(episode.prompt.images) == 3 and not any(episode.prompt.loss_mask)
-    assert episode.image.tobytes() == image.tobytes()
+    assert [one.tobytes() for one in episode.images] == [image.tobytes(), other.tobytes()]

@@ -18,9 +18,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from looktwice.calls import parse_call
 from looktwice.checking.check import Judge
 from looktwice.config import CheckConfig
-from looktwice.data.problems import Problem
+from looktwice.data.problems import Problem, calls_of
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, counted
 from looktwice.formats.reading import Fields, Reading
@@ -202,18 +203,17 @@ class Cleaning:
 
     def is_certain(self, swap: Swap, sample: Sample) -> bool:
         """Whether four numbers fit as corners in order, and neither as corner nor as centre with width and height."""
-        self.examiner.look_at(sample.image_paths)
-        header = self.examiner.facts_of(sample.image_paths[0]).header if sample.image_paths else None
-        if header is None:
-            return False
         is_gold = swap.path[-1] == "box" and "content" not in swap.path
         frame = "original_px" if is_gold else sample.box_frame or self.examiner.view.box_frame
+        original = self.size_under(swap, sample, is_gold)
+        if original is None:
+            return False
         sizes = {
             "unit": Size(1, 1),
             "norm1000": Size(1000, 1000),
-            "resized_px": self.examiner.view.overview_size(header.size),
+            "resized_px": self.examiner.view.overview_size(original),
         }
-        size = sizes.get(frame, header.size)
+        size = sizes.get(frame, original)
 
         def fits(left: float, top: float, right: float, bottom: float) -> bool:
             return 0 <= left < right <= size.width and 0 <= top < bottom <= size.height
@@ -222,6 +222,15 @@ class Cleaning:
         is_corner_and_size = fits(a, b, a + c, b + d)
         is_centre_and_size = fits(a - c / 2, b - d / 2, a + c / 2, b + d / 2)
         return fits(*swap.new) and not is_corner_and_size and not is_centre_and_size
+
+    def size_under(self, swap: Swap, sample: Sample, is_gold: bool) -> Size | None:
+        """The size of the picture that a mended box refers to; None where it is not there, or not the only one."""
+        self.examiner.look_at(sample.image_paths)
+        headers = [self.examiner.facts_of(source).header for source in sample.image_paths]
+        calls = [parse_call(call.text) for call in calls_of(sample)]
+        numbers = {1} if is_gold else {call.image_number for call in calls if list(call.box) == swap.new}
+        header = headers[min(numbers) - 1] if len(numbers) == 1 and numbers <= {*range(1, len(headers) + 1)} else None
+        return header.size if header else None
 
 
 def _noting(swaps: list[Swap], path: list[Step]) -> Note:

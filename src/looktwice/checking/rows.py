@@ -144,15 +144,16 @@ class Examiner:
 
     def weigh_boxes(self, sample: Sample, evidence: FrameEvidence) -> None:
         """Add the calls of a sample, whose boxes are declared as pixels, to the evidence."""
-        header = self.facts_of(sample.image_paths[0]).header if sample.image_paths else None
-        if header is None or (sample.box_frame or self.view.box_frame) != "original_px":
+        if (sample.box_frame or self.view.box_frame) != "original_px":
             return
-        for call in calls_of(sample):
+        headers = [self.facts_of(source).header for source in sample.image_paths]
+        for text, num_shown in calls_of(sample):
             with suppress(BoxError):
-                box = parse_call(call)
-                is_telling = min(header.size) >= LARGE_SIDE or overhang(box, header.size) > SLACK_PX
-                place = (sample.where, sample.field) if is_telling else None
-                evidence.add(FrameEvidence(highest=max(box), num_telling=int(is_telling), place=place))
+                call = parse_call(text)
+                if header := call.pick(headers[:num_shown]):
+                    is_telling = min(header.size) >= LARGE_SIDE or overhang(call.box, header.size) > SLACK_PX
+                    place = (sample.where, sample.field) if is_telling else None
+                    evidence.add(FrameEvidence(highest=max(call.box), num_telling=int(is_telling), place=place))
 
     def token_problems(self, samples: Sequence[Sample], processor: Ovis2_5Processor) -> Iterator[Problem]:
         """Samples that are too long, and calls that are no longer the same after tokenising."""
@@ -173,7 +174,7 @@ class Examiner:
                     )
                     reason = "over_length" if can_be_kept else "too_long"
                     yield problem_of(sample, reason, over_limit(length, limit, purpose))
-        calls = [(sample, segment) for sample in samples for segment in calls_of(sample)]
+        calls = [(sample, call.text) for sample in samples for call in calls_of(sample)]
         texts = [segment[segment.rindex(TOOL_CALL_OPEN) :] for _, segment in calls]
         for (sample, _), call, read in zip(calls, texts, processor.template.read_back(texts)):
             if read != call:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from looktwice.calls import parse_call
 from looktwice.config import LengthPolicy, Stage
@@ -34,24 +35,34 @@ NUM_MARKS = 2
 """Tokens around a picture: its start and its end."""
 
 
+class Cut(NamedTuple):
+    """What the tool cuts, enlarged but not yet resized: in whole pixels of a picture of size `original`.
+
+    `image_number` counts the pictures of the conversation from 1.
+    """
+
+    rectangle: tuple[int, int, int, int]
+    original: Size
+    image_number: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """What makes up the sequence of a sample: `num_ids` written by the template, texts, and sizes before resizing.
 
-    `trained` are those of the ids and texts that are trained. `crops` are what the tool cuts, each enlarged but not yet
-    resized, as (rectangle, size of its picture).
+    `trained` are those of the ids and texts that are trained.
     """
 
     num_ids: int
     texts: tuple[str, ...]
     trained: tuple[int | str, ...]
     image_sizes: tuple[Size, ...]
-    crops: tuple[tuple[tuple[int, int, int, int], Size], ...]
+    crops: tuple[Cut, ...]
 
     def num_image_tokens(self, policy: PixelPolicy, factor: int) -> int:
         """Tokens of all pictures and crops under a policy, their marks included."""
         sizes = [policy.overview_size(size, factor=factor) for size in self.image_sizes]
-        sizes += [crop_size(cut, original=size, factor=factor, policy=policy) for cut, size in self.crops]
+        sizes += [crop_size(cut, original=size, factor=factor, policy=policy) for cut, size, _ in self.crops]
         return sum(num_visual_tokens(size, factor=factor) + NUM_MARKS for size in sizes)
 
 
@@ -82,13 +93,11 @@ def layout(
     conversation = sample.conversation if purpose == "train" else sample.prompt
     conversation = in_model_frame(conversation, sample.box_frame, processor, size_of)
     image_sizes = tuple(map(size_of, conversation.images))
-    cuts: list[tuple[int, int, int, int]] = []
+    cuts: list[Cut] = []
 
-    def cut(text: str, _: str) -> None:
+    def cut(text: str, _: str, num_shown: int) -> None:
         try:
-            if not image_sizes:
-                raise BoxError("no_picture", "there is no picture to cut from")
-            cuts.append(cut_of(text, processor, image_sizes[0]))
+            cuts.append(cut_of(text, processor, image_sizes[:num_shown]))
         except BoxError as error:
             raise DataError(f"{sample.where}: {sample.field}: crop call refused: {error}; mend its box") from error
 
@@ -100,13 +109,18 @@ def layout(
         texts=texts,
         trained=tuple(piece for draft in drafts if draft.is_trained for piece in draft.pieces),
         image_sizes=image_sizes,
-        crops=tuple((cut, image_sizes[0]) for cut in cuts),
+        crops=tuple(cuts),
     )
 
 
-def cut_of(call: str, processor: Ovis2_5Processor, original: Size) -> tuple[int, int, int, int]:
-    """What the tool cuts for the call that ends a text. Raises BoxError for one that cannot be run."""
-    return rectangle_of(parse_call(call), processor, original)
+def cut_of(text: str, processor: Ovis2_5Processor, image_sizes: Sequence[Size]) -> Cut:
+    """What the tool cuts for the call that ends a text, of pictures of these upright sizes that stand before it.
+
+    Raises BoxError for a call that cannot be run.
+    """
+    call = parse_call(text)
+    original = call.pick(image_sizes)
+    return Cut(rectangle_of(call.box, processor, original), original, call.image_number)
 
 
 def token_counts(processor: Ovis2_5Processor, texts: Iterator[str]) -> dict[str, int]:

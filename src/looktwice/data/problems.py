@@ -9,7 +9,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +47,7 @@ _COLLECTION = re.compile(r"[\[{].*[\"'].*[\]}]", re.DOTALL)
 _TOLD_BY_READERS = (
     *(BOX_REASONS[reason] for reason in ("no_box", "wrong_length", "not_a_number", "reversed")),
     "call_without_picture",
+    "no_such_picture",
 )
 """What is wrong with a call that cannot be parsed, or whose picture may be the one that could not be read."""
 RELEASED_FACTOR = 32
@@ -224,10 +224,10 @@ def sample_problems(
     """All that can be said of one sample, by what its rows are for and what is known of its pictures."""
     yield from turn_problems(sample, stage, view)
     yield from image_problems(sample, facts_of)
-    first = facts_of(sample.image_paths[0]).header if sample.image_paths else None
-    yield from call_box_problems(sample, view, first)
-    if first:
-        yield from gold_problems(sample, first)
+    headers = [facts_of(source).header for source in sample.image_paths]
+    yield from call_box_problems(sample, view, headers)
+    if headers and headers[0]:
+        yield from gold_problems(sample, headers[0])
 
 
 def partial_problems(
@@ -319,22 +319,19 @@ def image_problems(sample: Sample, facts_of: Callable[[Source], ImageFacts]) -> 
             yield Problem(reason="picture_frames", where=sample.where, field="picture", what=name_of(source))
 
 
-def call_box_problems(sample: Sample, view: View, header: ImageHeader | None) -> Iterator[Problem]:
-    """What is wrong with the calls of a sample; `header` is that of its first picture, None where it cannot be used."""
+def call_box_problems(sample: Sample, view: View, headers: Sequence[ImageHeader | None]) -> Iterator[Problem]:
+    """What is wrong with the calls of a sample; `headers` are those of its pictures, None where one cannot be used."""
     frame = sample.box_frame or view.box_frame
-    num_blind = num_calls_before_images(sample)
-    for number, segment in enumerate(calls_of(sample), 1):
-        if number <= num_blind:
-            yield problem_of(sample, "call_without_picture", f"call {number}: there is no picture yet to cut from")
-        elif header:
-            try:
-                requested = parse_call(segment)
-            except BoxError as error:  # a picture stands inside the call
-                yield problem_of(sample, BOX_REASONS[error.reason], f"call {number}: {error}")
-                continue
-            name = f"call {number} {format_call(requested)} read as {frame}"
-            for reason, what in _call_faults(requested, frame, header, view):
-                yield problem_of(sample, reason, f"{name}: {what}")
+    for number, (text, num_shown) in enumerate(calls_of(sample), 1):
+        try:
+            call = parse_call(text)
+            header = call.pick(headers[:num_shown])
+        except BoxError as error:
+            yield problem_of(sample, BOX_REASONS[error.reason], f"call {number}: {error}")
+            continue
+        name = f"call {number} {format_call(*call)} read as {frame}"
+        for reason, what in _call_faults(call.box, frame, header, view) if header else ():
+            yield problem_of(sample, reason, f"{name}: {what}")
 
 
 def gold_problems(sample: Sample, header: ImageHeader) -> Iterator[Problem]:
@@ -391,25 +388,24 @@ def _rotation_faults(box: Box, header: ImageHeader) -> Iterator[tuple[str, str]]
         )
 
 
-def calls_of(sample: Sample) -> list[str]:
-    """Texts that end in a call, in order."""
-    return [segment for part in _answered(sample) if isinstance(part, TextPart) for segment in _calls_in(part)]
+class CallText(NamedTuple):
+    """A text that ends in a call, and how many pictures of the conversation are shown before it."""
+
+    text: str
+    num_shown: int
 
 
-def num_calls_before_images(sample: Sample) -> int:
-    """Calls that stand before the first picture of the conversation; all of them where it has none."""
-    before = takewhile(lambda part: not isinstance(part, ImagePart), _answered(sample))
-    return sum(len(_calls_in(part)) for part in before if isinstance(part, TextPart))
-
-
-def _answered(sample: Sample) -> Iterator[object]:
-    """The texts of assistants and the pictures of all, in order."""
+def calls_of(sample: Sample) -> list[CallText]:
+    """The calls of all answers, in order."""
+    calls: list[CallText] = []
+    num_shown = 0
     for message in sample.conversation.messages:
-        yield from (part for part in message.parts if message.role == "assistant" or isinstance(part, ImagePart))
-
-
-def _calls_in(part: TextPart) -> list[str]:
-    return split_calls(part.text)[:-1]
+        for part in message.parts:
+            if isinstance(part, ImagePart):
+                num_shown += 1
+            elif isinstance(part, TextPart) and message.role == "assistant":
+                calls += [CallText(text, num_shown) for text in split_calls(part.text)[:-1]]
+    return calls
 
 
 def question_field(sample: Sample) -> str:

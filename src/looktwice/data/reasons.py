@@ -76,6 +76,10 @@ REASONS: dict[str, Reason] = {
     "call_not_closed": _fatal("a <tool_call> that is not closed", "add </tool_call>"),
     "call_without_box": _fatal("a call that does not hold one box in brackets", "write [x1, y1, x2, y2]"),
     "call_without_picture": _fatal("a call in a conversation without a picture", "add the picture or remove the call"),
+    "no_such_picture": _fatal(
+        "a call that names a picture which is not there, or not yet",
+        "count pictures from 1, without crops",
+    ),
     "no_call": _note(
         "four numbers in the wrapping of a call that is none in this format, so no crop follows",
         "write the call as the format has it",
@@ -131,5 +135,7 @@ BOX_REASONS = {
     "reversed": "box_reversed",
     "outside": "box_outside",
     "too_thin": "box_thin",
+    "no_picture": "call_without_picture",
+    "no_such_picture": "no_such_picture",
 }
 """The code of each reason of a BoxError."""

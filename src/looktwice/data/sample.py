@@ -19,12 +19,12 @@ class Sample:
     """A conversation with what is known of its last answer.
 
     Assistant texts hold their crop calls as `<tool_call>[x1, y1, x2, y2]</tool_call>`, the numbers as they were
-    written, in `box_frame`; None means that nothing was said: the frame of the model. Boxes refer to the first picture
-    of the conversation. A picture is a path, or a `data:` URL that holds the picture itself. `solution` is the
-    short gold answer, "" without one; `gold_box` is in original pixels. `where` is "file:line" and `field` the place
-    of the last answer in that row, such as "QnA[1].A3". `policy` are pixel bounds of its own, where those of all would
-    make it too long. `image_folder` is where relative paths of pictures were taken from. `extra` are the fields of the
-    row that mean nothing here; they go along when a file is converted.
+    written, in `box_frame`; None means that nothing was said: the frame of the model. A call refers to the picture
+    that it names, else to the first. A picture is a path, or a `data:` URL that holds the picture itself. `solution` is
+    the short gold answer, "" without one; `gold_box` is in original pixels of the first picture. `where` is "file:line"
+    and `field` the place of the last answer in that row, such as "QnA[1].A3". `policy` are pixel bounds of its own,
+    where those of all would make it too long. `image_folder` is where relative paths of pictures were taken from.
+    `extra` are the fields of the row that mean nothing here; they go along when a file is converted.
     """
 
     conversation: Conversation

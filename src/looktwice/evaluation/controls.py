@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 from PIL import Image
 
+from looktwice.calls import parse_call
 from looktwice.geometry import Box, Size, iou
 from looktwice.messages import ANSWER_OPEN, THINK_CLOSE
 from looktwice.processing.processor import Ovis2_5Processor
@@ -24,24 +26,28 @@ ANSWER_NOW = f"\n{THINK_CLOSE}\n\n{ANSWER_OPEN}"
 def control_look(control: Control, processor: Ovis2_5Processor, seed: int) -> Look:
     """The look of a control.
 
-    no_crop: the call is refused and the model must answer at once. random_crop: the same size, cut elsewhere.
+    no_crop: the call is refused and the model must answer at once. random_crop: the same size, cut elsewhere in the
+    same picture.
     blank_crop: grey of the same size.
     """
     tool = CropTool(processor)
     rng = random.Random(seed)
 
-    def no_crop(call_text: str, image: Image.Image | None) -> Observation:
-        refused = refusal("switched_off", tool.look(call_text, image).call.requested)
-        return replace(refused, text=refused.text + ANSWER_NOW)
+    def no_crop(call_text: str, images: Sequence[Image.Image]) -> Observation:
+        refused = refusal("switched_off", None)
+        call = replace(tool.look(call_text, images).call, box=None, size=None, error="switched_off")
+        return replace(refused, call=call, text=refused.text + ANSWER_NOW)
 
-    def random_crop(call_text: str, image: Image.Image | None) -> Observation:
-        seen = tool.look(call_text, image)
-        if image is None or seen.call.box is None:
+    def random_crop(call_text: str, images: Sequence[Image.Image]) -> Observation:
+        seen = tool.look(call_text, images)
+        if seen.call.box is None:
             return seen
-        return tool.cut(_elsewhere(seen.call.box, Size(*image.size), rng), image, seen.call.requested)
+        call = parse_call(call_text)
+        image = call.pick(images)
+        return tool.cut(_elsewhere(seen.call.box, Size(*image.size), rng), image, call)
 
-    def blank_crop(call_text: str, image: Image.Image | None) -> Observation:
-        seen = tool.look(call_text, image)
+    def blank_crop(call_text: str, images: Sequence[Image.Image]) -> Observation:
+        seen = tool.look(call_text, images)
         if seen.call.size is None:
             return seen
         return Observation(call=seen.call, image=processor.patch(Image.new("RGB", seen.call.size, GREY)), text="")

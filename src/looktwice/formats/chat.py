@@ -9,8 +9,9 @@ One row of each, wrapped here:
                                                {"type": "text", "text": "What?"}]},
                   {"role": "assistant", "content": "A cup."}]}
 
-A crop part stands for the call and the crop that follows it; calls may also be written in the text. An assistant turn
-with `"train": false`, in OpenAI's format `"weight": 0`, is not trained. Text is text: nothing in it needs escaping.
+A crop part stands for the call and the crop that follows it; calls may also be written in the text. Its `image_number`,
+counted from 1, says which picture is cut where that is not the first. An assistant turn with `"train": false`, in
+OpenAI's format `"weight": 0`, is not trained. Text is text: nothing in it needs escaping.
 What we write has lists of parts only, because tables (Parquet, Arrow) need one type for a field.
 """
 
@@ -38,7 +39,7 @@ PART_FIELDS = {
     "text": ("text",),
     "image": ("image",),
     "image_url": ("image_url",),
-    "crop": ("box", "frame"),
+    "crop": ("box", "frame", "image_number"),
 }
 """Fields of each type of part."""
 _EXAMPLE = '{"role": "user", "content": …}'
@@ -171,7 +172,12 @@ def _crop(part: Fields, frames: set[BoxFrame]) -> TextPart | None:
     except BoxError as error:
         part.note("box", BOX_REASONS[error.reason], f"{error}; write [x1, y1, x2, y2]")
         return None
-    return TextPart(text=format_call(box))  # type: ignore[arg-type]
+    number = part.values.get("image_number")
+    if number is not None and (not isinstance(number, int) or number < 1):
+        what = f"{short(repr(number))}; count the pictures before the call from 1"
+        part.note("image_number", "no_such_picture", what)
+        return None
+    return TextPart(text=format_call(box, number or 1))  # type: ignore[arg-type]
 
 
 def write_messages(samples: Sequence[Sample], writing: Writing) -> list[dict[str, object]]:
@@ -204,9 +210,11 @@ def _with_crop(segment: str, frame: BoxFrame | None) -> list[dict[str, object]]:
     """The text before a call, and the call as a crop part where its text follows from the numbers."""
     words, opening, call = segment.rpartition(TOOL_CALL_OPEN)
     if segment.endswith(TOOL_CALL_CLOSE) and opening:
-        box = [int(side) if side.is_integer() else side for side in parse_call(segment)]
-        if format_call(box) == opening + call:
+        read, number = parse_call(segment)
+        box = [int(side) if side.is_integer() else side for side in read]
+        if format_call(box, number) == opening + call:
             crop: dict[str, object] = {"type": "crop", "box": box, **({"frame": frame} if frame else {})}
+            crop |= {"image_number": number} if number != 1 else {}
             return [{"type": "text", "text": words}, crop] if words else [crop]
     return [{"type": "text", "text": segment}] if segment else []
 

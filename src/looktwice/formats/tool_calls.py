@@ -19,7 +19,7 @@ QwenLM/Qwen3, chat template.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from looktwice.calls import format_call
@@ -33,7 +33,7 @@ from looktwice.messages import THINK_CLOSE, THINK_OPEN
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _BOXES = ("bbox_2d", "bbox", "box")
 _FIRST_IMAGE = {"img_idx": 0, "image_index": 0, "image_idx": 0, "target_image": 1}
-"""Arguments that name the picture to cut from, and how each names the first."""
+"""Arguments that number the picture to cut from, and how each numbers the first."""
 _WORDS = ("label", "name", "description")
 """Arguments that say what is looked at."""
 _ARGUMENTS = '{"bbox_2d": [x1, y1, x2, y2]}'
@@ -129,10 +129,6 @@ def _call(fields: Fields, place: str, call: object, reading: Reading) -> str:
             place, "call_without_box", f"{seen}, and crop calls alone are read; write {_ARGUMENTS}, or remove the row"
         )
         return ""
-    for name, first in _FIRST_IMAGE.items():
-        if arguments.get(name, first) != first:
-            what = f"{name} {short(str(arguments[name]))} is not the first picture, and crops are cut from that alone"
-            fields.note(place, "unknown_part", f"{what}; remove the row")
     for name in arguments.keys() - {*_BOXES, *_FIRST_IMAGE, *_WORDS}:
         reading.ignored.add(f'"{name}" of a tool call', fields.where)
     box = arguments[boxes[0]]
@@ -141,7 +137,23 @@ def _call(fields: Fields, place: str, call: object, reading: Reading) -> str:
     except BoxError as error:
         fields.note(place, BOX_REASONS[error.reason], f"{error}; mend the box or remove the row")
         return ""
-    return format_call(box)
+    return format_call(box, _image_number(fields, place, arguments))
+
+
+def _image_number(fields: Fields, place: str, arguments: Mapping[str, object]) -> int:
+    """The picture that the arguments of a call name, counted from 1; 1 where they name none or a problem was noted."""
+    numbers: list[int] = []
+    for name, first in _FIRST_IMAGE.items():
+        value = arguments.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, int) and value >= first:
+            numbers.append(value - first + 1)
+        elif value is not None:
+            fields.note(place, "no_such_picture", f"{name} is {short(repr(value))}; count pictures from {first}")
+    if len(set(numbers)) > 1:
+        fields.note(place, "no_such_picture", f"one box in pictures {', '.join(map(str, numbers))}; name one of them")
+    return numbers[0] if numbers else 1
 
 
 def around(turns: Sequence[Beside]) -> list[tuple[str, str]]:

@@ -83,8 +83,8 @@ def row_of(views: Sequence[SampleView], number: int) -> Row:
         keys = [(str(image.source), image.seen) for image in view.whole_images]
         for key, image in zip(keys, view.whole_images):
             images[key][image.name] = image
-        if keys:
-            marks[keys[0]] += _marks_of(view, prefix)
+        for number, mark in _marks_of(view, prefix):
+            marks[keys[number - 1]].append(mark)
     return Row(
         anchor=f"row-{number}",
         where=views[0].where,
@@ -97,12 +97,13 @@ def row_of(views: Sequence[SampleView], number: int) -> Row:
     )
 
 
-def _marks_of(view: SampleView, prefix: str) -> Iterator[Mark]:
-    if view.gold_box:
-        yield Mark(box=view.gold_box, label=prefix.rstrip("."), is_gold=True)
+def _marks_of(view: SampleView, prefix: str) -> Iterator[tuple[int, Mark]]:
+    """The boxes of a sample, each with the number of its picture, counted from 1."""
+    if view.gold_box and view.whole_images:
+        yield 1, Mark(box=view.gold_box, label=prefix.rstrip("."), is_gold=True)
     for crop in view.crops:
         assert crop.rectangle
-        yield Mark(box=Box(*crop.rectangle), label=f"{prefix}{crop.number}")
+        yield crop.cut_from, Mark(box=Box(*crop.rectangle), label=f"{prefix}{crop.number}")
 
 
 def _summary(views: Sequence[SampleView]) -> str:
@@ -148,7 +149,7 @@ def _read(turn: TurnView, prefix: str) -> Iterator[Part]:
 def _crop(crop: ImageView, written: str, prefix: str) -> Figure:
     """The crop with its box as it was written, and as it was cut where that is another."""
     assert crop.rectangle
-    is_as_written = tuple(parse_call(written)) == crop.rectangle
+    is_as_written = parse_call(written).box == crop.rectangle
     cut = "" if is_as_written else f", cut {','.join(map(str, crop.rectangle))}"
     caption = f"crop {prefix}{crop.number}: {written}{cut}, {crop.original.width} x {crop.original.height}"
     seen = f"seen as {crop.seen.width} x {crop.seen.height}, {crop.num_atoms} tokens"

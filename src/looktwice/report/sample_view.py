@@ -56,13 +56,15 @@ class ImageView:
     """A picture or a crop in its place. `original` is its size in the file, or that of the cut `rectangle`.
 
     `source` is the picture's path or address, None for a crop. `number` counts pictures, and apart from them crops,
-    from 1. `num_tokens` counts its two marks too. `image` is made of the patches that the model reads.
+    from 1; a crop is cut from picture `cut_from`. `num_tokens` counts its two marks too. `image` is made of the patches
+    that the model reads.
     """
 
     number: int
     source: ImageSource | None = None
     original: Size
     rectangle: tuple[int, int, int, int] | None
+    cut_from: int = 1
     num_tokens: int
     image: Image.Image
 
@@ -85,12 +87,15 @@ class ImageView:
 
     @property
     def caption(self) -> str:
-        """Such as `crop 1 234,0-545,287 → 311x287, seen as 320x288: 90 tokens`, marks not counted."""
+        """Such as `crop 1 234,0-545,287 → 311x287, seen as 320x288: 90 tokens`, marks not counted.
+
+        A crop of another picture than the first says so: `crop 1 of picture 2 234,0-…`.
+        """
         (width, height), (seen_width, seen_height) = self.original, self.seen
         place = f"{name_of(self.source)} " if self.source else ""
         if self.rectangle:
             x1, y1, x2, y2 = self.rectangle
-            place = f"{x1},{y1}-{x2},{y2} → "
+            place = f"{f'of picture {self.cut_from} ' * (self.cut_from > 1)}{x1},{y1}-{x2},{y2} → "
         return f"{self.name} {place}{width}x{height}, seen as {seen_width}x{seen_height}: {self.num_atoms} tokens"
 
 
@@ -257,21 +262,23 @@ def turns_of(example: Example, sample: Sample, processor: Ovis2_5Processor) -> t
             turns[-1].append(part)
             continue
         before = turns[-1][-1]
-        rectangle = None
+        cut = None
         if isinstance(before, Piece) and before.text == TOOL_CALL_CLOSE:
             num_crops += 1
             said = "".join(piece.text for piece in turns[-1] if isinstance(piece, Piece))
-            x1, y1, x2, y2 = rectangle = cut_of(said, processor, sizes[0])
+            cut = cut_of(said, processor, sizes[:num_images])
+            x1, y1, x2, y2 = cut.rectangle
             original = Size(x2 - x1, y2 - y1)
         else:
             original = sizes[num_images]
             num_images += 1
         turns[-1].append(
             ImageView(
-                number=num_crops if rectangle else num_images,
-                source=None if rectangle else sample.image_paths[num_images - 1],
+                number=num_crops if cut else num_images,
+                source=None if cut else sample.image_paths[num_images - 1],
                 original=original,
-                rectangle=rectangle,
+                rectangle=cut.rectangle if cut else None,
+                cut_from=cut.image_number if cut else 1,
                 num_tokens=part.num_tokens + NUM_MARKS,
                 image=image_of(part, processor.patch_size, processor.stride),
             )

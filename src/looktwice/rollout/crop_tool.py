@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
-from looktwice.calls import TOOL_RESPONSE_CLOSE, TOOL_RESPONSE_OPEN, parse_call
+from looktwice.calls import TOOL_RESPONSE_CLOSE, TOOL_RESPONSE_OPEN, Call, parse_call
 from looktwice.errors import BoxError
 from looktwice.geometry import Box, Size, crop_rectangle, crop_size, to_original
 from looktwice.processing.images import PatchedImage, resize
@@ -21,6 +22,7 @@ REFUSALS = {
     "outside": "The box lies outside the picture.",
     "too_thin": "The box is too thin.",
     "no_picture": "There is no picture to look at.",
+    "no_such_picture": "There is no picture with this number.",
     "video": "A video cannot be cropped.",
     "switched_off": "The crop tool is switched off.",
 }
@@ -37,7 +39,7 @@ class Observation:
 
 
 class CropTool:
-    """Cuts regions of one picture at full resolution, under the policy and box frame of the processor.
+    """Cuts regions of pictures at full resolution, under the policy and box frame of the processor.
 
     With `is_video` the conversation is about a video and every box is refused: the model reads pictures or one video.
     """
@@ -46,27 +48,29 @@ class CropTool:
         self.processor = processor
         self.is_video = is_video
 
-    def look(self, call_text: str, image: Image.Image | None) -> Observation:
-        """Run the call that ends `call_text` on an upright RGB picture. Never raises for what a model can write."""
-        requested: Box | None = None
+    def look(self, call_text: str, images: Sequence[Image.Image]) -> Observation:
+        """Run the call that ends `call_text` on the upright RGB pictures that are shown before it, in order.
+
+        Never raises for what a model can write.
+        """
+        call: Call | None = None
         try:
-            requested = parse_call(call_text)
+            call = parse_call(call_text)
             if self.is_video:
                 raise BoxError("video", "a crop was asked for in a conversation about a video")
-            if image is None:
-                raise BoxError("no_picture", "a crop was asked for in a conversation without a picture")
-            rectangle = rectangle_of(requested, self.processor, Size(*image.size))
+            image = call.pick(images)
+            rectangle = rectangle_of(call.box, self.processor, Size(*image.size))
         except BoxError as error:
-            return refusal(error.reason, requested)
-        return self.cut(rectangle, image, requested)
+            return refusal(error.reason, call)
+        return self.cut(rectangle, image, call)
 
-    def cut(self, rectangle: tuple[int, int, int, int], image: Image.Image, requested: Box | None) -> Observation:
-        """The crop of a rectangle that is already known to fit."""
+    def cut(self, rectangle: tuple[int, int, int, int], image: Image.Image, call: Call | None) -> Observation:
+        """The crop of a rectangle that is already known to fit the picture that `call`, if there is one, names."""
         original = Size(*image.size)
         size = crop_size(rectangle, original=original, factor=self.processor.factor, policy=self.processor.policy)
         crop = self.processor.patch(resize(image, size, rectangle))
-        call = ToolCall(requested=requested, box=Box(*(float(side) for side in rectangle)), size=size, error=None)
-        return Observation(call=call, image=crop, text="")
+        box = Box(*(float(side) for side in rectangle))
+        return Observation(call=_record(call, box=box, size=size), image=crop, text="")
 
 
 def rectangle_of(requested: Box, processor: Ovis2_5Processor, original: Size) -> tuple[int, int, int, int]:
@@ -76,10 +80,16 @@ def rectangle_of(requested: Box, processor: Ovis2_5Processor, original: Size) ->
     return crop_rectangle(box, original=original, min_side=processor.factor)
 
 
-def refusal(reason: str, requested: Box | None) -> Observation:
-    """The short text that answers a call which cannot be run."""
-    call = ToolCall(requested=requested, box=None, size=None, error=reason)
-    return Observation(call=call, image=None, text=tool_response(REFUSALS[reason]))
+def refusal(reason: str, call: Call | None) -> Observation:
+    """The short text that answers a call which cannot be run; None is one that cannot be read."""
+    return Observation(call=_record(call, error=reason), image=None, text=tool_response(REFUSALS[reason]))
+
+
+def _record(
+    call: Call | None, *, box: Box | None = None, size: Size | None = None, error: str | None = None
+) -> ToolCall:
+    requested, image_number = call or (None, 1)
+    return ToolCall(requested=requested, box=box, size=size, error=error, image_number=image_number)
 
 
 def tool_response(text: str) -> str:

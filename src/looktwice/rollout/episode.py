@@ -64,7 +64,7 @@ CUT: dict[StopCause, StopReason] = {"seconds": "max_seconds", "no_room": "no_roo
 class Look(Protocol):
     """Answers a call: CropTool.look, or one of the controls of an evaluation."""
 
-    def __call__(self, call_text: str, image: Image.Image | None) -> Observation: ...
+    def __call__(self, call_text: str, images: Sequence[Image.Image]) -> Observation: ...
 
 
 class Watcher:
@@ -87,13 +87,13 @@ class Episode:
     """One rollout in progress, the driver of an engine. `example` is everything so far, trained where sampled;
     `trajectory` is its record.
 
-    Crops are cut from `image`; a video has none, and gives the size of its frames as `frame_size`.
+    Crops are cut from `images`; a video has none, and gives the size of its frames as `frame_size`.
     """
 
     def __init__(
         self,
         prompt: Example,
-        image: Image.Image | None,
+        images: Sequence[Image.Image],
         processor: Ovis2_5Processor,
         rules: EpisodeRules,
         look: Look | None = None,
@@ -101,15 +101,14 @@ class Episode:
         watcher: Watcher | None = None,
     ) -> None:
         self.watcher = watcher or Watcher()
-        self.image = image
+        self.images = images
         self.processor = processor
         self.rules = rules
         self.look = look or CropTool(processor).look
         self.prompt = prompt
         self.example = prompt.copy()
-        self.trajectory = Trajectory(
-            prompt_ids=list(prompt.input_ids), image_size=frame_size if image is None else Size(*image.size)
-        )
+        image_sizes = tuple(Size(*image.size) for image in images) if frame_size is None else (frame_size,)
+        self.trajectory = Trajectory(prompt_ids=list(prompt.input_ids), image_sizes=image_sizes)
         template = processor.template
         self.call_close_id = template.token_id(TOOL_CALL_CLOSE)
         self.think_open_id = template.token_id(THINK_OPEN)
@@ -163,7 +162,7 @@ class Episode:
             self._finish("max_turns")
             return None
         self.watcher.crop_begun(text)
-        observation = self.look(text, self.image)
+        observation = self.look(text, self.images)
         ids, images = observed(observation, self.processor)
         self.num_visual_tokens += sum(image.num_tokens for image in images)
         if self.rules.max_visual_tokens is not None and self.num_visual_tokens > self.rules.max_visual_tokens:
@@ -239,17 +238,17 @@ def start_episodes(
     """`count` sibling episodes of a conversation that ends where the assistant is to answer, with a watcher each if
     there are any.
 
-    Crops are cut from the first picture. Earlier answers keep their calls, followed by their crops.
+    Crops are cut from the pictures of the conversation. Earlier answers keep their calls, followed by their crops.
     """
     opened = open_images(prompt)
-    image: Image.Image | None = next(iter(opened.images), None)  # type: ignore[assignment]
+    images: list[Image.Image] = opened.images  # type: ignore[assignment]
     frame_size = None
     if opened.videos:
         frame_size = Size(*opened.videos[0][0].size)  # type: ignore[index, union-attr]
         look = look or CropTool(processor, is_video=True).look
     example = encode_conversation(opened, processor, purpose="prompt", thinking=rules.thinking)
     followed = watchers or [Watcher() for _ in range(count)]
-    return [Episode(example, image, processor, rules, look, frame_size, watcher) for watcher in followed]
+    return [Episode(example, images, processor, rules, look, frame_size, watcher) for watcher in followed]
 
 
 def request_of(group: Sequence[Episode], sampling: Sampling, seed: int) -> Request:

@@ -33,13 +33,15 @@ class ToolCall:
 
     `requested` is the box as written, in the frame of the model (None when it was not four numbers); `box` is what
     was cut, in whole original pixels (None when refused); `error` is the reason code of a refusal, else None;
-    `size` is the size the crop was resized to.
+    `size` is the size the crop was resized to. `image_number` is the picture of the conversation as the call names it,
+    counted from 1: 1 where it names none or cannot be read, and of a refused call perhaps one that is not there.
     """
 
     requested: Box | None
     box: Box | None
     size: Size | None
     error: str | None
+    image_number: int = 1
 
     @property
     def is_valid(self) -> bool:
@@ -54,12 +56,12 @@ class Trajectory:
     where it is False: `sampling_logprobs` of the plain distribution at the sampling temperature, which training
     computes, `drawn_logprobs` of the one really drawn from (after penalties, truncation and banned ids).
     `text` is the completion as text, crops left out. `calls` are the crop calls in order.
-    `image_size` is that of the upright original, or of a video's first frame; None without either. `error` is what was
-    raised when that ended it.
+    `image_sizes` are those of the upright originals in order, or of a video's first frame. `error` is what was raised
+    when that ended it.
     """
 
     prompt_ids: list[int]
-    image_size: Size | None = None
+    image_sizes: tuple[Size, ...] = ()
     completion_ids: list[int] = field(default_factory=list)
     is_sampled: list[bool] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
@@ -71,14 +73,22 @@ class Trajectory:
     num_turns: int = 0
 
     @property
+    def image_size(self) -> Size | None:
+        """The size of the first picture or of the video; None without either."""
+        return self.image_sizes[0] if self.image_sizes else None
+
+    @property
     def is_truncated(self) -> bool:
         return self.stop_reason not in COMPLETE
 
 
 def gold_overlaps(trajectories: Sequence[Trajectory], gold_boxes: Sequence[Box | None]) -> list[float]:
-    """IoU of every crop with its trajectory's gold box, both in original pixels; none where there is no gold box."""
+    """IoU of every crop with its trajectory's gold box, both in original pixels; none where there is no gold box.
+
+    A gold box lies in the first picture, so a crop of another one overlaps it by 0.
+    """
     return [
-        iou(call.box, gold)
+        iou(call.box, gold) if call.image_number == 1 else 0.0
         for trajectory, gold in zip(trajectories, gold_boxes)
         if gold is not None
         for call in trajectory.calls
