@@ -17,6 +17,7 @@ from looktwice.errors import DataError, ImageError
 from looktwice.geometry import BoxFrame
 from looktwice.messages import Conversation, Message, TextPart, assistant, system, user
 from looktwice.processing.processor import Example, Ovis2_5Processor
+from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.crop_tool import CropTool
 
 RESPONSE = "<think>\nLook. <tool_call>[0, 0, 48, 48]</tool_call> Red.\n</think>\n\n<answer>red</answer>"
@@ -174,6 +175,17 @@ def test_boxes_are_written_in_the_frame_of_the_model(frame, model_frame, written
     sample = talk(user("Q", path), assistant(f"a<tool_call>{written}</tool_call>b"), box_frame=frame)
     example = encode_sample(sample, framed, max_length=1000)
     assert text_of(example, framed, is_trained=True) == f"a<tool_call>{read}</tool_call>b<|im_end|>"
+
+
+def test_a_box_is_moved_by_the_size_of_the_picture_that_its_call_names(path, tmp_path, processor) -> None:
+    Image.new("RGB", (400, 1000)).save(tmp_path / "tall.png")  # the other is 160 x 120
+    said = "".join(f"<tool_call>{words}[0.25, 0.5, 0.5, 0.75]</tool_call>" for words in ("", "image 2 ", "image 3 "))
+    prompt = Conversation(messages=(user("Q", path, tmp_path / "tall.png"), assistant(said)))
+    moved = in_model_frame(prompt, "unit", processor).messages[1].parts[0].text
+    assert moved == (
+        "<tool_call>[40, 60, 80, 90]</tool_call><tool_call>image 2 [100, 500, 200, 750]</tool_call>"
+        "<tool_call>image 3 [0.25, 0.5, 0.5, 0.75]</tool_call>"
+    )
 
 
 # -- BatchOrder

@@ -43,6 +43,7 @@ BOXES = st.tuples(*[st.one_of(st.integers(-9, 99), st.floats(0, 9))] * 4).map(
 CALLS = st.one_of(
     st.sampled_from(["[1, 2, 30, 40]", "[1.50,2, 30,40]", "Crop a [1, 2, 30, 40]", "[.5, 0, 1, 1]", "[1, 2, 3e1, 40]"]),
     BOXES.map(lambda box: str([int(side) if side.is_integer() else side for side in box])),
+    st.sampled_from(["image 2 [1, 2, 30, 40]", "image 0 [1, 2, 30, 40]", "Crop a in picture 3 [1.50, 2, 30, 40]"]),
 ).map(lambda box: f"<tool_call>{box}</tool_call>")
 ANSWERS = st.lists(st.one_of(WORDS, CALLS), min_size=1, max_size=4).map("".join)
 IMAGES = st.sampled_from(["a.png", "b c/ä.jpg", "/c.png"]).map(lambda name: ImagePart(source=BASE / name))

@@ -168,6 +168,13 @@ def test_each_picture_of_a_conversation_has_its_place_in_the_words(
     assert [text for _, text in page.of_class("text")] == ["left,", "right,", "left again?", "Yes."]
 
 
+def test_the_rows_of_a_page_are_numbered_whatever_pictures_their_boxes_are_of(
+    tmp_path: Path, image: Image.Image, processor: Ovis2_5Processor
+) -> None:
+    page = page_of(tmp_path, image, processor, *([{"Q": "Wo?", "A3": CALL}] for _ in range(3)))
+    assert [attributes["id"] for attributes, _ in page.of_class("card")] == ["row-1", "row-2", "row-3"]
+
+
 def test_a_box_stands_on_the_picture_that_its_call_names(
     tmp_path: Path, image: Image.Image, processor: Ovis2_5Processor
 ) -> None:

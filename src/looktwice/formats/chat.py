@@ -212,7 +212,7 @@ def _with_crop(segment: str, frame: BoxFrame | None) -> list[dict[str, object]]:
     if segment.endswith(TOOL_CALL_CLOSE) and opening:
         read, number = parse_call(segment)
         box = [int(side) if side.is_integer() else side for side in read]
-        if format_call(box, number) == opening + call:
+        if number > 0 and format_call(box, number) == opening + call:
             crop: dict[str, object] = {"type": "crop", "box": box, **({"frame": frame} if frame else {})}
             crop |= {"image_number": number} if number != 1 else {}
             return [{"type": "text", "text": words}, crop] if words else [crop]

@@ -83,8 +83,8 @@ def row_of(views: Sequence[SampleView], number: int) -> Row:
         keys = [(str(image.source), image.seen) for image in view.whole_images]
         for key, image in zip(keys, view.whole_images):
             images[key][image.name] = image
-        for number, mark in _marks_of(view, prefix):
-            marks[keys[number - 1]].append(mark)
+        for image_number, mark in _marks_of(view, prefix):
+            marks[keys[image_number - 1]].append(mark)
     return Row(
         anchor=f"row-{number}",
         where=views[0].where,
