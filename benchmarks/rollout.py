@@ -145,7 +145,7 @@ def against_recomputing(
         "engine_vs_generate": median_ratio(seconds["generate"], seconds["engine"]),
         **{f"{phase}_share": share for phase, share in shares.items()},
         "cache_bytes_vs_used": stats.cache_bytes_held_peak / stats.cache_bytes_used_at_peak,
-        "vision_passes_per_distinct_picture": stats.num_pictures_encoded / work.num_distinct_pictures(work.plans),
+        "vision_passes_per_distinct_picture": stats.num_images_encoded / work.num_distinct_pictures(work.plans),
     }
 
 
@@ -203,7 +203,8 @@ class Decoding:
             self.step()
 
     def step(self) -> None:
-        self.engine.step()
+        with self.engine.ready():
+            self.engine.step()
 
     def mean_length(self) -> float:
         return statistics.mean(len(script.example) + script.num_heard for script in self.scripts)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from looktwice.engine import runner
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.interface import Continuation, Request, Segment
 from looktwice.engine.sampling import Sampling
@@ -165,6 +166,20 @@ def test_greedy_ids_equal_those_of_a_full_forward_at_each_step(schedule, roll, m
 def test_a_rollout_is_its_own_whatever_the_schedule(schedule, sampling, roll) -> None:
     expected = [plan.example.input_ids for plan in roll(sampling, **SCHEDULES[0])]
     assert [plan.example.input_ids for plan in roll(sampling, **schedule)] == expected
+
+
+@pytest.mark.parametrize(("shared_bytes", "padded_pages", "dense"), [(-1, 64, 0.0), (-1, 64, 2.0), (1e9, 0, 0.7)])
+def test_a_rollout_is_its_own_however_its_pages_are_read(
+    shared_bytes, padded_pages, dense, roll, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared page once for its siblings (every page of the cache, or those that are read), or each row by itself."""
+    expected = roll(Sampling())
+    for name, value in {"SHARED_BYTES": shared_bytes, "PADDED_PAGES": padded_pages, "DENSE": dense}.items():
+        monkeypatch.setattr(runner, name, value)
+    found = roll(Sampling())
+    assert [plan.example.input_ids for plan in found] == [plan.example.input_ids for plan in expected]
+    for plan, other in zip(found, expected):
+        assert plan.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("groups", [(1, 0, 0), (0, 3, 0), (1, 1, 1), (1, 5, 1)])

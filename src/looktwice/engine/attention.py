@@ -1,8 +1,9 @@
 """Attention of one pass over the pages of the cache, as transformers' layers call it.
 
-A pass is one flat row of tokens: first those that feed one id, which read their keys page by page, then chunks of
-several ids of one sequence each. The work of a page is the same whoever it belongs to, so rows of any length stand
-beside each other without padding; a page that siblings share is read once for all of them.
+A pass is one flat row of tokens: first those that feed one id, then chunks of several ids of one sequence each. Single
+tokens read in one of two ways. Usually rows of about one length are put together, their pages copied side by side.
+Where siblings share so long a prompt that reading it for each of them costs more, all read page by page: a shared page
+once for its readers, the parts of each row put together at the end.
 
 Legend: T tokens of a pass, B of them single, N pages, G rows that read a page, H query heads, K key heads, R = H / K,
 P tokens of a page, D head width.
@@ -35,8 +36,19 @@ class Reads(NamedTuple):
     hidden: Tensor
 
 
+class Rows(NamedTuple):
+    """Single tokens `start` to `end` of a pass, n of them, that read m pages each: `pages` [n * K * m] are places among
+    the pages of all heads, and `hidden` [n, 1, 1, m * P] is added to their scores."""
+
+    start: int
+    end: int
+    pages: Tensor
+    hidden: Tensor
+
+
 class Chunk(NamedTuple):
-    """Tokens `start` to `end` of a pass, of one sequence that has `num_before` ids in its `pages`."""
+    """Tokens `start` to `end` of a pass, of one sequence that has `num_before` ids in its `pages` [K * m], which are
+    places among the pages of all heads."""
 
     start: int
     end: int
@@ -46,12 +58,13 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Where each token of a pass is stored [T], and what it reads."""
+    """Where each token of a pass is stored [T], and what it reads: single tokens by `rows` or by `reads`."""
 
     cache: Cache
     pages: Tensor
     offsets: Tensor
     num_single: int
+    rows: list[Rows]
     reads: list[Reads]
     chunks: list[Chunk]
 
@@ -73,16 +86,16 @@ def paged_attention(
     cache.write(layer, key[0], value[0], paged.pages.to(device), paged.offsets.to(device))
     keys, values = cache.keys[layer], cache.values[layer]
     assert keys is not None and values is not None
-    parts = []
-    if paged.num_single:
-        single = query[0, :, : paged.num_single].transpose(0, 1)
-        parts.append(_read_pages(single, keys, values, paged.reads, scaling))
+    by_token = query[0].transpose(0, 1)
+    parts = [_read_rows(by_token[rows.start : rows.end], keys, values, rows, scaling) for rows in paged.rows]
+    if paged.reads:
+        parts.append(_read_pages(by_token[: paged.num_single], keys, values, paged.reads, scaling))
     for chunk in paged.chunks:
         new = slice(chunk.start, chunk.end)
         queries, k, v, seen = query[:, :, new], key[:, :, new], value[:, :, new], None
         if chunk.num_before:
             length = chunk.num_before + chunk.end - chunk.start
-            k, v = (_gathered(store, chunk.pages.to(device), length) for store in (keys, values))
+            k, v = (_side_by_side(store, chunk.pages, 1)[:, :, :length] for store in (keys, values))
             seen = torch.ones(queries.shape[2], length, dtype=torch.bool, device=device).tril(chunk.num_before)
         out = F.scaled_dot_product_attention(
             queries, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
@@ -91,10 +104,25 @@ def paged_attention(
     return torch.cat(parts)[None], None
 
 
-def _gathered(store: Tensor, pages: Tensor, length: int) -> Tensor:
-    """The first `length` keys or values of a sequence: [1, K, length, D]."""
-    found = store[pages].transpose(0, 1)
-    return found.reshape(1, found.shape[0], -1, found.shape[3])[:, :, :length]
+def _side_by_side(store: Tensor, pages: Tensor, num_rows: int) -> Tensor:
+    """The pages [n * K * m] of each row in their order: [*, K, P, D] -> [n, K, m * P, D]."""
+    num_keys, width = store.shape[1], store.shape[3]
+    found = store.flatten(0, 1).index_select(0, pages.to(store.device))
+    return found.view(num_rows, num_keys, -1, width)
+
+
+def _read_rows(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, scaling: float) -> Tensor:
+    """One token a row over the pages of the row: [n, H, D] -> [n, H, D]; heads of a key head are its queries."""
+    num_rows, num_heads, width = query.shape
+    num_keys = keys.shape[1]
+    out = F.scaled_dot_product_attention(
+        query.reshape(num_rows, num_keys, num_heads // num_keys, width),
+        _side_by_side(keys, rows.pages, num_rows),
+        _side_by_side(values, rows.pages, num_rows),
+        attn_mask=rows.hidden.to(query),
+        scale=scaling,
+    )
+    return out.flatten(1, 2)
 
 
 def _read_pages(query: Tensor, keys: Tensor, values: Tensor, reads: list[Reads], scaling: float) -> Tensor:
@@ -113,10 +141,11 @@ def _read_pages(query: Tensor, keys: Tensor, values: Tensor, reads: list[Reads],
         rows, hidden = rows.to(keys.device), hidden.to(keys.device)
         pages = None if pages is None else pages.to(keys.device)
         num_pages, group = rows.shape
-        queries = padded[rows].transpose(1, 2).reshape(num_pages * num_keys, group * repeats, width)
+        readers = rows.flatten()
+        queries = padded.index_select(0, readers).view(num_pages, group, num_keys, repeats, width).transpose(1, 2)
+        queries = queries.reshape(num_pages * num_keys, group * repeats, width)
         score = _product(queries, _flat(keys, pages).transpose(1, 2)).mul_(scaling)
         score = score.view(num_pages, num_keys, group, repeats, -1).add_(hidden[:, None, None, None])
-        readers = rows.flatten()
         best = score.amax(-1).transpose(1, 2).reshape(-1, num_keys, repeats)
         top.scatter_reduce_(0, readers[:, None, None].expand_as(best), best, "amax")
         scored.append((pages, readers, score))
@@ -124,7 +153,9 @@ def _read_pages(query: Tensor, keys: Tensor, values: Tensor, reads: list[Reads],
     sums = top.new_zeros(*top.shape, width)
     for pages, readers, score in scored:
         num_pages, _, group, _, size = score.shape
-        weights = score.sub_(top[readers].view(num_pages, group, num_keys, repeats).transpose(1, 2)[..., None]).exp_()
+        weights = score.sub_(
+            top.index_select(0, readers).view(num_pages, group, num_keys, repeats).transpose(1, 2)[..., None]
+        ).exp_()
         mass.index_add_(0, readers, weights.sum(-1).transpose(1, 2).reshape(-1, num_keys, repeats))
         found = _product(weights.view(num_pages * num_keys, group * repeats, size), _flat(values, pages))
         found = found.view(num_pages, num_keys, group, repeats, width).transpose(1, 2)
@@ -142,7 +173,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _flat(store: Tensor, pages: Tensor | None) -> Tensor:
     """Pages [*, K, P, D] as so many matrices [N * K, P, D]."""
-    return (store if pages is None else store[pages]).flatten(0, 1)
+    return (store if pages is None else store.index_select(0, pages)).flatten(0, 1)
 
 
 AttentionInterface.register(PAGED, paged_attention)

@@ -70,7 +70,7 @@ class Request:
     prompt: Example
     drivers: Sequence[Driver]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
     stop_texts: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from looktwice.engine.attention import HIDDEN, Chunk, Pass, Reads
+from looktwice.engine.attention import HIDDEN, Chunk, Pass, Reads, Rows
 from looktwice.engine.cache import Cache
 from looktwice.engine.scheduler import Feed
 from looktwice.engine.state import Sequence, SharedPrompt
@@ -25,6 +25,11 @@ MOST_PATCHES = 16384
 """Patches that the tower reads at once: it bounds the memory of its activations."""
 DENSE = 0.7
 """Share of all pages from which on it pays to read every page rather than to copy those that are read."""
+SHARED_BYTES = 4 * 2**20
+"""Keys and values of a layer that siblings would read again for each other, from which on a shared page is read
+once."""
+PADDED_PAGES = 64
+"""Pages that rows put together may read for nothing, before the shorter ones are read by themselves."""
 
 
 class ImageFeatures:
@@ -100,7 +105,7 @@ class Runner:
 
     def forward(self, feeds: list[Feed]) -> Tensor:
         """Feed the ids; logits [S, V] after the last id of each sampled feed, in order. `embed` comes before it."""
-        single = [feed for feed in feeds if feed.count == 1]
+        single = sorted((feed for feed in feeds if feed.count == 1), key=lambda feed: -len(feed.sequence.pages))
         ordered = [*single, *(feed for feed in feeds if feed.count > 1)]
         paged, positions = self._pass(ordered, len(single))
         hidden = self.model.model.language_model(
@@ -148,27 +153,65 @@ class Runner:
         stored = torch.from_numpy(np.stack([np.concatenate(pages), positions % size, positions])).to(device)
         chunks, start = [], num_single
         for feed in feeds[num_single:]:
-            own = torch.tensor(feed.sequence.pages, device=device)
+            own = torch.from_numpy(self._of_heads(np.array([feed.sequence.pages]))).to(device)
             chunks.append(Chunk(start, start + feed.count, own, feed.sequence.num_cached))
             start += feed.count
-        reads = self._reads([feed.sequence for feed in feeds[:num_single]]) if num_single else []
+        singles = [feed.sequence for feed in feeds[:num_single]]
+        groups = self._groups(singles)
         paged = Pass(
             cache=self.cache,
             pages=stored[0],
             offsets=stored[1],
             num_single=num_single,
-            reads=reads,
+            rows=[] if groups else self._rows(singles),
+            reads=self._reads(singles, groups) if groups else [],
             chunks=chunks,
         )
         return paged, stored[2]
 
-    def _reads(self, rows: list[Sequence]) -> list[Reads]:
-        """What rows that feed one id read: pages of siblings once for all of them, the others by row."""
+    def _rows(self, singles: list[Sequence]) -> list[Rows]:
+        """Rows of about one length together; they come with the longest first."""
+        found, start, padded = [], 0, 0
+        for place, row in enumerate(singles):
+            padded += len(singles[start].pages) - len(row.pages)
+            if padded > PADDED_PAGES:
+                found.append(self._side_by_side(singles[start:place], start))
+                start, padded = place, 0
+        if singles:
+            found.append(self._side_by_side(singles[start:], start))
+        return found
+
+    def _side_by_side(self, rows: list[Sequence], start: int) -> Rows:
+        widest, size, device = len(rows[0].pages), self.cache.page_size, self.model.device
+        pages = np.array([row.pages + [0] * (widest - len(row.pages)) for row in rows])
+        lengths = np.array([row.num_cached + 1 for row in rows])
+        hidden = np.where(np.arange(widest * size) < lengths[:, None], 0.0, HIDDEN).astype(np.float32)
+        return Rows(
+            start,
+            start + len(rows),
+            torch.from_numpy(self._of_heads(pages)).to(device),
+            torch.from_numpy(hidden[:, None, None]).to(device),
+        )
+
+    def _of_heads(self, pages: np.ndarray) -> np.ndarray:
+        """Pages [n, m] as places among the pages of all K heads [n * K * m], a row's head by head."""
+        num_keys = self.model.config.llm_config.num_key_value_heads
+        return (pages[:, None] * num_keys + np.arange(num_keys)[:, None]).ravel()
+
+    def _groups(self, rows: list[Sequence]) -> dict[SharedPrompt, list[int]]:
+        """Siblings by their prompt, where reading it once for all of them pays."""
         siblings: dict[SharedPrompt, list[int]] = {}
         for place, row in enumerate(rows):
             if row.num_shared:
                 siblings.setdefault(row.prompt, []).append(place)  # type: ignore[attr-defined]
         groups = {prompt: places for prompt, places in siblings.items() if len(places) > 1}
+        config = self.model.config.llm_config
+        page_bytes = 2 * config.num_key_value_heads * self.cache.page_size * config.head_dim * self.model.dtype.itemsize
+        again = sum((len(places) - 1) * rows[places[0]].num_shared for places in groups.values())
+        return groups if again * page_bytes > SHARED_BYTES else {}
+
+    def _reads(self, rows: list[Sequence], groups: dict[SharedPrompt, list[int]]) -> list[Reads]:
+        """What rows that feed one id read page by page: pages of groups once for all siblings, the others by row."""
         firsts = [row.num_shared if getattr(row, "prompt", None) in groups else 0 for row in rows]
         reads = [self._own_reads(rows, firsts)]
         by_size: dict[int, list[list[int]]] = {}
