@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import pytest
 from PIL import Image
 
-from looktwice.engine.interface import Continuation
+from looktwice.engine.interface import Continuation, Segment
 from looktwice.engine.sampling import Sampling
 from looktwice.errors import ConfigError, DataError
 from looktwice.geometry import Size
 from looktwice.messages import Conversation, VideoPart, assistant, question_about, user
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.rollout.crop_tool import Observation, refusal
-from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
-from looktwice.rollout.trajectory import StopReason
+from looktwice.rollout.episode import Episode, EpisodeRules, Watcher, play, start_episodes
+from looktwice.rollout.trajectory import StopReason, ToolCall, Trajectory
 
 CALL = "<tool_call>[0, 0, 40, 40]</tool_call>"
 OTHER_CALL = "<tool_call>[40, 20, 150, 70]</tool_call>"
@@ -331,15 +331,98 @@ def test_the_calls_are_answered_by_the_tool_given(play_scripts) -> None:
     assert all(images is episode.images for _, images in seen)
 
 
-def test_an_exception_in_the_tool_is_a_bug_and_not_an_observation(play_scripts) -> None:
-    def look(call_text: str, images: Sequence[Image.Image]) -> Observation:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        play_scripts(f"{CALL}{ANSWER}", look=look)
+# -- limits, watchers and what ends a rollout from outside
 
 
-@pytest.mark.parametrize("rules", [{"max_turns": 0}, {"max_new_tokens": 0}, {"thinking_budget": 0}])
+def test_a_turn_that_reaches_its_limit_ends_the_answer(play_scripts, processor) -> None:
+    first = len(ids_of(f"See {CALL}", processor))
+    [cut], engine = play_scripts(f"See {CALL} {ANSWER}", max_turn_tokens=first)
+    assert outcome(cut)[0] == "answered"
+    [cut], engine = play_scripts(f"See {CALL} {'on and on ' * 9}{ANSWER}", max_turn_tokens=first)
+    assert outcome(cut) == ("max_turn_tokens", 1, [None])
+    assert engine.continuations[0][0].max_new_tokens == first
+    assert cut.trajectory.is_truncated
+
+
+def test_a_crop_beyond_the_visual_tokens_ends_the_answer_before_it(play_scripts) -> None:
+    [free], _ = play_scripts(f"{CALL}{OTHER_CALL}{ANSWER}")
+    _, first, second = (image.num_tokens for image in free.example.images)
+    [cut], _ = play_scripts(f"{CALL}{OTHER_CALL}{ANSWER}", max_visual_tokens=first + second - 1)
+    assert outcome(cut) == ("max_visual_tokens", 2, [None])
+    assert len(cut.example.images) == 2
+    [enough], _ = play_scripts(f"{CALL}{OTHER_CALL}{ANSWER}", max_visual_tokens=first + second)
+    assert outcome(enough) == ("answered", 3, [None, None])
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason"), [("seconds", "max_seconds"), ("no_room", "no_room"), ("cancelled", "cancelled")]
+)
+def test_what_the_engine_cuts_keeps_what_was_sampled(stop, reason, play_scripts, processor) -> None:
+    [episode], _ = play_scripts(ANSWER)
+    cut = Episode(episode.prompt, episode.images, processor, EpisodeRules())
+    ids = ids_of("I see red", processor)
+    logprobs = [-0.5] * len(ids)
+    assert cut.respond(Segment(ids=ids, logprobs=logprobs, drawn_logprobs=logprobs, stop=stop)) is None
+    assert outcome(cut) == (reason, 0, [])
+    assert cut.is_over and cut.trajectory.text == "I see red" and cut.trajectory.is_truncated
+
+
+def test_a_stop_text_ends_the_answer_as_complete(play_scripts, processor) -> None:
+    [episode], _ = play_scripts(ANSWER)
+    stopped = Episode(episode.prompt, episode.images, processor, EpisodeRules(stop_texts=("STOP",)))
+    ids = ids_of("I see STOP", processor)
+    stopped.respond(Segment(ids=ids, logprobs=[0.0] * len(ids), drawn_logprobs=[0.0] * len(ids), stop="stop_text"))
+    assert outcome(stopped) == ("stop_text", 1, []) and not stopped.trajectory.is_truncated
+
+
+def test_an_error_ends_the_rollout_with_its_reason(play_scripts) -> None:
+    [episode], _ = play_scripts(ANSWER)
+    episode.fail(ZeroDivisionError("in\nthe tool"))
+    assert (episode.trajectory.stop_reason, episode.trajectory.error) == ("error", "ZeroDivisionError: in the tool")
+
+
+def test_an_episode_asks_the_engine_for_what_its_rules_say(play_scripts, processor) -> None:
+    _, engine = play_scripts(ANSWER, max_seconds=2.5, stop_texts=("STOP",), max_new_tokens=70)
+    [request] = engine.requests
+    tokens = processor.tokenizer.convert_ids_to_tokens(sorted(request.stop_ids))
+    assert sorted(tokens) == ["</tool_call>", "<|endoftext|>", "<|im_end|>"]
+    assert (request.max_seconds, request.stop_texts, request.max_new_tokens) == (2.5, ("STOP",), 70)
+
+
+def test_a_watcher_is_told_what_happens_in_its_order(processor, image, play_scripts) -> None:
+    told: list[str] = []
+
+    class Notes(Watcher):
+        def token(self, token: int, logprob: float) -> None:
+            told.append("token")
+
+        def crop_begun(self, call_text: str) -> None:
+            told.append(call_text)
+
+        def crop_done(self, call: ToolCall) -> None:
+            told.append(str(call.error))
+
+        def finished(self, trajectory: Trajectory) -> None:
+            told.append(trajectory.stop_reason)
+
+    [episode] = start_episodes(question_about("What?", image), processor, EpisodeRules(), watchers=[Notes()])
+    episode.hear(5, -0.5)
+    play(type(play_scripts(ANSWER)[1])(processor, [f"{CALL}{OUTSIDE}{ANSWER}"]), [[episode]], Sampling(), [0])
+    assert told == ["token", CALL, "None", OUTSIDE, "outside", "answered"]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"max_turns": 0},
+        {"max_new_tokens": 0},
+        {"thinking_budget": 0},
+        {"max_turn_tokens": 0},
+        {"max_visual_tokens": 0},
+        {"max_seconds": 0.0},
+        {"stop_texts": ("",)},
+    ],
+)
 def test_a_limit_below_one_is_refused_by_name(rules) -> None:
     with pytest.raises(ConfigError, match=next(iter(rules))):
         EpisodeRules(**rules)
