@@ -45,7 +45,7 @@ def questions(image: Image.Image) -> list[tuple[Image.Image | None, str]]:
 
 def test_an_answer_has_the_documented_keys(ask, image) -> None:
     answer = ask().generate(image=image, question="What is it?")
-    assert set(answer) == {"response", "parsed", "crops", "stop_reason", "picture"}
+    assert set(answer) == {"response", "parsed", "crops", "stop_reason", "error", "picture"}
     assert set(answer["parsed"]) == {"think_content", "answer_content", "grounding"}
     assert answer["stop_reason"] == "max_tokens" and answer["response"]
     assert json.loads(json.dumps(answer)) == answer

@@ -85,8 +85,8 @@ class OvisInference:
 
         Keys: `response` (all the model wrote), `parsed` (`think_content`, `answer_content`, `grounding`), `crops`
         (of each call `image`, the number of its picture counted from 1, `box` in original pixels of it, and `error`),
-        `stop_reason`, `picture` (what was shown first: sizes in pixels `original` and `seen`, `num_tokens`, and
-        `frames` of a video; None without a picture).
+        `stop_reason`, `error` (what was raised, if that ended it), `picture` (what was shown first: sizes in pixels
+        `original` and `seen`, `num_tokens`, and `frames` of a video; None without a picture).
         Raises ConfigError for a picture beside a video, without a question, for what is no picture, and for a wrong
         setting; ImageError for a picture or video that cannot be read.
         """
@@ -184,6 +184,7 @@ def report(trajectory: Trajectory, seen: PatchedImage | None = None) -> dict[str
             for call in trajectory.calls
         ],
         "stop_reason": trajectory.stop_reason,
+        "error": trajectory.error,
         "picture": None if seen is None or size is None else _sizes(size, seen),
     }
 

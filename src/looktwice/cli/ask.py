@@ -61,6 +61,13 @@ def run(words: Sequence[str]) -> None:
     print_answer(result)
 
 
+CUT = {
+    "max_turns": "cut by --max_turns",
+    "max_tokens": "cut by --max_new_tokens",
+    "no_room": "cut: there is no memory for a longer cache; set --max_new_tokens or --max_pixels lower",
+}
+
+
 def print_answer(result: dict[str, Any]) -> None:
     if line := describe_sizes(result["picture"]):
         print(line)
@@ -69,8 +76,10 @@ def print_answer(result: dict[str, Any]) -> None:
     for number, crop in enumerate(result["crops"], 1):
         print(f"crop {number}: {crop['box'] if crop['error'] is None else 'refused, ' + crop['error']}")
     print(f"answer: {result['parsed']['answer_content'] or result['response']}")
-    if result["stop_reason"].startswith("max_"):
-        print(f"(cut by --{'max_turns' if result['stop_reason'] == 'max_turns' else 'max_new_tokens'})")
+    if cut := CUT.get(result["stop_reason"]):
+        print(f"({cut})")
+    elif result["error"]:
+        print(f"(ended by an error: {result['error']})")
 
 
 def describe_sizes(shown: dict[str, Any] | None) -> str:
