@@ -22,6 +22,7 @@ from looktwice.model.adapters import (
     is_fresh,
     merge,
     merged,
+    merged_parameters,
     part_of,
     part_sizes,
     trained_parameters,
@@ -424,3 +425,18 @@ def test_an_adapter_is_fresh_until_a_b_of_it_is_not_zero(fresh) -> None:
     with torch.no_grad():
         fresh.model.language_model.layers[1].mlp.up_proj.lora_B["default"].weight[0, 0] = 1e-6
     assert not is_fresh(adapted)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_the_parameters_of_a_merged_model_are_named_as_without_its_adapter(fresh, settings) -> None:
+    adapted = trained_by_chance(add_lora(fresh, r=2, alpha=4, **settings))
+    with merged(adapted):
+        state = dict(merged_parameters(adapted))
+    wanted = dict(merge(adapted).named_parameters(remove_duplicate=False))
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())
+
+
+def test_parameters_are_not_told_of_a_layer_that_is_not_merged(fresh) -> None:
+    with pytest.raises(CheckpointError, match="q_proj: this kind of layer cannot be merged"):
+        dict(merged_parameters(add_lora(fresh, r=2, alpha=4)))

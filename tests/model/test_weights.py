@@ -24,7 +24,7 @@ from looktwice.model.adapters import LLM_LINEARS, PEFT_PREFIX, add_lora, trained
 from looktwice.model.files import weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import load_model, load_trained, released_name, save_model, written_whole
+from looktwice.model.weights import load_model, load_trained, released_name, save_merged, save_model, written_whole
 from looktwice.processing.processor import Ovis2_5Processor
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -123,6 +123,24 @@ def test_a_model_with_tied_embeddings_is_saved_without_a_head_and_loaded_again(
     again = load_model(str(tmp_path))
     assert again.get_parameter("lm_head.weight") is again.get_parameter("model.language_model.embed_tokens.weight")
     assert torch.equal(again.get_parameter("lm_head.weight"), tied.get_input_embeddings().weight)
+    save_merged(tied, tmp_path / "merged")
+    assert (
+        load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
+    )
+
+
+def test_an_adapted_model_is_saved_merged_under_the_released_names(model_folder: Path, tmp_path: Path) -> None:
+    adapted = add_lora(load_model(str(model_folder)), r=2, alpha=4)
+    with torch.no_grad():
+        for _, parameter in trained_parameters(adapted):
+            parameter += 0.01
+    save_merged(adapted, tmp_path)
+    again = load_model(str(tmp_path))
+    assert isinstance(adapted, PeftModel)  # and as it was
+    ids = torch.arange(10, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, adapted.get_base_model()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
 def test_a_model_is_loaded_in_the_dtype_asked_for(model_folder: Path) -> None:

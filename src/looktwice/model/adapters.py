@@ -279,6 +279,27 @@ def _can_be_merged(layer: Any) -> bool:
     return linear.weight.is_floating_point() and not (lacks_bias or layer.merged or layer.disable_adapters)
 
 
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Inside `merged`: the weights of a model without its adapters, by their names there, in the dtype of the base.
+
+    Raises CheckpointError for an adapted layer that is not merged.
+    """
+    dtype = base_of(model).dtype
+    return ((name, tensor.detach().to(dtype)) for name, tensor in _parameters_under(base_of(model), ""))
+
+
+def _parameters_under(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, BaseTunerLayer):
+        if not module.merged:
+            raise CheckpointError(f"{prefix.removesuffix('.')}: this kind of layer cannot be merged; train it whole")
+        module = module.get_base_layer()
+    elif isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    yield from module.named_parameters(prefix.removesuffix("."), recurse=False)
+    for name, child in module.named_children():
+        yield from _parameters_under(child, f"{prefix}{name}.")
+
+
 def is_fresh(model: nn.Module) -> bool:
     """Whether every LoRA B of a model is zero, as before its first step, so that its adapter changes nothing yet."""
     return not any(parameter.any() for name, parameter in model.named_parameters() if ".lora_B." in name)

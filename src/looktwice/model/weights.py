@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,8 @@ from looktwice.model.adapters import (
     PEFT_PREFIX,
     adapted_layers,
     base_of,
+    merged,
+    merged_parameters,
     trained_parameters,
     why_no_lora,
     with_adapter,
@@ -286,7 +289,26 @@ def write_model(model: nn.Module, folder: Path, *, max_shard_size: str = MAX_SHA
     else:
         with _bars(are_shown=False):  # a checkpoint is written while the bar of the run moves
             base.save_pretrained(folder, max_shard_size=max_shard_size)
-    # safetensors writes files for the owner alone
+    _open_to_readers(folder)
+
+
+def save_merged(model: nn.Module, folder: Path) -> None:
+    """Write config and weights of a model under the released names, adapters merged, and leave it as it is.
+
+    Raises CheckpointError when the folder cannot be written, or an adapter cannot be merged.
+    """
+    config = base_of(model).config
+    with merged(model), written_whole(folder) as draft:
+        state = {released_name(name): tensor for name, tensor in merged_parameters(model)}
+        if config.tie_word_embeddings:
+            state.pop(released_name("lm_head.weight"), None)
+        config.save_pretrained(draft)
+        save_torch_state_dict(state, draft, max_shard_size=MAX_SHARD_SIZE)
+        _open_to_readers(draft)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """safetensors writes files for the owner alone; let them be read by whoever reads the others."""
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
