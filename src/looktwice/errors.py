@@ -50,6 +50,14 @@ class CheckpointError(LooktwiceError):
     """A model folder lacks what is needed or does not fit the request."""
 
 
+class ServerError(LooktwiceError):
+    """A server that samples for us failed or is gone. `status` is that of its HTTP response, if there was one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class BoxError(LooktwiceError):
     """A crop box cannot be cut. `reason` is a short stable code, counted in the metrics."""
 
