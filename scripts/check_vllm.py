@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ class Checks:
 
     def __init__(self, folder: str, scratch: Path, addresses: Sequence[str]) -> None:
         self.scratch = scratch
+        self.addresses = addresses
         self.model = base_of(load_model(folder)).eval()
         self.processor = Ovis2_5Processor.from_pretrained(folder)
         noise = np.random.default_rng(time.time_ns()).integers(0, 256, (240, 320, 3), dtype=np.uint8)
@@ -84,10 +86,13 @@ class Checks:
         self.prompt = start_episodes(asked, self.processor, EpisodeRules())[0].prompt
         self.engine = VllmEngine(addresses, self.model.config)
 
-    def play(self, *, count: int = 1, calls: Sequence[str] = CALLS, **options: object) -> list[Script]:
-        scripts = [Script(self.processor, self.image, self.prompt.copy(), calls) for _ in range(count)]
+    def play(
+        self, *, count: int = 1, calls: Sequence[str] = CALLS, prompt: Example | None = None, **options: object
+    ) -> list[Script]:
+        prompt = prompt or self.prompt
+        scripts = [Script(self.processor, self.image, prompt.copy(), calls) for _ in range(count)]
         fields = {"sampling": Sampling(temperature=0), "max_new_tokens": 12, **options}
-        self.engine.run([Request(prompt=self.prompt, drivers=scripts, **fields)])  # type: ignore[arg-type]
+        self.engine.run([Request(prompt=prompt, drivers=scripts, **fields)])  # type: ignore[arg-type]
         for script in scripts:
             if script.errors:
                 raise script.errors[0]
@@ -126,6 +131,21 @@ class Checks:
             f"{num_ids} greedy ids of 4 siblings with 2 crops each are the model's own; logprobs differ by {plain:.1e}"
         )
 
+    def without_images(self) -> str:
+        """A video, and text alone."""
+        told = []
+        video, text = Example(), Example()
+        for prompt in (video, text):
+            prompt.append(self.processor.template.encode("user\n"), is_trained=False)
+        frames = [self.image.rotate(angle) for angle in (0, 90, 180)]
+        self.processor.append_image(video, self.processor.patch_video(frames))
+        for kind, prompt in (("a video of 3 frames", video), ("text", text)):
+            prompt.append(self.processor.template.encode("\nWhich digit?\nassistant\n"), is_trained=False)
+            plain, _, behind = self.gaps(self.play(calls=(), prompt=prompt), self.model)
+            assert max(plain, behind) <= TOLERANCE, (kind, plain, behind)
+            told.append(f"about {kind} logprobs differ by {plain:.1e}")
+        return ", ".join(told)
+
     def sampled(self) -> str:
         told = []
         for temperature in (0.7, 1.0, 1.3):
@@ -133,11 +153,13 @@ class Checks:
             again = self.play(count=4, sampling=Sampling(temperature=temperature), seed=7)
             ids = [script.example.input_ids for script in scripts]
             assert ids == [script.example.input_ids for script in again], "the same seed gave other ids"
+            (alone,) = self.play(sampling=Sampling(temperature=temperature), seed=7)
+            assert ids[0] == alone.example.input_ids, "a rollout's ids depend on its siblings"
             assert len(set(map(tuple, ids))) > 1, "siblings drew the same numbers"
             plain, drawn, _ = self.gaps(scripts, self.model, temperature)
             assert max(plain, drawn) <= TOLERANCE, (temperature, plain, drawn)
             told.append(f"{temperature:g}: plain {plain:.1e}, drawn {drawn:.1e}")
-        return "at temperature " + "; ".join(told) + "; the same seed gives the same ids"
+        return "at temperature " + "; ".join(told) + "; the same seed gives the same ids, alone or not"
 
     def truncated(self) -> str:
         (script,) = self.play(sampling=Sampling(temperature=1.0, top_p=0.5), seed=3)
@@ -145,6 +167,31 @@ class Checks:
         drawn = [x for segment in script.segments for x in segment.drawn_logprobs]
         assert all(map(math.isnan, told)) and all(x <= 0 for x in drawn)
         return "under top-p the plain logprobs are not known (NaN), and those drawn from are"
+
+    def reused(self) -> str:
+        """A second turn against the first: what its prefix cache serves, and a picture that the server forgot."""
+        before = self._counted("vllm:prefix_cache_hits_total"), self._counted("vllm:prefix_cache_queries_total")
+        (script,) = self.play(calls=CALLS[:1])
+        hits = self._counted("vllm:prefix_cache_hits_total") - before[0]
+        asked = self._counted("vllm:prefix_cache_queries_total") - before[1]
+        assert hits > 0, "the prefix cache served nothing: prompts are shorter than its block, or it is off"
+        for address in self.addresses:
+            connection = HTTPConnection(address.removeprefix("http://"))
+            connection.request("POST", "/reset_mm_cache")
+            assert connection.getresponse().status == 200
+        (again,) = self.play(calls=CALLS[:1])
+        assert again.example.input_ids == script.example.input_ids
+        return f"{hits:.0f} of {asked:.0f} prompt ids from the cache; a picture that was forgotten is sent again"
+
+    def _counted(self, name: str) -> float:
+        """A counter of all servers together."""
+        total = 0.0
+        for address in self.addresses:
+            connection = HTTPConnection(address.removeprefix("http://"))
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+            total += sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+        return total
 
     def stopped(self) -> str:
         (free,) = self.play(calls=())
@@ -208,8 +255,10 @@ def main(argv: Sequence[str]) -> int:
     failed = 0
     parts: tuple[Callable[[], str], ...] = (
         checks.greedy,
+        checks.without_images,
         checks.sampled,
         checks.truncated,
+        checks.reused,
         checks.stopped,
         checks.cut,
         checks.weights,

@@ -153,7 +153,8 @@ def test_pictures_stand_from_their_start_to_their_end(fake, processor: Ovis2_5Pr
     ids = [5, *processor.image_ids(first), 6, *processor.image_ids(first)]
     server = VllmServer(fake.address, processor.config)
     prompt = Prompt(**{**vars(prompt_with(Sampling())), "ids": ids, "images": [first, first]})
-    features, sent = server.features(prompt, is_full=False)
+    sent: list[str] = []
+    features = server.features(prompt, sent, is_full=False)
     assert features["mm_placeholders"] == {"image": [{"offset": 1, "length": 3}, {"offset": 5, "length": 3}]}
     assert features["mm_hashes"] == {"image": [image_key(first)] * 2}
     assert [data is None for data in features["kwargs_data"]["image"]] == [False, True]

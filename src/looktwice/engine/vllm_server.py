@@ -140,25 +140,25 @@ class VllmServer:
                 self._held.clear()  # the server forgot all pictures
             self._ask("POST", "/resume")
 
-    def features(self, prompt: Prompt, *, is_full: bool) -> tuple[dict[str, Any], list[str]]:
-        """The pictures of a prompt as the endpoint takes them, and the keys of those whose pixels are in it.
+    def features(self, prompt: Prompt, sent: list[str], *, is_full: bool) -> dict[str, Any]:
+        """The pictures of a prompt as the endpoint takes them; the keys of those whose pixels are in it go to `sent`.
 
         A picture that the server holds is named by its key alone; one that is on its way is waited for. `is_full`
         sends all pixels.
         """
         kinds: dict[str, tuple[list[str], list[dict[str, int]], list[str | None]]] = {}
-        sent: list[str] = []
         for image, (offset, length) in zip(prompt.images, self._ranges(prompt.ids), strict=True):
             key = image_key(image)
             keys, places, pixels = kinds.setdefault("video" if image.is_video else "image", ([], [], []))
             keys.append(key)
             places.append({"offset": offset, "length": length})
-            is_held = not is_full and (key in sent or self._is_held(key))
-            pixels.append(None if is_held else encode_image(image, self.config.visual_vocab_size))
-            if not is_held:
+            if not is_full and (key in sent or self._is_held(key)):
+                pixels.append(None)
+            else:
                 sent.append(key)
+                pixels.append(encode_image(image, self.config.visual_vocab_size))
         names = ("mm_hashes", "mm_placeholders", "kwargs_data")
-        return {name: {kind: parts[i] for kind, parts in kinds.items()} for i, name in enumerate(names)}, sent
+        return {name: {kind: parts[i] for kind, parts in kinds.items()} for i, name in enumerate(names)}
 
     def _ranges(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Where each picture stands, its start and end included: offset and length."""
@@ -253,10 +253,10 @@ class Answer:
         body["stream"] = True
         try:
             if self.prompt.images:
-                body["features"], sent = server.features(self.prompt, is_full=is_full)
+                body["features"] = server.features(self.prompt, sent, is_full=is_full)
             for event in self._events(body):
                 server.settle(sent, is_held=True)
-                sent = []
+                sent.clear()
                 yield piece_of(event["choices"][0], self.prompt)
         except (OSError, HTTPException) as error:
             if not self.is_closed:
