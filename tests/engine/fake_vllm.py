@@ -26,8 +26,8 @@ NUM_RECORDED = 16
 class FakeVllm:
     """What the server holds and does; tests change it as they go.
 
-    `before` is called with each request for an answer, before it is answered. `die_after` ids of an answer the
-    connection is gone.
+    `before` is called with each request for an answer, before it is answered, and `between` after each id that was
+    sent. `die_after` ids of an answer the connection is gone. `num_left` answers were closed by whoever asked.
     """
 
     def __init__(self, decode: Callable[[list[int]], str] | None = None) -> None:
@@ -40,7 +40,9 @@ class FakeVllm:
         self.calls: list[tuple[str, Any]] = []
         self.held: set[str] = set()
         self.before: Callable[[dict[str, Any]], None] = lambda request: None
+        self.between: Callable[[], None] = lambda: None
         self.die_after: int | None = None
+        self.num_left = 0
         self.finish_reason: str | None = None
         self.decode = decode
         self.address = ""
@@ -122,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(text) if text else None
         if self.path != "/inference/v1/generate":
             self._control(body)
+        elif body is None:
+            return  # closed before it was asked
         elif "allowed_token_ids" in body["sampling_params"]:
             told = {"logprob": 0.0 if self.fake.has_processed_logprobs else -3.5}
             versions = [{"version": self.fake.weight_version, "start": 0, "end": 1}]
@@ -159,14 +163,15 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"data: [DONE]\n\n")
             return
         try:
-            for number, choice in enumerate(fake.answer(body)):
+            for number, choice in enumerate(fake.answer(body), 1):
+                self._event({"request_id": "generate-tokens-1", "usage": None, "choices": [choice]})
                 if number == fake.die_after:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                self._event({"request_id": "generate-tokens-1", "usage": None, "choices": [choice]})
+                fake.between()
             self.wfile.write(b"data: [DONE]\n\n")
         except OSError:
-            pass  # the client has closed the answer
+            fake.num_left += 1
 
     def _event(self, event: dict[str, Any]) -> None:
         self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")

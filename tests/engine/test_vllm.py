@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 from tests.engine.contract import ANSWER, GREEDY, EngineContract, Player, crop, prompt, tiny_processor
@@ -154,6 +156,33 @@ def test_an_answer_that_the_server_broke_off_is_no_answer(engine, fake, prompt) 
     assert not player.segments
     with pytest.raises(ServerError, match="the server broke the answer off"):
         raise player.errors[0]
+
+
+def test_a_connection_that_is_lost_after_the_last_id_is_no_loss(engine, fake, prompt, crop) -> None:
+    def die_after_the_next_answer(request: dict) -> None:
+        fake.die_after = request["sampling_params"]["max_tokens"]
+
+    fake.before = die_after_the_next_answer
+    player = Player([crop])
+    run(engine, prompt, player)
+    assert ([len(ids) for ids in player.ids], player.errors) == ([6, 4], [])
+
+
+def test_a_server_stops_writing_what_was_cancelled(engine, fake, prompt) -> None:
+    goes_on = Event()
+    fake.between = lambda: goes_on.wait(5) and None
+    player = Player()
+    (number,) = engine.submit(Request(prompt=prompt, drivers=[player], sampling=GREEDY, max_new_tokens=11))
+    while not player.heard:
+        engine.step()
+    engine.cancel(number)
+    assert engine.step() is False
+    assert (player.stops, player.ids) == (["cancelled"], [ANSWER[:1]])
+    goes_on.set()
+    until = time.monotonic() + 10
+    while fake.num_left == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert fake.num_left == 1
 
 
 def test_no_address_is_refused(tiny_processor) -> None:

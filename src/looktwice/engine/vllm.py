@@ -54,7 +54,6 @@ class Rollout:
     drawn_logprobs: list[float] = field(default_factory=list)
     weight_versions: list[str] = field(default_factory=list)
     answer: Answer | None = None
-    deadline: float | None = None
 
     def close(self, stop: StopCause) -> ServedSegment:
         """What was sampled since the last decision, as a segment; its ids are then part of the rollout."""
@@ -95,8 +94,10 @@ class VllmEngine:
         self.servers = [VllmServer(address, config) for address in addresses]
         self._numbers = count()
         self._arrivals: deque[list[Rollout]] = deque()
-        self._waiting: deque[Rollout] = deque()
+        self._waiting: dict[VllmServer, deque[Rollout]] = {server: deque() for server in self.servers}
         self._rollouts: dict[int, Rollout] = {}
+        self._live: dict[VllmServer, set[int]] = {server: set() for server in self.servers}
+        self._deadlines: dict[int, float] = {}
         self._news: SimpleQueue[News | None] = SimpleQueue()
 
     def submit(self, request: Request) -> list[int]:
@@ -152,35 +153,26 @@ class VllmEngine:
 
     def _let_in(self) -> None:
         """Give each new group to the server with the least to do, and start what has room."""
-        load = {id(server): 0 for server in self.servers}
-        for rollout in self._rollouts.values():
-            load[id(rollout.server)] += 1
         while self._arrivals:
             group = self._arrivals.popleft()
-            server = min(self.servers, key=lambda server: load[id(server)])
-            load[id(server)] += len(group)
+            server = min(self.servers, key=lambda server: len(self._live[server]) + len(self._waiting[server]))
             for rollout in group:
                 rollout.server = server
                 self._rollouts[rollout.number] = rollout
-                self._waiting.append(rollout)
-        live = {id(server): 0 for server in self.servers}
-        for rollout in self._rollouts.values():
-            live[id(rollout.server)] += rollout.answer is not None
-        for _ in range(len(self._waiting)):
-            rollout = self._waiting.popleft()
-            if rollout.number not in self._rollouts:
-                continue
-            if live[id(rollout.server)] >= self.max_rollouts:
-                self._waiting.append(rollout)
-                continue
-            live[id(rollout.server)] += 1
-            if rollout.request.max_seconds is not None:
-                rollout.deadline = time.monotonic() + rollout.request.max_seconds
-            self._send(rollout)
+            self._waiting[server].extend(group)
+        for server, waiting in self._waiting.items():
+            while waiting and len(self._live[server]) < self.max_rollouts:
+                rollout = waiting.popleft()
+                if rollout.number in self._rollouts:  # else it was cancelled
+                    self._live[server].add(rollout.number)
+                    if rollout.request.max_seconds is not None:
+                        self._deadlines[rollout.number] = time.monotonic() + rollout.request.max_seconds
+                    self._send(rollout)
 
     def _deal_with_news(self) -> None:
-        deadlines = [rollout.deadline for rollout in self._rollouts.values() if rollout.deadline is not None]
-        patience = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        patience = None
+        if self._deadlines:
+            patience = max(0.0, min(self._deadlines.values()) - time.monotonic())
         try:
             told = [self._news.get(timeout=patience)]
         except Empty:
@@ -226,7 +218,7 @@ class VllmEngine:
             self._fail(rollout, error)
             return
         if reply is None:
-            del self._rollouts[rollout.number]
+            self._forget(rollout)
             return
         rollout.ids += reply.ids
         rollout.images += reply.images
@@ -262,9 +254,8 @@ class VllmEngine:
 
     def _cut_late(self) -> None:
         now = time.monotonic()
-        for rollout in [*self._rollouts.values()]:
-            if rollout.deadline is not None and now >= rollout.deadline:
-                self._end(rollout, "seconds")
+        for number in [number for number, deadline in self._deadlines.items() if now >= deadline]:
+            self._end(self._rollouts[number], "seconds")
 
     def _end(self, rollout: Rollout, stop: StopCause) -> None:
         """Cut a rollout off; its driver is told."""
@@ -280,6 +271,8 @@ class VllmEngine:
 
     def _forget(self, rollout: Rollout) -> None:
         del self._rollouts[rollout.number]
+        self._live[rollout.server].discard(rollout.number)
+        self._deadlines.pop(rollout.number, None)
         if rollout.answer is not None:
             rollout.answer.close()
 

@@ -13,7 +13,7 @@ import re
 import socket
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -35,6 +35,7 @@ OLDEST = (0, 32)
 """The oldest version this was run with; those up to 0.16 apply the tower's last norm (vLLM pull request 34426)."""
 NEEDED_FLAGS = "--enable-scale-out --logprobs-mode processed_logprobs"
 NEEDED_FOR_WEIGHTS = "VLLM_SERVER_DEV_MODE=1"
+PAUSE, RESUME = "/pause?mode=wait", "/resume"
 PATIENCE_S = 600.0
 """How long a server may be silent before it counts as lost."""
 BAN = -100.0
@@ -93,7 +94,7 @@ class VllmServer:
             self._check_version(self._ask("GET", "/version")["version"])
             self.max_length: int = self._ask("GET", "/v1/models")["data"][0]["max_model_len"]
             self._check_flags()
-        except (OSError, ServerError, HTTPException, KeyError, ValueError) as error:
+        except (ServerError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{self.address}: no vLLM server that can be used ({error}); start one: python -m "
                 f"vllm.entrypoints.openai.api_server --model FOLDER --trust-remote-code {NEEDED_FLAGS}"
@@ -127,7 +128,7 @@ class VllmServer:
 
         Answers begun before are finished first, and caches of the old weights are emptied. Raises ServerError.
         """
-        self._ask("POST", "/pause?mode=wait")
+        self._ask("POST", PAUSE)
         try:
             settings = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             self._ask("POST", "/collective_rpc", settings)
@@ -138,7 +139,7 @@ class VllmServer:
         finally:
             with self._lock:
                 self._held.clear()  # the server forgot all pictures
-            self._ask("POST", "/resume")
+            self._ask("POST", RESUME)
 
     def features(self, prompt: Prompt, sent: list[str], *, is_full: bool) -> dict[str, Any]:
         """The pictures of a prompt as the endpoint takes them; the keys of those whose pixels are in it go to `sent`.
@@ -200,20 +201,18 @@ class VllmServer:
         connection.request(method, prefix + path, text, {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != 200:
-            mend = f"; start it with {NEEDED_FOR_WEIGHTS}" if response.status == 404 else ""
             told = one_line(response.read().decode(errors="replace"), 300)
+            mend = f"; start it with {NEEDED_FOR_WEIGHTS}" if path in (PAUSE, RESUME) else ""
             raise ServerError(f"{self.address}{path}: status {response.status}, {told}{mend}", response.status)
         return response
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        connection = self.connect()
         try:
-            text = self.send(connection, method, path, body).read()
+            with closing(self.connect()) as connection:
+                text = self.send(connection, method, path, body).read()
             return json.loads(text) if text else None
-        except OSError as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise ServerError(f"{self.address}{path}: {error}") from error
-        finally:
-            connection.close()
 
 
 class Answer:
@@ -266,8 +265,7 @@ class Answer:
 
     def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The server-sent events up to the last one that counts."""
-        connection = self.server.connect()
-        try:
+        with closing(self.server.connect()) as connection:
             self._socket = connection.sock
             if self.is_closed:
                 return
@@ -283,8 +281,6 @@ class Answer:
                     raise ServerError(f"{self.server.address}: {told}", event["error"].get("code", 500))
                 yield event
             raise ConnectionError("the answer has no end")
-        finally:
-            connection.close()
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -363,7 +359,7 @@ def image_key(image: PatchedImage) -> str:
     """What vLLM's caches know a picture by: a hash of its pixels and its shape."""
     digest = blake2b(digest_size=16)
     digest.update(repr((image.grid_thw, image.is_video)).encode())
-    digest.update(image.pixel_values.numpy().tobytes())
+    digest.update(image.pixel_values.reshape(-1).numpy().data)
     return digest.hexdigest()
 
 
