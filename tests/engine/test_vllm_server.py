@@ -6,6 +6,7 @@ import math
 import sys
 from base64 import b64decode
 from collections.abc import Iterator
+from threading import Thread
 
 import msgpack
 import numpy as np
@@ -125,8 +126,8 @@ def test_a_choice_as_a_real_server_streamed_it() -> None:
 # -- pictures
 
 
-def a_picture(*, is_video: bool = False) -> PatchedImage:
-    pixels = torch.tensor([[0, 128, 255]], dtype=torch.uint8)
+def a_picture(*, value: int = 0, is_video: bool = False) -> PatchedImage:
+    pixels = torch.tensor([[value, 128, 255]], dtype=torch.uint8)
     return PatchedImage(pixel_values=pixels, grid_thw=(1, 1, 1), size=(1, 1), num_tokens=1, is_video=is_video)  # type: ignore[arg-type]
 
 
@@ -159,3 +160,34 @@ def test_pictures_stand_from_their_start_to_their_end(fake, processor: Ovis2_5Pr
     assert features["mm_hashes"] == {"image": [image_key(first)] * 2}
     assert [data is None for data in features["kwargs_data"]["image"]] == [False, True]
     assert sent == [image_key(first)]
+
+
+def sent_for(server: VllmServer, *images: PatchedImage) -> list[PatchedImage]:
+    """The pictures whose pixels a request sends; none of them has arrived."""
+    ids = [token for _ in images for token in (server.config.image_start_token_id, server.config.image_end_token_id)]
+    sent: list[str] = []
+    server.features(Prompt(**{**vars(prompt_with(Sampling())), "ids": ids, "images": [*images]}), sent, is_full=False)
+    return [image for image in images if image_key(image) in sent]
+
+
+@pytest.mark.parametrize("has_arrived", [True, False])
+def test_who_sends_nothing_waits_for_a_picture_on_its_way(fake, processor, has_arrived) -> None:
+    server = VllmServer(fake.address, processor.config)
+    first = a_picture()
+    assert sent_for(server, first) == [first]
+    waiting = Thread(target=sent_for, args=(server, first), daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    server.settle([image_key(first)], is_held=has_arrived)
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert sent_for(server, first) == ([] if has_arrived else [first])
+
+
+def test_who_sends_a_picture_waits_for_no_other(fake, processor) -> None:
+    """Two requests with the same two pictures in other orders would wait for each other."""
+    server = VllmServer(fake.address, processor.config)
+    first, second = a_picture(), a_picture(value=7)
+    assert sent_for(server, first) == [first]
+    assert sent_for(server, second, first) == [second, first]

@@ -137,15 +137,14 @@ class VllmServer:
             self._ask("POST", "/update_weight_version", {"new_version": version})
             self.weight_version = version
         finally:
-            with self._lock:
-                self._held.clear()  # the server forgot all pictures
+            self.settle([*self._held], is_held=False)  # the server forgot all pictures
             self._ask("POST", RESUME)
 
     def features(self, prompt: Prompt, sent: list[str], *, is_full: bool) -> dict[str, Any]:
         """The pictures of a prompt as the endpoint takes them; the keys of those whose pixels are in it go to `sent`.
 
-        A picture that the server holds is named by its key alone; one that is on its way is waited for. `is_full`
-        sends all pixels.
+        A picture that the server holds is named by its key alone; one that is on its way is waited for, unless others
+        wait for what is sent here. `is_full` sends all pixels.
         """
         kinds: dict[str, tuple[list[str], list[dict[str, int]], list[str | None]]] = {}
         for image, (offset, length) in zip(prompt.images, self._ranges(prompt.ids), strict=True):
@@ -153,7 +152,7 @@ class VllmServer:
             keys, places, pixels = kinds.setdefault("video" if image.is_video else "image", ([], [], []))
             keys.append(key)
             places.append({"offset": offset, "length": length})
-            if not is_full and (key in sent or self._is_held(key)):
+            if not is_full and (key in sent or self._is_held(key, patience=0 if sent else PATIENCE_S)):
                 pixels.append(None)
             else:
                 sent.append(key)
@@ -163,22 +162,20 @@ class VllmServer:
 
     def _ranges(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Where each picture stands, its start and end included: offset and length."""
-        config, start = self.config, 0
-        opening = (config.image_start_token_id, config.video_start_token_id)
-        closing = (config.image_end_token_id, config.video_end_token_id)
+        config, first = self.config, 0
         for place, token in enumerate(ids):
-            if token in opening:
-                start = place
-            elif token in closing:
-                yield start, place + 1 - start
+            if token in (config.image_start_token_id, config.video_start_token_id):
+                first = place
+            elif token in (config.image_end_token_id, config.video_end_token_id):
+                yield first, place + 1 - first
 
-    def _is_held(self, key: str) -> bool:
+    def _is_held(self, key: str, *, patience: float) -> bool:
         """Whether the server has a picture, once whoever is sending it is done; if not, the caller is to send it."""
         with self._lock:
             if (is_there := self._held.get(key)) is None:
                 self._held[key] = Event()
                 return False
-        return is_there.wait(PATIENCE_S)
+        return is_there.wait(patience)
 
     def settle(self, keys: Sequence[str], *, is_held: bool) -> None:
         """Note that the server has these pictures, or that it has not."""
@@ -289,7 +286,7 @@ def check_sampling(sampling: Sampling) -> None:
         raise ConfigError(
             f"temperature is {sampling.temperature}, and vLLM has none between 0 and {COLDEST}; use 0 (greedy)"
         )
-    if getattr(sampling, "presence_penalty", 0):
+    if sampling.presence_penalty:
         raise ConfigError(
             "presence_penalty: vLLM would forget at each crop what was written before it; use repetition_penalty"
         )
