@@ -173,6 +173,7 @@ class EngineContract:
         broken, sound = Player([Continuation(ids=crop.ids, images=[], max_new_tokens=4)]), Player([crop])
         play(broken, sound)
         assert [type(error) for error in broken.errors] == [ValueError]
+        assert "visual tokens among the ids, 0 in the pictures" in str(broken.errors[0])
         assert sound.ids == [ANSWER[:6], AFTER_CROP]
 
     def test_a_prompt_whose_pictures_do_not_fit_is_refused(self, engine, prompt) -> None:
