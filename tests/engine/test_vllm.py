@@ -203,7 +203,9 @@ def test_pushed_weights_are_seen_by_all_servers_and_stand_on_each_id(
 
     assert versions() == [["default"] * 6, ["default"] * 2]
     engine.push_weights(model, tmp_path / "weights", "7")
+    fake.requests.clear()
     assert versions() == [["7"] * 6, ["7"] * 2]
+    assert [r["features"]["kwargs_data"]["image"][0] is not None for r in fake.requests] == [True, False]
     assert [path for path, _ in fake.calls] == [
         "/pause?mode=wait",
         "/collective_rpc",
