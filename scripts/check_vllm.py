@@ -62,7 +62,7 @@ class Script:
         if len(self.segments) > len(self.calls):
             return None
         ids, images = observed(
-            CropTool(self.processor).look(self.calls[len(self.segments) - 1], self.image), self.processor
+            CropTool(self.processor).look(self.calls[len(self.segments) - 1], [self.image]), self.processor
         )
         self.example.append(ids, is_trained=False)
         self.example.images += images

@@ -1,7 +1,7 @@
 """What every engine holds to, as tests: a class of them to inherit from, about the tiny model and greedy answers.
 
-A subclass gives the fixture `engine`, whose model is `tiny_model`, and which decodes by `tiny_processor`. The expected
-ids are what a real vLLM server answered, and what the model itself answers.
+A subclass gives the fixture `engine`, which has the tiny model and decodes by `tiny_processor`. The expected ids and
+logprobs are what vLLM 0.32.0 answered.
 """
 
 from __future__ import annotations

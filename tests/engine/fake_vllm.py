@@ -1,7 +1,7 @@
 """A vLLM server without vLLM: it replays greedy answers that a real one gave about the tiny model.
 
 What it is asked is in `requests`. Recorded anew, from a server that serves the tiny model in float32:
-PYTHONPATH=src:tests/engine LOOKTWICE_RECORD=http://host:8000 python -m pytest tests/engine/test_vllm.py
+LOOKTWICE_RECORD=http://host:8000 python -m pytest tests/engine -k vllm
 """
 
 from __future__ import annotations

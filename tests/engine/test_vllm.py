@@ -1,4 +1,4 @@
-"""The vLLM engine: the contract on recorded answers, and what it does with servers."""
+"""The vLLM engine: what it sends, and what it does with servers; the contract is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from tests.engine.contract import ANSWER, GREEDY, EngineContract, Player, crop, prompt, tiny_processor
+from tests.engine.contract import ANSWER, GREEDY, Player, crop, prompt, tiny_processor
 from tests.engine.fake_vllm import FakeVllm, serving
 
 from looktwice.engine.interface import Continuation, Request
@@ -28,10 +28,6 @@ def fake(tiny_processor) -> Iterator[FakeVllm]:
 @pytest.fixture
 def engine(fake, tiny_processor) -> VllmEngine:
     return VllmEngine([fake.address], tiny_processor.config)
-
-
-class TestContract(EngineContract):
-    pass
 
 
 # -- what is sent
