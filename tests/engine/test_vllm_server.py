@@ -46,7 +46,7 @@ def prompt_with(sampling: Sampling, *, banned: tuple[int, ...] = (3,)) -> Prompt
 @pytest.mark.parametrize("version", ["0.10.1.1", "0.16.0", "0.31.0rc1"])
 def test_a_version_with_the_towers_last_norm_or_never_tried_is_refused(fake, processor, version) -> None:
     fake.version = version
-    with pytest.raises(ConfigError, match=f"vLLM {version} is older than 0.32, .* vision tower's last norm is applied"):
+    with pytest.raises(ConfigError, match=f"vLLM {version} is older than 0.32, .* apply the vision tower's last norm"):
         VllmServer(fake.address, processor.config)
 
 
@@ -89,6 +89,11 @@ def test_the_plain_logprob_follows_from_the_one_drawn_and_the_banned_ids(tempera
     plain, drawn = both_logprobs({"logprob": told[1], "top_logprobs": others}, prompt_with(sampling, banned=banned))
     assert drawn == told[1]
     assert plain == pytest.approx(float((SCORES / temperature).log_softmax(-1)[1]), abs=1e-6)
+
+
+def test_a_banned_id_so_unlikely_that_it_is_not_told_has_no_share() -> None:
+    entry = {"logprob": -0.7, "top_logprobs": [{"token_id": 3, "logprob": -9999.0}]}
+    assert both_logprobs(entry, prompt_with(Sampling(temperature=0.01))) == (-0.7, -0.7)
 
 
 def test_greedy_draws_its_id_for_sure() -> None:

@@ -32,7 +32,8 @@ from looktwice.model.configuration import Ovis2_5Config
 from looktwice.processing.images import PatchedImage, normalise
 
 OLDEST = (0, 32)
-"""The oldest version this was run with; those up to 0.16 apply the tower's last norm (vLLM pull request 34426)."""
+"""The oldest version this was run with. Those before February 2026 apply the tower's last norm (vLLM pull request 34426
+took it out)."""
 NEEDED_FLAGS = "--enable-scale-out --logprobs-mode processed_logprobs"
 NEEDED_FOR_WEIGHTS = "VLLM_SERVER_DEV_MODE=1"
 PAUSE, RESUME = "/pause?mode=wait", "/resume"
@@ -105,8 +106,8 @@ class VllmServer:
         if numbers < OLDEST:
             raise ConfigError(
                 f"{self.address}: vLLM {version} is older than {'.'.join(map(str, OLDEST))}, the oldest that was tried "
-                "(up to 0.16 the vision tower's last norm is applied, and every answer about a picture is another); "
-                "install a newer one there"
+                "(those before February 2026 apply the vision tower's last norm, so every answer about a picture is "
+                "another one); install a newer one there"
             )
 
     def _check_flags(self) -> None:
