@@ -10,7 +10,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from looktwice.model.exact import alike
+
 LOGPROB_CHUNK = 1024
+
+
+def distribution_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logprobs of every word, which sampling and training share: logits [N, V] -> [N, V], float32.
+
+    `log_softmax`, because its result for a row is the same in any number of rows; `logsumexp` of one long row is not.
+    """
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logprob of one id a row: logits [N, V], ids [N] -> [N], float32."""
+    return distribution_logprobs(logits, temperature).gather(1, ids[:, None])[:, 0]
 
 
 def chunked_logprobs(
@@ -22,7 +37,7 @@ def chunked_logprobs(
     """
 
     def score(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        logprobs = F.log_softmax(F.linear(rows, weight).float() / temperature, dim=-1)
+        logprobs = distribution_logprobs(F.linear(rows, weight), temperature)
         chosen = logprobs.gather(1, ids[:, None])[:, 0]
         if not with_entropy:
             return chosen, None
@@ -33,7 +48,7 @@ def chunked_logprobs(
     keep = torch.is_grad_enabled() and len(targets) > LOGPROB_CHUNK
     # an empty split is one empty chunk, so there is always something to join
     parts = [
-        checkpoint(score, rows, ids, use_reentrant=False) if keep else score(rows, ids)
+        checkpoint(score, rows, ids, use_reentrant=False, context_fn=alike) if keep else score(rows, ids)
         for rows, ids in zip(hidden.split(LOGPROB_CHUNK), targets.split(LOGPROB_CHUNK))
     ]
     logprobs, entropies = zip(*parts)

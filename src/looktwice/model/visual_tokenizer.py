@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from looktwice.model.configuration import NUM_INDICATORS, Siglip2NavitConfig
+from looktwice.model.exact import alike
 from looktwice.model.vision import VisionTower
 
 HEAD_NORM_EPS = 1e-5
@@ -56,4 +57,5 @@ def embed_features(features: Tensor, tokenizer: VisualTokenizer, table: VisualEm
 
     if not torch.is_grad_enabled() or len(features) <= CHUNK:
         return torch.cat([embed(chunk) for chunk in features.split(CHUNK)])
-    return torch.cat([checkpoint(embed, chunk, use_reentrant=False) for chunk in features.split(CHUNK)])
+    chunks = features.split(CHUNK)
+    return torch.cat([checkpoint(embed, chunk, use_reentrant=False, context_fn=alike) for chunk in chunks])

@@ -25,6 +25,7 @@ from looktwice.model.adapters import (
     trained_parameters,
 )
 from looktwice.model.attention import is_gpu, pick_attention
+from looktwice.model.exact import alike
 from looktwice.model.files import adapter_folder, weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
@@ -253,7 +254,7 @@ def recompute_layers(model: Ovis2_5ForConditionalGeneration, towers: str) -> Non
         if towers in (name, "all"):
             # transformers renamed it in 5.23; the older name warns from then on
             enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, "context_fn": alike})
 
 
 def first_difference(saved: dict[str, Any], present: dict[str, Any]) -> str | None:
