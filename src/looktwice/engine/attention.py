@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from looktwice.engine.cache import Cache
+from looktwice.model.exact import exact_attention, exact_decode_attention, is_exact
 
 PAGED = "looktwice_paged"
 HIDDEN = -1e30
@@ -86,6 +88,8 @@ def paged_attention(
     cache.write(layer, key[0], value[0], paged.pages.to(device), paged.offsets.to(device))
     keys, values = cache.keys[layer], cache.values[layer]
     assert keys is not None and values is not None
+    if is_exact():
+        return _read_alone(query[0].transpose(0, 1), keys, values, paged.chunks, scaling)[None], None
     by_token = query[0].transpose(0, 1)
     parts = [_read_rows(by_token[rows.start : rows.end], keys, values, rows, scaling) for rows in paged.rows]
     if paged.reads:
@@ -123,6 +127,22 @@ def _read_rows(query: Tensor, keys: Tensor, values: Tensor, rows: Rows, scaling:
         scale=scaling,
     )
     return out.flatten(1, 2)
+
+
+def _read_alone(query: Tensor, keys: Tensor, values: Tensor, chunks: list[Chunk], scaling: float) -> Tensor:
+    """The attention of exact mode, where each token has a chunk: [T, H, D], [*, K, P, D] -> [T, H, D]. Chunks of one
+    id come first, and go together."""
+    cached = [[_side_by_side(store, chunk.pages, 1)[0].transpose(0, 1) for store in (keys, values)] for chunk in chunks]
+    num_single = sum(chunk.end - chunk.start == 1 for chunk in chunks)
+    parts = []
+    if num_single:
+        k, v = (pad_sequence(list(stores), batch_first=True) for stores in zip(*cached[:num_single]))
+        positions = torch.tensor([chunk.num_before for chunk in chunks[:num_single]], device=keys.device)
+        parts.append(exact_decode_attention(query[:num_single], k, v, positions, scale=scaling))
+    for chunk, (k, v) in zip(chunks[num_single:], cached[num_single:]):
+        positions = torch.arange(chunk.num_before, chunk.num_before + chunk.end - chunk.start, device=keys.device)
+        parts.append(exact_attention(query[chunk.start : chunk.end], k, v, positions, scale=scaling))
+    return torch.cat(parts)
 
 
 def _read_pages(query: Tensor, keys: Tensor, values: Tensor, reads: list[Reads], scaling: float) -> Tensor:

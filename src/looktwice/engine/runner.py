@@ -18,6 +18,7 @@ from looktwice.engine.attention import HIDDEN, Chunk, Pass, Reads, Rows
 from looktwice.engine.cache import Cache
 from looktwice.engine.scheduler import Feed
 from looktwice.engine.state import Sequence, SharedPrompt
+from looktwice.model.exact import is_exact
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.images import PatchedImage
 
@@ -107,7 +108,8 @@ class Runner:
         """Feed the ids; logits [S, V] after the last id of each sampled feed, in order. `embed` comes before it."""
         single = sorted((feed for feed in feeds if feed.count == 1), key=lambda feed: -len(feed.sequence.pages))
         ordered = [*single, *(feed for feed in feeds if feed.count > 1)]
-        paged, positions = self._pass(ordered, len(single))
+        # under exact mode every feed is a chunk: nobody reads for its siblings
+        paged, positions = self._pass(ordered, 0 if is_exact() else len(single))
         hidden = self.model.model.language_model(
             inputs_embeds=self._vectors(ordered)[None],
             # a mapping keeps transformers from building a mask

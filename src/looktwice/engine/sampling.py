@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from looktwice.errors import ConfigError
+from looktwice.model.exact import is_exact
+from looktwice.model.logprobs import distribution_logprobs
 
 BLOCK = 1024
 """Ids whose weights are summed together: a draw finds its block first, then its id in the block."""
@@ -111,6 +113,7 @@ def draw(logits: Tensor, sampling: Sampling, banned: Tensor, numbers: Tensor | N
     temperature, as training computes it; greedy has the plain one at temperature 1.
     """
     divisor = max(sampling.temperature or 1.0, SMALLEST_TEMPERATURE)
+    exact = distribution_logprobs(logits, divisor) if is_exact() else None  # first, since logits are overwritten
     scores = plain = logits.float() if divisor == 1 else logits.float() / divisor
     normaliser = plain_normaliser = None
     if sampling.is_penalised:
@@ -134,7 +137,10 @@ def draw(logits: Tensor, sampling: Sampling, banned: Tensor, numbers: Tensor | N
     if plain_normaliser is None:
         plain_normaliser = normaliser if held is None else torch.logaddexp(normaliser, held)
     chosen = scores.gather(1, ids[:, None])[:, 0]
-    return Draw(ids, plain.gather(1, ids[:, None])[:, 0] - plain_normaliser, chosen - drawn_normaliser)
+    plain_chosen = plain.gather(1, ids[:, None])[:, 0] - plain_normaliser
+    if exact is not None:
+        plain_chosen = exact.gather(1, ids[:, None])[:, 0]
+    return Draw(ids, plain_chosen, chosen - drawn_normaliser)
 
 
 def _inverse_cdf(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,9 +71,14 @@ class ExactMode(TorchFunctionMode):
 _DEPTH = ContextVar("depth of exact modes", default=0)
 
 
+def is_exact() -> bool:
+    """Whether this thread computes under exact mode."""
+    return _DEPTH.get() > 0
+
+
 def alike() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The `context_fn` of torch's checkpoint: what backward computes once more is exact if it was the first time."""
-    return nullcontext(), ExactMode() if _DEPTH.get() else nullcontext()
+    return nullcontext(), ExactMode() if is_exact() else nullcontext()
 
 
 def check_exact(model: nn.Module) -> None:
