@@ -512,6 +512,7 @@ TRAIN_FLAGS = [
     "--epsilon",
     "--epsilon_high",
     "--eval_steps",
+    "--exact",
     "--freeze",
     "--freeze_vision",
     "--from",

@@ -353,6 +353,7 @@ class GRPOConfig(StageConfig):
     enable_thinking: bool = knob(True, "let rollouts think before they answer")
     thinking_budget: Positive | None = knob(None, "tokens of thinking before it is closed")
     rollout_batch_size: Positive = knob(16, "rollouts that advance together; more is faster and takes more memory")
+    exact: bool = knob(False, "logprobs of rollouts equal to training's, to the last bit; slower, see docs/numerics.md")
 
     @model_validator(mode="after")
     def _check_bounds(self) -> GRPOConfig:

@@ -285,11 +285,13 @@ def test_a_machine_whose_reductions_look_at_their_neighbours_is_refused(monkeypa
 
 def test_what_exact_mode_does_not_hold_for_is_refused(model: Ovis2_5ForConditionalGeneration) -> None:
     check_exact(model)
-    with pytest.raises(ConfigError, match="float32 on a CPU, the model holds bfloat16"):
+    with pytest.raises(ConfigError, match="float32 on a CPU, the model in bfloat16"):
         check_exact(copy.deepcopy(model).bfloat16())
+    with pytest.raises(ConfigError, match="leave bf16"):
+        check_exact(model, is_bf16=True)
     with pytest.raises(ConfigError, match="dropout of 0.1 .*set lora_dropout 0"):
         check_exact(add_lora(copy.deepcopy(model), r=2, alpha=2, dropout=0.1))
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
-    with pytest.raises(ConfigError, match='takes attn_implementation "sdpa" here, .* has "eager"'):
+    with pytest.raises(ConfigError, match='takes attn_implementation "sdpa", .* has "eager"'):
         check_exact(eager)

@@ -18,6 +18,7 @@ from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box, Size
 from looktwice.messages import question_about
 from looktwice.metrics import METRICS
+from looktwice.model.numerics import NumericsError
 from looktwice.processing.packing import pack
 from looktwice.rewards import Reward
 from looktwice.rollout.trajectory import ToolCall
@@ -40,7 +41,9 @@ Group = list[tuple[str, float]]
 def load(model_folder, processor) -> Callable[..., Learner]:
     def make(**settings: object) -> Learner:
         config = GRPOConfig(**{"max_grad_norm": 0, "warmup_ratio": 0, **settings})
-        return Learner.load(str(model_folder), ModelConfig(device="cpu"), config, processor, total_steps=10)
+        return Learner.load(
+            str(model_folder), ModelConfig(device="cpu"), config, processor, total_steps=10, is_exact=config.exact
+        )
 
     return make
 
@@ -419,6 +422,25 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(settings, run
     for name in ("reward/total", "kl/reference", "loss"):
         assert [line[name] for line in lines] == [line[name] for line in expected[1:]]
     assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4, "gradient_checkpointing": "all"}])
+def test_exact_mode_leaves_no_gap_between_sampling_and_the_first_update(settings, run) -> None:
+    settings = {"max_steps": 2, "learning_rate": 1e-3, "temperature": 0.8, "drop_constant_groups": False, **settings}
+    _, lines = run(exact=True, **settings)
+    assert [line["kl/sampling"] for line in lines] == [0.0, 0.0]
+    assert lines[0]["canary/gap"] == 0.0
+
+
+def test_exact_mode_refuses_an_update_that_computes_otherwise_than_the_sampler(load, dataset) -> None:
+    kept = {"drop_constant_groups": False, "mask_truncated_completions": False}
+    learner = load(exact=True, num_generations=2, max_new_tokens=5, **kept)
+    samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
+    groups = roll_out(learner, samples, learner.config, lambda trajectory, solution: paid(0.0))
+    with torch.no_grad():
+        learner.base.lm_head.weight += 1
+    with pytest.raises(NumericsError, match=r"weights: sampler \"\w+\", trainer \"\w+\""):
+        improve(learner, groups, learner.config, None)
 
 
 def test_canaries_are_logged_at_the_first_step_of_a_run_also_of_one_that_goes_on(run, tmp_path) -> None:

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers.utils.generic import is_flash_attention_requested
 
 from looktwice.errors import ConfigError, LooktwiceError
 from looktwice.model.attention import PACKED_SDPA
@@ -81,28 +80,22 @@ def alike() -> tuple[AbstractContextManager, AbstractContextManager]:
     return nullcontext(), ExactMode() if is_exact() else nullcontext()
 
 
-def check_exact(model: nn.Module) -> None:
+def check_exact(model: nn.Module, *, is_bf16: bool = False) -> None:
     """Raise ConfigError for a model, or settings of it, whose results exact mode does not make reproducible.
 
-    On a CPU it takes float32 and `sdpa`. On a GPU it takes flash-attention, whose forward depends on the row alone, and
-    is untested there.
+    It takes `sdpa`, whose causal attention it takes over, and float32 on a CPU. On a GPU, in bfloat16 too, the same
+    operations are used and tried, but that is untested.
     """
     device, dtypes = next(model.parameters()).device.type, {weight.dtype for weight in model.parameters()}
-    if device == "cpu" and dtypes != {torch.float32}:
-        named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ConfigError(f"exact mode computes in float32 on a CPU, the model holds {named}; leave bf16 and fp16 out")
+    if device == "cpu" and (is_bf16 or dtypes != {torch.float32}):
+        named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) if not is_bf16 else "bfloat16"
+        raise ConfigError(f"exact mode computes in float32 on a CPU, the model in {named}; leave bf16 and fp16 out")
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ConfigError(f"exact mode and a dropout of {module.p} ({name}) exclude each other; set lora_dropout 0")
-        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        is_known = (
-            implementation == PACKED_SDPA
-            if device == "cpu"
-            else is_flash_attention_requested(requested_attention_implementation=implementation)
-        )
-        if hasattr(module, "is_causal") and not is_known:
-            wanted = "sdpa" if device == "cpu" else "flash_attention_2"
-            raise ConfigError(f'exact mode takes attn_implementation "{wanted}" here, {name} has "{implementation}"')
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", PACKED_SDPA)
+        if hasattr(module, "is_causal") and implementation != PACKED_SDPA:
+            raise ConfigError(f'exact mode takes attn_implementation "sdpa", {name} has "{implementation}"')
 
 
 # --- matrix products

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -22,6 +23,7 @@ from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.sampling import Sampling, mixed_seed
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import merged
+from looktwice.model.numerics import check_same_numerics
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import Ovis2_5Processor, load_processor
 from looktwice.rewards import Reward, RewardFunction, load_reward, score
@@ -55,6 +57,8 @@ class Rollout:
     sample: Sample
     reward: Reward
     advantage: float = 0.0
+    numerics: Mapping[str, str] = field(default_factory=dict)
+    """What the bits of its logprobs depend on, under exact mode."""
 
     @property
     def trajectory(self) -> Trajectory:
@@ -71,7 +75,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     settings = (model, data, config)
     with claimed(config.output_dir):
         record = planned("grpo", settings, order, start)
-        learner = Learner.load(start, model, config, processor, total_steps=order.total_steps)
+        learner = Learner.load(start, model, config, processor, total_steps=order.total_steps, is_exact=config.exact)
         reference = learner.freeze_reference() if config.beta > 0 else None
         record = begin(learner, record, settings, order)
         lengths = LengthReport(config)
@@ -160,11 +164,18 @@ def roll_out(
     engine = BuiltinEngine(learner.base, max_rows=config.rollout_batch_size)
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
     seeds = [mixed_seed(config.seed, learner.step, place) for place in range(len(episodes))]
-    with learner.precision(), merged(learner.base):
+    # a merged weight has other bits than a layer and its adapter
+    with learner.precision(), nullcontext() if config.exact else merged(learner.base):
         play(engine, episodes, sampling, seeds)
+    numerics = learner.numerics() if config.exact else {}
     return [
         [
-            Rollout(episode=episode, sample=sample, reward=rewarded(episode.trajectory, sample, score_rollout))
+            Rollout(
+                episode=episode,
+                sample=sample,
+                reward=rewarded(episode.trajectory, sample, score_rollout),
+                numerics=numerics,
+            )
             for episode in group
         ]
         for sample, group in zip(samples, episodes)
@@ -211,7 +222,14 @@ def carries_signal(group: Sequence[Rollout], config: GRPOConfig) -> bool:
 def update_policy(
     learner: Learner, trained: Sequence[Rollout], config: GRPOConfig, reference: Reference | None
 ) -> dict[str, float]:
-    """`num_iterations` clipped updates on ids the policy sampled; metrics are means over them."""
+    """`num_iterations` clipped updates on ids the policy sampled; metrics are means over them.
+
+    Raises NumericsError under exact mode when the first would not compute as the sampler did.
+    """
+    if config.exact:
+        numerics = learner.numerics()
+        for rollout in trained:
+            check_same_numerics(trainer=numerics, sampler=rollout.numerics)
     rows = learner.rows([rollout.episode.example for rollout in trained])
     facts = split_like(rows, trained)
     num_tokens = sum(row.num_loss_tokens for row in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +25,11 @@ from looktwice.model.adapters import (
     trained_parameters,
 )
 from looktwice.model.attention import is_gpu, pick_attention
-from looktwice.model.exact import alike
+from looktwice.model.exact import ExactMode, alike, check_exact
 from looktwice.model.files import adapter_folder, weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+from looktwice.model.numerics import numerics_of
 from looktwice.model.quantization import quantization_of
 from looktwice.model.weights import load_model, load_trained, pick_device, write_model, written_whole
 from looktwice.processing.packing import PackedBatch, pack_rows
@@ -70,12 +71,20 @@ class Learner:
         self.total_steps = total_steps
         self.step = 0
         self.start: str | None = None
+        self.is_exact = False
         self.parameters = [parameter for _, parameter in trained_parameters(model)]
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
 
     @classmethod
     def load(
-        cls, name: str, model_config: ModelConfig, config: StageConfig, processor: Ovis2_5Processor, *, total_steps: int
+        cls,
+        name: str,
+        model_config: ModelConfig,
+        config: StageConfig,
+        processor: Ovis2_5Processor,
+        *,
+        total_steps: int,
+        is_exact: bool = False,
     ) -> Learner:
         """Load the model and make the parts trainable that the settings name; an adapter folder keeps its adapter.
 
@@ -104,7 +113,10 @@ class Learner:
         if towers == "auto":
             towers = "all" if is_gpu(device) else "none"
         recompute_layers(base_of(model), towers)
+        if is_exact:
+            check_exact(model, is_bf16=config.bf16)
         learner = cls(model, processor, config, total_steps=total_steps)
+        learner.is_exact = is_exact
         learner.start = learner.base.weights_fingerprint if adapter is None else weights_fingerprint(name)
         return learner
 
@@ -121,9 +133,19 @@ class Learner:
         """The examples in as many packed rows as the token limit asks for, in order."""
         return pack_rows(examples, self.max_tokens_per_row)
 
-    def precision(self) -> torch.autocast:
+    @contextmanager
+    def precision(self) -> Iterator[None]:
         """The precision of every forward, in training and in sampling alike."""
-        return torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.config.bf16)
+        with (
+            torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.config.bf16),
+            ExactMode() if self.is_exact else nullcontext(),
+        ):
+            yield
+
+    def numerics(self) -> dict[str, str]:
+        """What the last bits of the logprobs depend on, as things are now; see `numerics_of`."""
+        with self.precision():
+            return numerics_of(self.model, self.processor.policy, is_exact=self.is_exact)
 
     def score(self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
         """Logprobs of the trained tokens of a row, and their entropy if asked for."""
