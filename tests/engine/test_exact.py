@@ -46,7 +46,7 @@ class Looker:
         self.num_segments += 1
         if self.num_segments == len(self.budgets):
             return None
-        look = CropTool(self.processor).look(CALLS[self.num_segments % 2], self.image)
+        look = CropTool(self.processor).look(CALLS[self.num_segments % 2], [self.image])
         ids, images = observed(look, self.processor)
         self.example.append(ids, is_trained=False)
         self.example.images += images
