@@ -602,6 +602,7 @@ TRAIN_FLAGS = [
     "--use_lora",
     "--use_rslora",
     "--val_data",
+    "--vllm_servers",
     "--warmup_ratio",
     "--weight_decay",
 ]

@@ -353,12 +353,22 @@ class GRPOConfig(StageConfig):
     enable_thinking: bool = knob(True, "let rollouts think before they answer")
     thinking_budget: Positive | None = knob(None, "tokens of thinking before it is closed")
     rollout_batch_size: Positive = knob(16, "rollouts that advance together; more is faster and takes more memory")
+    vllm_servers: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
+        (), "addresses of vLLM servers that sample in place of this process, see docs/vllm.md"
+    )
     exact: bool = knob(False, "logprobs of rollouts equal to training's, to the last bit; slower, see docs/numerics.md")
 
     @model_validator(mode="after")
     def _check_bounds(self) -> GRPOConfig:
         if self.surrogate == "cispo" and self.epsilon is not None:
             raise ValueError("epsilon: cispo has no lower clip bound; leave it out or choose another surrogate")
+        if self.vllm_servers and self.exact:
+            raise ValueError("vllm_servers: vLLM has other kernels, so exact cannot hold; leave one of the two out")
+        if self.vllm_servers and (self.top_p < 1 or self.top_k > 0):
+            raise ValueError(
+                "vllm_servers: vLLM does not tell the plain logprobs that training needs under top_p or top_k; leave "
+                "those out"
+            )
         return self
 
     @model_validator(mode="before")

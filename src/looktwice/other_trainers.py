@@ -85,8 +85,9 @@ NOT_HERE = {
         num_processes world_size tensor_parallel_size tensor_model_parallel_size pipeline_parallel_size
         sequence_parallel_size context_parallel_size tp pp offload cpu_offload optimizer_offload offload_optimizer""",
     "float16 is not used; use --bf16, or neither for float32": "fp16 half float16 use_fp16 fp16_full_eval",
-    "the built-in engine samples": """use_vllm vllm vllm_mode vllm_gpu_memory_utilization gpu_memory_utilization
-        vllm_server_host vllm_server_port vllm_tensor_parallel_size use_sglang rollout_engine rollout_backend""",
+    "the built-in engine samples, or --vllm_servers do": """use_vllm vllm vllm_mode vllm_gpu_memory_utilization
+        gpu_memory_utilization vllm_server_host vllm_server_port vllm_tensor_parallel_size use_sglang rollout_engine
+        rollout_backend""",
     "metrics go to log.jsonl and TensorBoard files in the run folder": """report_to wandb use_wandb wandb_project
         wandb_entity wandb_name wandb_run_name run_name swanlab use_swanlab logging_dir log_dir tensorboard
         tensorboard_dir project_name experiment_name plot_loss logging_first_step disable_tqdm log_level""",

@@ -13,6 +13,7 @@ import torch
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig, SFTConfig
 from looktwice.data.sample import Sample
+from looktwice.engine.builtin import BuiltinEngine
 from looktwice.errors import DataError
 from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box, Size
@@ -318,6 +319,33 @@ def test_rollouts_of_another_step_are_others_and_those_of_the_same_step_the_same
     assert seen[0] == seen[1] != seen[2]
 
 
+def test_vllm_servers_sample_after_they_got_the_weights_of_the_step(
+    load, dataset, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[tuple] = []
+
+    class Servers(BuiltinEngine):
+        """The built-in engine in their place."""
+
+        def __init__(self, addresses, config, *, max_rollouts: int) -> None:
+            assert config is learner.processor.config
+            super().__init__(learner.base, max_rows=max_rollouts)
+            self.addresses = addresses
+
+        def push_weights(self, model, folder, version: str) -> None:
+            pushed.append((model, folder, version, self.addresses))
+
+    monkeypatch.setattr("looktwice.engine.vllm.VllmEngine", Servers)
+    settings = {"num_generations": 2, "max_new_tokens": 4, "output_dir": tmp_path}
+    learner = load(**settings, vllm_servers="http://a:8000, http://b:8000")
+    learner.step = 3
+    samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
+    [group] = roll_out(learner, samples, learner.config, lambda trajectory, solution: Reward(total=0.0))
+    assert pushed == [(learner.model, tmp_path / "served_weights", "3", ("http://a:8000", "http://b:8000"))]
+    [here] = roll_out(learner, samples, GRPOConfig(**settings), lambda trajectory, solution: Reward(total=0.0))
+    assert [one.trajectory.completion_ids for one in group] == [one.trajectory.completion_ids for one in here]
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_rollouts_are_sampled_in_the_precision_of_training(bf16, load, dataset) -> None:
     learner = load(num_generations=4, max_new_tokens=12, bf16=bf16)
@@ -427,9 +455,11 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(settings, run
 @pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4, "gradient_checkpointing": "all"}])
 def test_exact_mode_leaves_no_gap_between_sampling_and_the_first_update(settings, run) -> None:
     settings = {"max_steps": 2, "learning_rate": 1e-3, "temperature": 0.8, "drop_constant_groups": False, **settings}
-    _, lines = run(exact=True, **settings)
+    final, lines = run(exact=True, **settings)
     assert [line["kl/sampling"] for line in lines] == [0.0, 0.0]
     assert lines[0]["canary/gap"] == 0.0
+    told = json.loads((final.parent / "numerics.json").read_text())
+    assert len(told["digest"]) == 64 and told["facts"]["threads"] == 1
 
 
 def test_exact_mode_refuses_an_update_that_computes_otherwise_than_the_sampler(load, dataset) -> None:

@@ -44,6 +44,8 @@ class Scheduler:
         self.stuck: list[Trajectory] = []
         """Those that do not fit into the whole cache; the engine ends them."""
         self.num_passes = 0
+        self._given_up: set[Sequence] = set()
+        """What gave up its pages while the present pass was planned."""
 
     def add(self, trajectory: Trajectory) -> None:
         self.waiting.append(trajectory)
@@ -63,13 +65,14 @@ class Scheduler:
     def plan(self) -> list[Feed]:
         """What the next pass feeds; each sequence has the pages for it."""
         self.num_passes += 1
+        self._given_up.clear()
         self._admit()
         self._fork()
         feeds: dict[Sequence, Feed] = {}
         room = self.max_pass_tokens
         for sequence in self._in_turn():
-            if sequence not in self.live and sequence not in self.prompts:
-                continue  # gave up its cache to one before it
+            if sequence in self._given_up:
+                continue
             count = min(sequence.num_pending, room)
             if not count:
                 break
@@ -114,7 +117,7 @@ class Scheduler:
         """Rows whose prompt is computed go on after it."""
         for row in [*self.live]:
             prompt = row.prompt
-            if prompt is None or row.num_cached or prompt.num_pending or row not in self.live:
+            if prompt is None or row.num_cached or prompt.num_pending or row in self._given_up:
                 continue
             while not self.cache.fork(prompt, row):
                 if not self._make_room(row, {}):
@@ -134,20 +137,22 @@ class Scheduler:
         for prompt in self.prompts:
             if prompt not in read:
                 self._let_go(prompt)
+                self._given_up.add(prompt)
                 feeds.pop(prompt, None)
-                return True
+                return prompt is not sequence
         youngest = self.live[-1]
         if len(self.live) == 1:
             self.stuck.append(youngest)
             return False
         self.preempt(youngest)
         feeds.pop(youngest, None)
-        return youngest is not sequence and (sequence in self.prompts or sequence in self.live)
+        return sequence not in self._given_up
 
     def preempt(self, row: Trajectory) -> None:
         """Take a row's pages and put it at the head of the queue."""
         self.live.remove(row)
         self.cache.release(row)
+        self._given_up.add(row)
         row.num_preemptions += 1
         self.waiting.appendleft(row)
 

@@ -77,6 +77,12 @@ def digest(facts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
 
 
+def as_json(facts: Mapping[str, str]) -> str:
+    """The facts and their digest, as a file holds them."""
+    told = {"digest": digest(facts), "facts": {name: json.loads(value) for name, value in facts.items()}}
+    return json.dumps(told, indent=2) + "\n"
+
+
 def check_same_numerics(trainer: Mapping[str, str], sampler: Mapping[str, str]) -> None:
     """Raise NumericsError naming each fact that is not the same on both sides."""
     differing = [name for name in sorted({*trainer, *sampler}) if trainer.get(name) != sampler.get(name)]

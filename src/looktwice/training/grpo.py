@@ -23,7 +23,8 @@ from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.sampling import Sampling, mixed_seed
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import merged
-from looktwice.model.numerics import check_same_numerics
+from looktwice.model.numerics import as_json, check_same_numerics
+from looktwice.paths import write_result
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import Ovis2_5Processor, load_processor
 from looktwice.rewards import Reward, RewardFunction, load_reward, score
@@ -47,6 +48,10 @@ from looktwice.training.run import batch_order, begin, close_step, is_due, plann
 from looktwice.training.sets import LengthReport, load_sets
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
+NUMERICS = "numerics.json"
+"""Of an exact run: what the bits of its first logprobs depend on, and the digest of it."""
+SERVED_WEIGHTS = "served_weights"
+"""Folder in that of the run from which vLLM servers read the policy."""
 
 
 @dataclass(kw_only=True)
@@ -78,6 +83,8 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         learner = Learner.load(start, model, config, processor, total_steps=order.total_steps, is_exact=config.exact)
         reference = learner.freeze_reference() if config.beta > 0 else None
         record = begin(learner, record, settings, order)
+        if config.exact:
+            write_result(config.output_dir / NUMERICS, as_json(learner.numerics()))
         lengths = LengthReport(config)
         lengths.note(refits)
         lengths.show()
@@ -161,12 +168,7 @@ def roll_out(
         )
         for sample in samples
     ]
-    engine = BuiltinEngine(learner.base, max_rows=config.rollout_batch_size)
-    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
-    seeds = [mixed_seed(config.seed, learner.step, place) for place in range(len(episodes))]
-    # a merged weight has other bits than a layer and its adapter
-    with learner.precision(), nullcontext() if config.exact else merged(learner.base):
-        play(engine, episodes, sampling, seeds)
+    sample_episodes(learner, episodes, config)
     numerics = learner.numerics() if config.exact else {}
     return [
         [
@@ -180,6 +182,22 @@ def roll_out(
         ]
         for sample, group in zip(samples, episodes)
     ]
+
+
+def sample_episodes(learner: Learner, groups: Sequence[Sequence[Episode]], config: GRPOConfig) -> None:
+    """Play groups of sibling episodes with the present policy, here or on vLLM servers that get its weights first."""
+    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
+    seeds = [mixed_seed(config.seed, learner.step, place) for place in range(len(groups))]
+    if config.vllm_servers:
+        from looktwice.engine.vllm import VllmEngine  # needs the extra
+
+        servers = VllmEngine(config.vllm_servers, learner.processor.config, max_rollouts=config.rollout_batch_size)
+        servers.push_weights(learner.model, config.output_dir / SERVED_WEIGHTS, version=str(learner.step))
+        play(servers, groups, sampling, seeds)
+        return
+    # a merged weight has other bits than a layer and its adapter
+    with learner.precision(), nullcontext() if config.exact else merged(learner.base):
+        play(BuiltinEngine(learner.base, max_rows=config.rollout_batch_size), groups, sampling, seeds)
 
 
 def rewarded(trajectory: Trajectory, sample: Sample, score_rollout: RewardFunction) -> Reward:
