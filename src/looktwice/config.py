@@ -354,9 +354,9 @@ class GRPOConfig(StageConfig):
     thinking_budget: Positive | None = knob(None, "tokens of thinking before it is closed")
     rollout_batch_size: Positive = knob(16, "rollouts that advance together; more is faster and takes more memory")
     vllm_servers: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
-        (), "addresses of vLLM servers that sample in place of this process, see docs/vllm.md"
+        (), "addresses of vLLM servers that sample instead, see docs/vllm.md"
     )
-    exact: bool = knob(False, "logprobs of rollouts equal to training's, to the last bit; slower, see docs/numerics.md")
+    exact: bool = knob(False, "logprobs of rollouts and training alike to the last bit; costs time")
 
     @model_validator(mode="after")
     def _check_bounds(self) -> GRPOConfig:

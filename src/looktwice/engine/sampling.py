@@ -23,6 +23,8 @@ BLOCK = 1024
 """Ids whose weights are summed together: a draw finds its block first, then its id in the block."""
 CANDIDATES = 1024
 """Ids that top-p sorts at first; where they do not hold its share of the mass, it sorts all."""
+CACHED_LOGITS = 2**20
+"""Logits that a CPU works on at a time, so that they stay in its cache."""
 SMALLEST_TEMPERATURE = 1e-30
 """A smaller divisor would overflow, and decides alike."""
 
@@ -112,35 +114,47 @@ def draw(logits: Tensor, sampling: Sampling, banned: Tensor, numbers: Tensor | N
     `numbers` is not read when greedy, `seen` [B] only under a penalty. Plain means the whole distribution at this
     temperature, as training computes it; greedy has the plain one at temperature 1.
     """
+    at_once = max(1, CACHED_LOGITS // logits.shape[1])
+    if logits.device.type == "cpu" and len(logits) > at_once:
+        starts = range(0, len(logits), at_once)
+        parts = [
+            draw(
+                logits[start : start + at_once],
+                sampling,
+                banned,
+                None if numbers is None else numbers[start : start + at_once],
+                seen[start : start + at_once],
+            )
+            for start in starts
+        ]
+        return Draw(*map(torch.cat, zip(*parts)))
     divisor = max(sampling.temperature or 1.0, SMALLEST_TEMPERATURE)
     exact = distribution_logprobs(logits, divisor) if is_exact() else None  # first, since logits are overwritten
     scores = plain = logits.float() if divisor == 1 else logits.float() / divisor
-    normaliser = plain_normaliser = None
+    plain_normaliser = None
     if sampling.is_penalised:
         plain_normaliser = plain.logsumexp(-1)
         scores = _penalised(logits.float(), sampling, seen) / divisor
-    held = scores[:, banned].logsumexp(-1) if len(banned) else None
+    held = scores[:, banned].logsumexp(-1)
     scores.index_fill_(1, banned, -torch.inf)
     if sampling.is_greedy:
-        ids, normaliser = scores.argmax(-1), scores.logsumexp(-1)
-        drawn_normaliser = scores.gather(1, ids[:, None])[:, 0]  # greedy draws it for sure
+        ids = scores.argmax(-1)
+        normaliser = scores.logsumexp(-1)
+        drawn_logprobs = torch.zeros_like(normaliser)
     else:
         assert numbers is not None
-        top = scores.amax(-1, keepdim=True)
-        weights = torch.sub(scores, top).exp_()
+        weights = scores.softmax(-1)
         if sampling.is_truncated:
-            normaliser = top[:, 0] + weights.sum(-1).log()
-            weights.masked_fill_(scores < _threshold(scores, top, normaliser, sampling), 0)
+            weights.masked_fill_(weights < _threshold(weights, sampling), 0)
         ids, mass = _inverse_cdf(weights, numbers)
-        drawn_normaliser = top[:, 0] + mass.log()
-        normaliser = drawn_normaliser if normaliser is None else normaliser
-    if plain_normaliser is None:
-        plain_normaliser = normaliser if held is None else torch.logaddexp(normaliser, held)
-    chosen = scores.gather(1, ids[:, None])[:, 0]
-    plain_chosen = plain.gather(1, ids[:, None])[:, 0] - plain_normaliser
+        log_weights = weights.gather(1, ids[:, None])[:, 0].log()
+        normaliser = scores.gather(1, ids[:, None])[:, 0] - log_weights
+        drawn_logprobs = log_weights - mass.log()
     if exact is not None:
-        plain_chosen = exact.gather(1, ids[:, None])[:, 0]
-    return Draw(ids, plain_chosen, chosen - drawn_normaliser)
+        return Draw(ids, exact.gather(1, ids[:, None])[:, 0], drawn_logprobs)
+    if plain_normaliser is None:
+        plain_normaliser = torch.logaddexp(normaliser, held)
+    return Draw(ids, plain.gather(1, ids[:, None])[:, 0] - plain_normaliser, drawn_logprobs)
 
 
 def _inverse_cdf(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,25 +180,24 @@ def _inverse_cdf(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, 0].clamp(max=size - 1), mass[:, 0].float()
 
 
-def _threshold(scores: Tensor, top: Tensor, normaliser: Tensor, sampling: Sampling) -> Tensor:
-    """The lowest score [B, 1] that top-k, top-p and min-p leave; equal scores share their fate."""
-    lowest = torch.full_like(top, -torch.inf)
-    num_ids = scores.shape[-1]
+def _threshold(weights: Tensor, sampling: Sampling) -> Tensor:
+    """The lowest probability [B, 1] that top-k, top-p and min-p leave of [B, V]; equal ones share their fate."""
+    num_ids = weights.shape[-1]
+    lowest, mass = torch.zeros_like(weights[:, :1]), 1.0
     if 0 < sampling.top_k < num_ids:
-        lowest = scores.topk(sampling.top_k).values[:, -1:]
-        normaliser = scores.masked_fill(scores < lowest, -torch.inf).logsumexp(-1)
+        lowest = weights.topk(sampling.top_k).values[:, -1:]
+        mass = weights.masked_fill(weights < lowest, 0).sum(-1, keepdim=True)
     if sampling.top_p < 1:
         for count in (min(CANDIDATES, num_ids), num_ids):
-            ranked = scores.topk(count).values
-            shares = (ranked - normaliser[:, None]).exp()
-            running = shares.cumsum(-1)
+            ranked = weights.topk(count).values
+            running = (ranked / mass).cumsum(-1)
             if count == num_ids or bool((running[:, -1] >= sampling.top_p).all()):
                 break
-        is_kept = running - shares < max(sampling.top_p, SMALLEST_TEMPERATURE)
+        is_kept = running - ranked / mass < max(sampling.top_p, SMALLEST_TEMPERATURE)
         last = is_kept.sum(-1, keepdim=True).clamp(min=1) - 1
         lowest = torch.maximum(lowest, ranked.gather(1, last))
     if sampling.min_p > 0:
-        lowest = torch.maximum(lowest, top + math.log(sampling.min_p))
+        lowest = torch.maximum(lowest, weights.amax(-1, keepdim=True) * sampling.min_p)
     return lowest
 
 
