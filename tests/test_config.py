@@ -429,6 +429,7 @@ HELP = ("-h", "--help")
 CHECK_FLAGS = [
     "--answer_key",
     "--box_frame",
+    "--cache_tokens",
     "--crop_max_pixels",
     "--crop_min_pixels",
     "--decode",

@@ -353,6 +353,7 @@ class GRPOConfig(StageConfig):
     enable_thinking: bool = knob(True, "let rollouts think before they answer")
     thinking_budget: Positive | None = knob(None, "tokens of thinking before it is closed")
     rollout_batch_size: Positive = knob(16, "rollouts that advance together; more is faster and takes more memory")
+    cache_tokens: Positive | None = knob(None, "tokens that rollouts hold in the cache; default: by the memory")
     vllm_servers: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
         (), "addresses of vLLM servers that sample instead, see docs/vllm.md"
     )

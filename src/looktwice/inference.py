@@ -32,8 +32,9 @@ from looktwice.rollout.trajectory import Trajectory
 
 Question = Conversation | tuple[Shown | list[Shown] | VideoPart | None, str]
 """A conversation that ends where the assistant is to answer, or what is shown and what is asked about it."""
-AHEAD = 2
-"""How many times the live questions are begun, so that a slow one at the head holds up no others."""
+AHEAD, HELD = 2, 16
+"""How many times the live questions are begun, so that a free place is taken at once, and how many times they may wait
+for a slow one before them."""
 QUESTIONS_MEND = "give a list of pairs (picture, question), or of conversations"
 
 
@@ -129,15 +130,16 @@ class OvisInference:
         episodes = (start_episodes(prompt, self.processor, rules, look=look)[0] for prompt in conversations)
         begun: deque[Episode] = deque()
         while True:
-            for episode in islice(episodes, AHEAD * size - len(begun)):
+            num_live = sum(not episode.is_over for episode in begun)
+            for episode in islice(episodes, max(0, min(AHEAD * size - num_live, HELD * size - len(begun)))):
                 engine.submit(request_of([episode], sampling, seeds(episode.prompt)))
                 begun.append(episode)
             if not begun:
                 return
-            with engine.ready():
-                while not begun[0].is_over:
-                    engine.step()
-            yield begun.popleft()
+            if begun[0].is_over:
+                yield begun.popleft()
+            else:
+                engine.step()
 
 
 def seeds_of(seed: int | None) -> Callable[[Example], int]:

@@ -110,6 +110,7 @@ class Shell(torch.nn.Module):
     config = SimpleNamespace(
         visual_token_ids=(),
         image_token_id=-1,
+        vocab_size=VOCABULARY,
         llm_config=SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=1, _attn_implementation="sdpa"),
     )
 

@@ -341,6 +341,42 @@ def test_a_stop_text_ends_a_segment_where_it_is_complete(model, prompts, process
     assert wanted in written and wanted not in processor.decode(stopped.sampled[:-1])
 
 
+def test_a_stop_text_across_two_segments_is_seen(model, prompts, processor, image) -> None:
+    class Cut(Plan):
+        def respond(self, segment: Segment) -> Continuation | None:
+            self.example.append(segment.ids, is_trained=True)
+            self.segments.append(segment)
+            return Continuation(max_new_tokens=20) if segment.stop == "length" else None
+
+    engine = BuiltinEngine(model, decode=processor.decode)
+    free = Plan(budgets=[12], calls=[], prompt=prompts[0], processor=processor, image=image)
+    engine.run([Request(prompt=prompts[0], drivers=[free], max_new_tokens=12, seed=3)])
+    wanted = processor.decode(free.sampled[5:7])
+    cut = Cut(budgets=[], calls=[], prompt=prompts[0], processor=processor, image=image)
+    engine.run([Request(prompt=prompts[0], drivers=[cut], max_new_tokens=6, seed=3, stop_texts=(wanted,))])
+    assert [segment.stop for segment in cut.segments][-1] == "stop_text"
+    assert len(cut.sampled) <= 7
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_prompt_may_end_in_a_picture(size, model, prompts, processor, image) -> None:
+    end = len(prompts[0]) - prompts[0].input_ids[::-1].index(processor.config.image_token_id)
+    cut = Example(input_ids=prompts[0].input_ids[:end], loss_mask=[False] * end, images=prompts[0].images)
+    plans = [Plan(budgets=[2], calls=[], prompt=cut, processor=processor, image=image) for _ in range(size)]
+    BuiltinEngine(model).run([Request(prompt=cut, drivers=plans, max_new_tokens=2, sampling=GREEDY)])
+    assert [plan.sampled for plan in plans] == [
+        recomputed(model, plans[0].example, processor.config.visual_token_ids)
+    ] * size
+
+
+def test_forgotten_pictures_leave_no_memory_behind(model, processor, image) -> None:
+    features = runner.ImageFeatures(model, max_bytes=5000)
+    images = [processor.patch_image(image.rotate(turn)) for turn in range(4)]
+    features.of(images)
+    kept = list(features._known.values())
+    assert sum(one.untyped_storage().nbytes() for one in kept) <= 5000 < 4 * kept[0].nbytes if kept else True
+
+
 def test_time_that_is_up_ends_a_rollout_with_what_it_has(model, prompts, processor, image) -> None:
     plans = [Plan(budgets=[10_000], calls=[], prompt=prompts[0], processor=processor, image=image) for _ in range(2)]
     engine = BuiltinEngine(model)

@@ -348,7 +348,7 @@ def test_a_crop_beyond_the_visual_tokens_ends_the_answer_before_it(play_scripts)
     [free], _ = play_scripts(f"{CALL}{OTHER_CALL}{ANSWER}")
     _, first, second = (image.num_tokens for image in free.example.images)
     [cut], _ = play_scripts(f"{CALL}{OTHER_CALL}{ANSWER}", max_visual_tokens=first + second - 1)
-    assert outcome(cut) == ("max_visual_tokens", 2, [None])
+    assert outcome(cut) == ("max_visual_tokens", 2, [None, "too_many_tokens"])
     assert len(cut.example.images) == 2
     [enough], _ = play_scripts(f"{CALL}{OTHER_CALL}{ANSWER}", max_visual_tokens=first + second)
     assert outcome(enough) == ("answered", 3, [None, None])

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -21,9 +22,17 @@ from looktwice.messages import question_about
 from looktwice.metrics import METRICS
 from looktwice.model.numerics import NumericsError
 from looktwice.processing.packing import pack
-from looktwice.rewards import Reward
-from looktwice.rollout.trajectory import ToolCall
-from looktwice.training.grpo import Rollout, improve, roll_out, rollout_metrics, train_grpo
+from looktwice.rewards import Reward, score
+from looktwice.rollout.trajectory import StopReason, ToolCall
+from looktwice.training.grpo import (
+    Rollout,
+    improve,
+    rewarded,
+    roll_out,
+    rollout_metrics,
+    tell_failures,
+    train_grpo,
+)
 from looktwice.training.learner import Learner, TrainingError
 from looktwice.training.sft import train_sft
 
@@ -319,6 +328,24 @@ def test_rollouts_of_another_step_are_others_and_those_of_the_same_step_the_same
     assert seen[0] == seen[1] != seen[2]
 
 
+def test_rollouts_that_failed_are_told_and_stop_a_run_when_all_did(play_scripts, capsys) -> None:
+    [good], [bad] = (play_scripts(script)[0] for script in (RIGHT, WRONG))
+    bad.trajectory.stop_reason, bad.trajectory.error = "error", "ZeroDivisionError: in the tool"
+    rollouts = [
+        Rollout(episode=one, sample=SAMPLE, reward=rewarded(one.trajectory, SAMPLE, score)) for one in (good, bad)
+    ]
+    assert rollouts[0].reward.error is None and rollouts[1].reward.error == "ZeroDivisionError: in the tool"
+    tell_failures([rollouts])
+    assert "1 rollout of this step failed, the first by: ZeroDivisionError" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match="nothing can be learnt"):
+        tell_failures([rollouts[1:]])
+
+
+@pytest.mark.parametrize("reason", get_args(StopReason))
+def test_every_stop_reason_is_a_metric(reason) -> None:
+    assert f"rollout/stop/{reason}" in METRICS
+
+
 def test_vllm_servers_sample_after_they_got_the_weights_of_the_step(
     load, dataset, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +368,13 @@ def test_vllm_servers_sample_after_they_got_the_weights_of_the_step(
     learner.step = 3
     samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
     [group] = roll_out(learner, samples, learner.config, lambda trajectory, solution: Reward(total=0.0))
-    assert pushed == [(learner.model, tmp_path / "served_weights", "3", ("http://a:8000", "http://b:8000"))]
+    [(model, folder, version, addresses)] = pushed
+    assert (model, folder, addresses) == (
+        learner.model,
+        tmp_path / "served_weights",
+        ("http://a:8000", "http://b:8000"),
+    )
+    assert version.endswith("-3")
     [here] = roll_out(learner, samples, GRPOConfig(**settings), lambda trajectory, solution: Reward(total=0.0))
     assert [one.trajectory.completion_ids for one in group] == [one.trajectory.completion_ids for one in here]
 

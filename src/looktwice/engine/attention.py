@@ -50,12 +50,13 @@ class Rows(NamedTuple):
 
 class Chunk(NamedTuple):
     """Tokens `start` to `end` of a pass, of one sequence that has `num_before` ids in its `pages` [K * m], which are
-    places among the pages of all heads."""
+    places among the pages of all heads; if there are any, `seen` marks the keys that each token sees."""
 
     start: int
     end: int
     pages: Tensor
     num_before: int
+    seen: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,9 @@ def paged_attention(
     for chunk in paged.chunks:
         new = slice(chunk.start, chunk.end)
         queries, k, v, seen = query[:, :, new], key[:, :, new], value[:, :, new], None
-        if chunk.num_before:
-            length = chunk.num_before + chunk.end - chunk.start
-            k, v = (_side_by_side(store, chunk.pages, 1)[:, :, :length] for store in (keys, values))
-            seen = torch.ones(queries.shape[2], length, dtype=torch.bool, device=device).tril(chunk.num_before)
+        if chunk.seen is not None:
+            seen = chunk.seen.to(device)
+            k, v = (_side_by_side(store, chunk.pages, 1)[:, :, : seen.shape[1]] for store in (keys, values))
         out = F.scaled_dot_product_attention(
             queries, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
         )

@@ -10,24 +10,24 @@ import os
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
+from threading import Event
 
 import torch
 from torch import Tensor
 
 from looktwice.engine.attention import PAGED
 from looktwice.engine.cache import Cache
-from looktwice.engine.interface import Continuation, Request, Segment, StopCause
+from looktwice.engine.interface import Continuation, Request, Segment, StopCause, check_images
 from looktwice.engine.runner import ImageFeatures, Runner
 from looktwice.engine.sampling import Sampling, Seen, draw, mixed_seed, uniforms
 from looktwice.engine.scheduler import Feed, Scheduler
 from looktwice.engine.state import SharedPrompt, Trajectory
-from looktwice.errors import ConfigError
+from looktwice.errors import ConfigError, LooktwiceError
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.processing.images import PatchedImage
 
 PASS_TOKENS = 4096
 """Ids of a pass at the most: it bounds the memory of activations, and how long a long prompt holds up the others."""
@@ -79,12 +79,16 @@ class BuiltinEngine:
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         config = model.config.llm_config
+        if max_rows < 1:
+            raise ConfigError(f"max_rows is {max_rows}; it must be 1 or more")
+        if cache_tokens is None:
+            cache_tokens = default_cache_tokens(model)
+        elif cache_tokens < page_size:
+            raise ConfigError(f"cache_tokens is {cache_tokens}; it must be {page_size} or more, which is one page")
         self.model = model
         self.decode = decode
         self.stats = Stats()
-        self.cache = Cache(
-            config.num_hidden_layers, max_tokens=cache_tokens or default_cache_tokens(model), page_size=page_size
-        )
+        self.cache = Cache(config.num_hidden_layers, max_tokens=cache_tokens, page_size=page_size)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, max_pass_tokens=max_pass_tokens)
         self.runner = Runner(model, self.cache, ImageFeatures(model, max_bytes=FEATURE_BYTES))
         self._numbers = count()
@@ -94,16 +98,22 @@ class BuiltinEngine:
         self._threads = ThreadPoolExecutor(num_threads) if num_threads else None
         self._replies: dict[Future[Continuation | None], Trajectory] = {}
         self._late: dict[int, StopCause] = {}
+        self._timed: set[Trajectory] = set()
+        self._news = Event()
+        self._is_ready = False
 
     def submit(self, request: Request) -> list[int]:
-        """Queue a request. Raises ValueError when its pictures do not fit its ids, ConfigError for stop texts that
-        cannot be decoded."""
-        self._check(request.prompt.input_ids, request.prompt.images)
+        """Queue a request. Raises ValueError when it has no ids, or its pictures do not fit them, ConfigError for stop
+        texts that cannot be decoded."""
+        check_images(request.prompt.input_ids, request.prompt.images, self.model.config)
+        if not request.prompt.input_ids:
+            raise ValueError("the prompt has no ids; there is nothing to continue")
         if request.stop_texts and self.decode is None:
             raise ConfigError("stop texts need an engine with `decode`, which makes text of ids")
         prompt = None
         ids = request.prompt.input_ids
-        if len(request.drivers) > 1 and len(ids) > 1:
+        # the last id is fed by each sibling itself, and a picture cannot be cut in two
+        if len(request.drivers) > 1 and len(ids) > 1 and ids[-1] != self.model.config.image_token_id:
             prompt = SharedPrompt(ids=ids[:-1], images=[*request.prompt.images], num_readers=len(request.drivers))
         rows = [
             Trajectory(
@@ -114,50 +124,83 @@ class BuiltinEngine:
                 prompt=prompt,
                 ids=[*ids],
                 images=[*request.prompt.images],
+                sampled_from=len(ids),
                 allowance=request.max_new_tokens,
             )
             for place, driver in enumerate(request.drivers)
         ]
         self._arrivals.extend(rows)
+        self._news.set()
         return [row.number for row in rows]
 
     def cancel(self, number: int) -> None:
         self._cancelled.append(number)
+        self._news.set()
 
     def run(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self.submit(request)
-        with self.ready():
-            while self.step():
-                pass
+        """Submit requests and step until nothing is left; after an interruption the engine is empty."""
+        try:
+            for request in requests:
+                self.submit(request)
+            with self.ready():
+                while self.step():
+                    pass
+        except BaseException:
+            self._clear()
+            raise
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """What `step` needs around it: eval mode, no gradients, attention over pages. `run` enters it by itself."""
-        was_training, config = self.model.training, self.model.config.llm_config
+        """Eval mode, no gradients, attention over pages. `run` and `step` enter it by themselves; around many steps it
+        saves doing so at each."""
+        if self._is_ready:
+            yield
+            return
+        config, training = self.model.config.llm_config, [one for one in self.model.modules() if one.training]
         attention = config._attn_implementation
         self.model.eval()
         config._attn_implementation = PAGED
+        self._is_ready = True
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
+            self._is_ready = False
             config._attn_implementation = attention
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
 
     def step(self) -> bool:
-        """One pass; False when nothing is left to do. Call it inside `ready`."""
-        self._let_in()
-        self._hear_replies()
-        self._cut_off()
-        feeds = self.scheduler.plan()
-        self._end_stuck()
-        if feeds:
-            self._advance(feeds)
-        elif self._replies:
-            wait(self._replies, return_when=FIRST_COMPLETED)
-        self._count()
-        return bool(self._rows or self._arrivals or self._replies)
+        """One pass; False when nothing is left to do."""
+        with self.ready(), torch.no_grad():
+            self._news.clear()  # before anything is looked at, so that what comes later wakes it
+            # a rollout may arrive and be cancelled at once: who was cancelled now has arrived below
+            cancelled = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
+            self._let_in()
+            self._hear_replies()
+            self._cut_off(cancelled)
+            feeds = self.scheduler.plan()
+            self._start_clocks()
+            self._end_stuck()
+            if feeds:
+                self._advance(feeds)
+            elif self._replies:
+                self._wait()
+            self._count()
+            return bool(self._rows or self._arrivals or self._replies)
+
+    def _clear(self) -> None:
+        """Forget all rollouts, without a word to their drivers."""
+        self._arrivals.clear()
+        self._cancelled.clear()
+        self._replies.clear()
+        self._late.clear()
+        for row in [*self._rows.values()]:
+            self._forget(row)
+
+    def _wait(self) -> None:
+        """Until a driver replies, somebody comes or is cancelled, or time is up."""
+        deadlines = [row.deadline for row in self._timed if row.deadline is not None]
+        self._news.wait(max(0.0, min(deadlines) - time.monotonic()) if deadlines else None)
 
     def _let_in(self) -> None:
         while self._arrivals:
@@ -165,15 +208,22 @@ class BuiltinEngine:
             self._rows[row.number] = row
             self.scheduler.add(row)
 
-    def _cut_off(self) -> None:
+    def _start_clocks(self) -> None:
+        """A rollout's time runs from when it is first admitted."""
+        for row in self.scheduler.live:
+            if row.deadline is None and row.request.max_seconds is not None:
+                row.deadline = time.monotonic() + row.request.max_seconds
+                self._timed.add(row)
+
+    def _cut_off(self, cancelled: list[int]) -> None:
         """End what was cancelled or ran out of time."""
-        while self._cancelled:
-            if row := self._rows.get(self._cancelled.popleft()):
+        for number in cancelled:
+            if row := self._rows.get(number):
                 self._end(row, "cancelled")
-        if any(row.deadline is not None for row in self.scheduler.live):
+        if self._timed:
             now = time.monotonic()
-            for row in [*self.scheduler.live, *self.scheduler.waiting]:
-                if row.deadline is not None and now >= row.deadline and not row.is_paused:
+            for row in [*self._timed]:
+                if row.deadline is not None and now >= row.deadline:
                     self._end(row, "seconds")
 
     def _end_stuck(self) -> None:
@@ -182,19 +232,29 @@ class BuiltinEngine:
         self.scheduler.stuck.clear()
 
     def _advance(self, feeds: list[Feed]) -> None:
-        started = time.process_time()
-        self.runner.embed(feeds)
-        embedded = time.process_time()
         rows: list[Trajectory] = [feed.sequence for feed in feeds if feed.is_sampled]  # type: ignore[misc]
-        logits = self.runner.forward(feeds)
-        computed = time.process_time()
-        drawn = self._draw(rows, logits) if rows else []
-        sampled = time.process_time()
+        times = [time.process_time()]
+        try:
+            self.runner.embed(feeds)
+            times.append(time.process_time())
+            logits = self.runner.forward(feeds)
+            times.append(time.process_time())
+            drawn = self._draw(rows, logits) if rows else []
+            times.append(time.process_time())
+        except LooktwiceError:
+            raise
+        except Exception as error:  # such as a picture that takes more memory than there is
+            fed = {feed.sequence for feed in feeds}
+            for row in [*self.scheduler.live]:
+                if row in fed or row.prompt in fed:
+                    self._fail(row, error)
+            return
+        self._time(feeds, times)
         self._measure(len(rows))
-        for row, (token, logprob, drawn_logprob) in zip(rows, drawn):
-            row.take(token, logprob, drawn_logprob)
+        for row, new in zip(rows, drawn):
+            row.take(*new)
+        for row in rows:
             self._settle(row)
-        self._time(feeds, started, embedded, computed, sampled)
 
     def _draw(self, rows: list[Trajectory], logits: Tensor) -> list[tuple[int, float, float]]:
         """The next id of each row with its two logprobs; one copy from the device for all."""
@@ -221,8 +281,6 @@ class BuiltinEngine:
     def _settle(self, row: Trajectory) -> None:
         """Tell a row's driver of its newest id, and ask it how to go on when the segment is complete."""
         request = row.request
-        if row.deadline is None and request.max_seconds is not None:
-            row.deadline = time.monotonic() + request.max_seconds
         try:
             row.driver.hear(row.new_ids[-1], row.logprobs[-1])
         except Exception as error:
@@ -242,13 +300,16 @@ class BuiltinEngine:
         assert self.decode is not None
         texts = row.request.stop_texts
         # an id stands for one byte at least
-        tail = self.decode(row.new_ids[-max(len(text.encode()) for text in texts) - 4 :])
+        longest = max(len(text.encode()) for text in texts) + 4
+        tail = self.decode(row.ids[max(row.sampled_from, len(row.ids) - longest) :])
         return any(text in tail for text in texts)
 
     def _ask(self, row: Trajectory, segment: Segment) -> None:
         row.is_paused = True
         if self._threads is not None:
-            self._replies[self._threads.submit(row.driver.respond, segment)] = row
+            reply_to_come = self._threads.submit(row.driver.respond, segment)
+            self._replies[reply_to_come] = row
+            reply_to_come.add_done_callback(lambda _: self._news.set())
             return
         started = time.process_time()
         try:
@@ -278,17 +339,12 @@ class BuiltinEngine:
             self._forget(row)
             return
         try:
-            self._check(reply.ids, reply.images)
+            check_images(reply.ids, reply.images, self.model.config)
         except ValueError as error:
             self._fail(row, error)
             return
         row.go_on(reply)
         row.since = self.scheduler.num_passes
-
-    def _check(self, ids: Sequence[int], images: Sequence[PatchedImage]) -> None:
-        atoms, needed = ids.count(self.model.config.image_token_id), sum(image.num_tokens for image in images)
-        if atoms != needed:
-            raise ValueError(f"{atoms} visual tokens among the ids, {needed} in the pictures")
 
     def _end(self, row: Trajectory, stop: StopCause) -> None:
         """Cut a rollout off; its driver is told."""
@@ -302,20 +358,23 @@ class BuiltinEngine:
         try:
             row.driver.respond(row.close(stop))
         except Exception as error:
-            row.driver.fail(error)
+            self._fail(row, error)
 
     def _fail(self, row: Trajectory, error: Exception) -> None:
         if row.number in self._rows:
             self._forget(row)
-        row.driver.fail(error)
+        with suppress(Exception):  # nobody else is left to be told
+            row.driver.fail(error)
 
     def _forget(self, row: Trajectory) -> None:
         del self._rows[row.number]
+        self._timed.discard(row)
         self.scheduler.remove(row)
         self.stats.num_finished += 1
         self.stats.num_preemptions += row.num_preemptions
 
-    def _time(self, feeds: list[Feed], started: float, embedded: float, computed: float, sampled: float) -> None:
+    def _time(self, feeds: list[Feed], times: list[float]) -> None:
+        started, embedded, computed, sampled = times
         num_single = sum(feed.count == 1 for feed in feeds)
         num_fed = sum(feed.count for feed in feeds)
         seconds, tokens = self.stats.seconds, self.stats.tokens
@@ -353,6 +412,8 @@ def default_cache_tokens(model: Ovis2_5ForConditionalGeneration) -> int:
     width = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
+        # what torch keeps for later is free too
+        free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, int(free * CACHE_SHARE) // (2 * width * model.dtype.itemsize))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from transformers import PreTrainedConfig
+
 from looktwice.engine.sampling import Sampling
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example
@@ -63,8 +65,8 @@ class Request:
 
     `max_new_tokens` is how many ids to sample before the first decision. `seed` and the number of the driver decide
     the random numbers of a rollout, nothing else does. `stop_ids` and `stop_texts` end a segment and stay in it;
-    `banned_ids` are never sampled, nor are the ids of visual tokens. `max_seconds` is counted from the first step
-    that works on a rollout.
+    `banned_ids` are never sampled, nor are the ids of visual tokens. `max_seconds` is counted from when a rollout
+    is admitted, the time of its driver included.
     """
 
     prompt: Example
@@ -76,6 +78,15 @@ class Request:
     stop_texts: tuple[str, ...] = ()
     banned_ids: frozenset[int] = frozenset()
     max_seconds: float | None = None
+
+
+def check_images(ids: Sequence[int], images: Sequence[PatchedImage], config: PreTrainedConfig) -> None:
+    """Raise ValueError for ids outside the vocabulary, or whose visual tokens are not as many as the pictures have."""
+    if not all(0 <= token < config.vocab_size for token in ids):
+        raise ValueError(f"an id lies outside the vocabulary of {config.vocab_size}")
+    atoms, needed = ids.count(config.image_token_id), sum(image.num_tokens for image in images)
+    if atoms != needed:
+        raise ValueError(f"{atoms} visual tokens among the ids, {needed} in the pictures")
 
 
 class Engine(Protocol):

@@ -17,7 +17,7 @@ from torch import Tensor
 from looktwice.engine.attention import HIDDEN, Chunk, Pass, Reads, Rows
 from looktwice.engine.cache import Cache
 from looktwice.engine.scheduler import Feed
-from looktwice.engine.state import Sequence, SharedPrompt
+from looktwice.engine.state import Sequence
 from looktwice.model.exact import is_exact
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.images import PatchedImage
@@ -59,7 +59,11 @@ class ImageFeatures:
         self.num_encoded += len(images)
         pixels = torch.cat([image.pixel_values for image in images]).to(self.model.device)
         grids = torch.tensor([image.grid_thw for image in images], device=self.model.device)
-        return self.model.get_image_features(pixels, grids).split([image.num_tokens for image in images])
+        features = self.model.get_image_features(pixels, grids)
+        if len(images) == 1:
+            return [features]
+        # copies, so that a forgotten picture's memory is free although those of its batch are kept
+        return [one.clone() for one in features.split([image.num_tokens for image in images])]
 
 
 def _batches(images: list[PatchedImage]) -> Iterator[list[PatchedImage]]:
@@ -156,7 +160,8 @@ class Runner:
         chunks, start = [], num_single
         for feed in feeds[num_single:]:
             own = torch.from_numpy(self._of_heads(np.array([feed.sequence.pages]))).to(device)
-            chunks.append(Chunk(start, start + feed.count, own, feed.sequence.num_cached))
+            seen = self._seen(feed) if feed.sequence.num_cached else None
+            chunks.append(Chunk(start, start + feed.count, own, feed.sequence.num_cached, seen))
             start += feed.count
         singles = [feed.sequence for feed in feeds[:num_single]]
         groups = self._groups(singles)
@@ -170,6 +175,12 @@ class Runner:
             chunks=chunks,
         )
         return paged, stored[2]
+
+    def _seen(self, feed: Feed) -> Tensor:
+        """Which of all keys each id of a chunk sees."""
+        before = feed.sequence.num_cached
+        everything = torch.ones(feed.count, before + feed.count, dtype=torch.bool, device=self.model.device)
+        return everything.tril(before)
 
     def _rows(self, singles: list[Sequence]) -> list[Rows]:
         """Rows of about one length together; they come with the longest first."""
@@ -200,21 +211,21 @@ class Runner:
         num_keys = self.model.config.llm_config.num_key_value_heads
         return (pages[:, None] * num_keys + np.arange(num_keys)[:, None]).ravel()
 
-    def _groups(self, rows: list[Sequence]) -> dict[SharedPrompt, list[int]]:
-        """Siblings by their prompt, where reading it once for all of them pays."""
-        siblings: dict[SharedPrompt, list[int]] = {}
+    def _groups(self, rows: list[Sequence]) -> dict[int, list[int]]:
+        """Siblings by the first page of their prompt, where reading it once for all of them pays."""
+        siblings: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             if row.num_shared:
-                siblings.setdefault(row.prompt, []).append(place)  # type: ignore[attr-defined]
-        groups = {prompt: places for prompt, places in siblings.items() if len(places) > 1}
+                siblings.setdefault(row.pages[0], []).append(place)
+        groups = {first: places for first, places in siblings.items() if len(places) > 1}
         config = self.model.config.llm_config
         page_bytes = 2 * config.num_key_value_heads * self.cache.page_size * config.head_dim * self.model.dtype.itemsize
         again = sum((len(places) - 1) * rows[places[0]].num_shared for places in groups.values())
         return groups if again * page_bytes > SHARED_BYTES else {}
 
-    def _reads(self, rows: list[Sequence], groups: dict[SharedPrompt, list[int]]) -> list[Reads]:
+    def _reads(self, rows: list[Sequence], groups: dict[int, list[int]]) -> list[Reads]:
         """What rows that feed one id read page by page: pages of groups once for all siblings, the others by row."""
-        firsts = [row.num_shared if getattr(row, "prompt", None) in groups else 0 for row in rows]
+        firsts = [row.num_shared if row.pages[0] in groups else 0 for row in rows]
         reads = [self._own_reads(rows, firsts)]
         by_size: dict[int, list[list[int]]] = {}
         for places in groups.values():

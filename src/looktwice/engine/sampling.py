@@ -183,7 +183,7 @@ def _inverse_cdf(weights: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 def _threshold(weights: Tensor, sampling: Sampling) -> Tensor:
     """The lowest probability [B, 1] that top-k, top-p and min-p leave of [B, V]; equal ones share their fate."""
     num_ids = weights.shape[-1]
-    lowest, mass = torch.zeros_like(weights[:, :1]), 1.0
+    lowest, mass = torch.zeros_like(weights[:, :1]), torch.ones_like(weights[:, :1])
     if 0 < sampling.top_k < num_ids:
         lowest = weights.topk(sampling.top_k).values[:, -1:]
         mass = weights.masked_fill(weights < lowest, 0).sum(-1, keepdim=True)

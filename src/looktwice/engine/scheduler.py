@@ -102,7 +102,7 @@ class Scheduler:
 
     def _pages_needed(self, row: Trajectory) -> int:
         """Pages that a row takes from the cache when it is admitted, and those that admitted ones still lack."""
-        prompts = {prompt for live in self.live if (prompt := live.prompt) is not None}
+        prompts = {*self.prompts}
         lacking = sum(self.cache.missing(prompt, len(prompt.ids)) for prompt in prompts)
         needed = self.cache.pages_for(len(row.ids) + 1)
         if row.prompt is not None:
@@ -131,9 +131,9 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence, feeds: dict[Sequence, Feed]) -> bool:
-        """Free the pages of a prompt that no live row reads, else of the youngest row; False if that is the one that
-        asks for them."""
-        read = {row.prompt for row in self.live}
+        """Free the pages of a prompt that no live row waits for (rows after it hold what is shared), else those of the
+        youngest row; False if that is the one that asks for them."""
+        read = {row.prompt for row in self.live if not row.num_cached}
         for prompt in self.prompts:
             if prompt not in read:
                 self._let_go(prompt)

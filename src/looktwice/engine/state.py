@@ -61,6 +61,8 @@ class Trajectory(Sequence):
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
+    sampled_from: int = 0
+    """Place of the first id that was sampled since something was put in."""
     deadline: float | None = None
     is_paused: bool = False
     """Its driver has not replied yet."""
@@ -69,7 +71,7 @@ class Trajectory(Sequence):
     @property
     def is_blocked(self) -> bool:
         """Whether it waits for its prompt or its driver."""
-        return self.is_paused or (self.prompt is not None and self.prompt.num_pending > 0)
+        return self.is_paused or (self.prompt is not None and not self.num_cached and self.prompt.num_pending > 0)
 
     @property
     def position(self) -> int:
@@ -91,6 +93,8 @@ class Trajectory(Sequence):
     def go_on(self, continuation: Continuation) -> None:
         """Put in what the driver gave."""
         self.ids += continuation.ids
+        if continuation.ids:
+            self.sampled_from = len(self.ids)
         self.images += continuation.images
         self.allowance = continuation.max_new_tokens
         self.is_paused = False

@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import nn
 
-from looktwice.engine.interface import Driver, Request, Segment, StopCause
+from looktwice.engine.interface import Driver, Request, Segment, StopCause, check_images
 from looktwice.engine.sampling import mixed_seed
 from looktwice.engine.vllm_server import Answer, Piece, Prompt, VllmServer, check_sampling
 from looktwice.errors import ConfigError
@@ -103,7 +103,7 @@ class VllmEngine:
     def submit(self, request: Request) -> list[int]:
         """Queue a request. Raises ValueError when its pictures do not fit its ids, ConfigError for a sampling that
         vLLM has not."""
-        self._check(request.prompt.input_ids, request.prompt.images)
+        check_images(request.prompt.input_ids, request.prompt.images, self.config)
         check_sampling(request.sampling)
         group = [
             Rollout(
@@ -140,12 +140,16 @@ class VllmEngine:
         return bool(self._rollouts or self._arrivals)
 
     def push_weights(self, model: nn.Module, folder: Path, version: str) -> None:
-        """Have all servers sample from this model: what follows is of `version`. Call it from the thread that steps.
+        """Have all servers sample from this model: what follows is of `version`. Nothing is done if all have it.
+
+        Call it from the thread that steps.
 
         The weights are written to `folder`, adapters merged, which every server must see under the same path. Answers
         begun before are finished first. Raises CheckpointError when they cannot be written, ServerError when a server
         does not take them.
         """
+        if all(server.weight_version == version for server in self.servers):
+            return
         folder = folder.absolute()
         save_merged(model, folder)
         with ThreadPoolExecutor(len(self.servers)) as threads:
@@ -213,7 +217,7 @@ class VllmEngine:
         try:
             reply = rollout.driver.respond(rollout.close(stop))
             if reply is not None:
-                self._check(reply.ids, reply.images)
+                check_images(reply.ids, reply.images, self.config)
         except Exception as error:
             self._fail(rollout, error)
             return
@@ -275,8 +279,3 @@ class VllmEngine:
         self._deadlines.pop(rollout.number, None)
         if rollout.answer is not None:
             rollout.answer.close()
-
-    def _check(self, ids: Sequence[int], images: Sequence[PatchedImage]) -> None:
-        atoms, needed = ids.count(self.config.image_token_id), sum(image.num_tokens for image in images)
-        if atoms != needed:
-            raise ValueError(f"{atoms} visual tokens among the ids, {needed} in the pictures")

@@ -75,6 +75,15 @@ def is_exact() -> bool:
     return _DEPTH.get() > 0
 
 
+def without_dropout(model: nn.Module) -> float:
+    """Switch dropout off for good, which would draw other numbers for a row in other company; the largest there was."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    largest = max((layer.p for layer in layers), default=0.0)
+    for layer in layers:
+        layer.p = 0.0
+    return largest
+
+
 def alike() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The `context_fn` of torch's checkpoint: what backward computes once more is exact if it was the first time."""
     return nullcontext(), ExactMode() if is_exact() else nullcontext()
@@ -91,8 +100,6 @@ def check_exact(model: nn.Module, *, is_bf16: bool = False) -> None:
         named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) if not is_bf16 else "bfloat16"
         raise ConfigError(f"exact mode computes in float32 on a CPU, the model in {named}; leave bf16 and fp16 out")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ConfigError(f"exact mode and a dropout of {module.p} ({name}) exclude each other; set lora_dropout 0")
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", PACKED_SDPA)
         if hasattr(module, "is_causal") and implementation != PACKED_SDPA:
             raise ConfigError(f'exact mode takes attn_implementation "sdpa", {name} has "{implementation}"')

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL import Image
@@ -166,6 +166,8 @@ class Episode:
         ids, images = observed(observation, self.processor)
         self.num_visual_tokens += sum(image.num_tokens for image in images)
         if self.rules.max_visual_tokens is not None and self.num_visual_tokens > self.rules.max_visual_tokens:
+            self.trajectory.calls.append(replace(observation.call, box=None, size=None, error="too_many_tokens"))
+            self.watcher.crop_done(self.trajectory.calls[-1])
             self._finish("max_visual_tokens")
             return None
         self.trajectory.calls.append(observation.call)
@@ -222,8 +224,9 @@ class Episode:
     def _finish(self, reason: StopReason) -> None:
         self.trajectory.stop_reason = reason
         self.trajectory.text = self._text()
-        self.is_over = True
-        self.watcher.finished(self.trajectory)
+        if not self.is_over:
+            self.is_over = True
+            self.watcher.finished(self.trajectory)
 
 
 def start_episodes(
@@ -248,6 +251,8 @@ def start_episodes(
         look = look or CropTool(processor, is_video=True).look
     example = encode_conversation(opened, processor, purpose="prompt", thinking=rules.thinking)
     followed = watchers or [Watcher() for _ in range(count)]
+    if len(followed) != count:
+        raise ValueError(f"{len(followed)} watchers for {count} episodes; give one each, or none")
     return [Episode(example, images, processor, rules, look, frame_size, watcher) for watcher in followed]
 
 

@@ -76,9 +76,9 @@ def check_rollout(learner: Learner, episode: Episode, *, temperature: float) -> 
 
 def _check_gap(learner: Learner, gap: float, *, num_tokens: int) -> None:
     is_rough = learner.config.bf16 or quantization_of(learner.base) != "none"
-    limit = LARGEST_ROUGH_GAP if is_rough else LARGEST_GAP
+    limit = 0.0 if learner.is_exact else LARGEST_ROUGH_GAP if is_rough else LARGEST_GAP
     if not gap <= limit:  # refuses NaN too
-        precision = "bfloat16 or over a quantised base" if is_rough else "float32"
+        precision = "exact mode" if learner.is_exact else "bfloat16 or over a quantised base" if is_rough else "float32"
         raise TrainingError(
             f"engine and trainer disagree: the logprobs of {counted(num_tokens, 'sampled token')} differ by {gap:.3g} "
             f"nats on average, and rounding in {precision} gives at most {limit}; updates would be of another policy "

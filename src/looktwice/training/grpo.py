@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean as mean
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.sampling import Sampling, mixed_seed
+from looktwice.errors import counted
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import merged
 from looktwice.model.numerics import as_json, check_same_numerics
@@ -33,7 +35,7 @@ from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episode
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
 from looktwice.training.canaries import check_rollouts
 from looktwice.training.folder import claimed
-from looktwice.training.learner import Learner, Reference, Scores
+from looktwice.training.learner import Learner, Reference, Scores, TrainingError
 from looktwice.training.losses import (
     aggregate,
     cispo_surrogate,
@@ -48,8 +50,11 @@ from looktwice.training.run import batch_order, begin, close_step, is_due, plann
 from looktwice.training.sets import LengthReport, load_sets
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
+NO_ROOM = "longer than the memory of the cache; set --cache_tokens higher, or --max_new_tokens or --max_pixels lower"
 NUMERICS = "numerics.json"
 """Of an exact run: what the bits of its first logprobs depend on, and the digest of it."""
+RUN = uuid4().hex[:8]
+"""Tells the weights that this process pushes to servers from those of another."""
 SERVED_WEIGHTS = "served_weights"
 """Folder in that of the run from which vLLM servers read the policy."""
 
@@ -78,6 +83,10 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     score_rollout = load_reward(config.reward)
     order = batch_order(len(samples), config)
     settings = (model, data, config)
+    if config.vllm_servers:  # one that cannot be used is told before the model is loaded
+        from looktwice.engine.vllm import VllmEngine
+
+        VllmEngine(config.vllm_servers, processor.config)
     with claimed(config.output_dir):
         record = planned("grpo", settings, order, start)
         learner = Learner.load(start, model, config, processor, total_steps=order.total_steps, is_exact=config.exact)
@@ -100,6 +109,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 metrics: dict[str, float] = {}
                 if prompts:
                     groups = roll_out(learner, prompts, config, score_rollout)
+                    tell_failures(groups)
                     metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
                     if not canaries:  # once a run, also after a resume: three forwards of one rollout
                         episodes = [rollout.episode for group in groups for rollout in group]
@@ -168,8 +178,7 @@ def roll_out(
         )
         for sample in samples
     ]
-    sample_episodes(learner, episodes, config)
-    numerics = learner.numerics() if config.exact else {}
+    numerics = sample_episodes(learner, episodes, config)
     return [
         [
             Rollout(
@@ -184,27 +193,48 @@ def roll_out(
     ]
 
 
-def sample_episodes(learner: Learner, groups: Sequence[Sequence[Episode]], config: GRPOConfig) -> None:
-    """Play groups of sibling episodes with the present policy, here or on vLLM servers that get its weights first."""
+def sample_episodes(learner: Learner, groups: Sequence[Sequence[Episode]], config: GRPOConfig) -> Mapping[str, str]:
+    """Play groups of sibling episodes with the present policy, here or on vLLM servers that get its weights first.
+
+    Gives what the bits of the logprobs depended on, under exact mode.
+    """
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
     seeds = [mixed_seed(config.seed, learner.step, place) for place in range(len(groups))]
     if config.vllm_servers:
         from looktwice.engine.vllm import VllmEngine  # needs the extra
 
         servers = VllmEngine(config.vllm_servers, learner.processor.config, max_rollouts=config.rollout_batch_size)
-        servers.push_weights(learner.model, config.output_dir / SERVED_WEIGHTS, version=str(learner.step))
+        servers.push_weights(learner.model, config.output_dir / SERVED_WEIGHTS, version=f"{RUN}-{learner.step}")
         play(servers, groups, sampling, seeds)
-        return
+        return {}
     # a merged weight has other bits than a layer and its adapter
     with learner.precision(), nullcontext() if config.exact else merged(learner.base):
-        play(BuiltinEngine(learner.base, max_rows=config.rollout_batch_size), groups, sampling, seeds)
+        engine = BuiltinEngine(learner.base, max_rows=config.rollout_batch_size, cache_tokens=config.cache_tokens)
+        play(engine, groups, sampling, seeds)
+        return learner.numerics() if config.exact else {}
 
 
 def rewarded(trajectory: Trajectory, sample: Sample, score_rollout: RewardFunction) -> Reward:
-    """The reward of a finished rollout; failed when the rollout did."""
-    if trajectory.stop_reason == "error":
-        return Reward(total=math.nan, error=trajectory.error)
+    """The reward of a finished rollout; failed when the rollout did, by no fault of the policy."""
+    if error := failure_of(trajectory):
+        return Reward(total=math.nan, error=error)
     return score_rollout(trajectory, sample.solution)
+
+
+def failure_of(trajectory: Trajectory) -> str | None:
+    """What kept a rollout from being played to its end, if it was neither the policy nor a limit."""
+    return {"error": trajectory.error, "no_room": NO_ROOM}.get(trajectory.stop_reason)
+
+
+def tell_failures(groups: Sequence[Sequence[Rollout]]) -> None:
+    """Say how many rollouts of a step failed, and why the first did. Raises TrainingError when all did."""
+    failures = [failure for group in groups for rollout in group if (failure := failure_of(rollout.trajectory))]
+    if not failures:
+        return
+    told = f"{counted(len(failures), 'rollout')} of this step failed, the first by: {failures[0]}"
+    if len(failures) == sum(map(len, groups)):
+        raise TrainingError(f"{told}; nothing can be learnt from them")
+    print(told)
 
 
 def improve(

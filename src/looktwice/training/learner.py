@@ -25,7 +25,7 @@ from looktwice.model.adapters import (
     trained_parameters,
 )
 from looktwice.model.attention import is_gpu, pick_attention
-from looktwice.model.exact import ExactMode, alike, check_exact
+from looktwice.model.exact import ExactMode, alike, check_exact, without_dropout
 from looktwice.model.files import adapter_folder, weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
@@ -95,6 +95,8 @@ class Learner:
         adapter = adapter_folder(locate(name))
         has_adapter = config.use_lora or adapter is not None
         check_start(name, adapter, model_config, config)
+        if is_exact and model_config.quantization != "none":
+            raise ConfigError("exact mode does not hold over a quantised base; leave --quantization or --exact out")
         check_attention(model_config, device)
         # full fine-tuning keeps float32 weights and computes in bfloat16; under LoRA only the adapters are float32
         model = load_model(
@@ -115,6 +117,8 @@ class Learner:
         recompute_layers(base_of(model), towers)
         if is_exact:
             check_exact(model, is_bf16=config.bf16)
+            if dropped := without_dropout(model):
+                print(f"exact mode: the adapter goes on without its dropout of {dropped}")
         learner = cls(model, processor, config, total_steps=total_steps)
         learner.is_exact = is_exact
         learner.start = learner.base.weights_fingerprint if adapter is None else weights_fingerprint(name)
