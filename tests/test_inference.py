@@ -498,3 +498,15 @@ def test_the_tiny_model_reads_a_card_however_it_computes(settings, image: Image.
         for chosen in ({}, settings)
     )
     assert other["response"] == plain["response"]
+
+
+def test_limits_and_penalties_of_a_call_reach_its_decoding(ask, image) -> None:
+    inference = ask(temperature=1.0, max_new_tokens=12)
+    free = inference.generate(image, "What?", seed=5)
+    assert inference.generate(image, "What?", seed=5, max_turn_tokens=3)["stop_reason"] == "max_turn_tokens"
+    text = free["response"][2:5]
+    stopped = inference.generate(image, "What?", seed=5, stop_texts=[text])
+    assert stopped["stop_reason"] == "stop_text" and stopped["response"].endswith(text)
+    for setting in ({"min_p": 1.0}, {"repetition_penalty": 5.0}, {"presence_penalty": 50.0}):
+        assert inference.generate(image, "What?", seed=5, **setting)["response"] != free["response"]
+    assert inference.generate(image, "What?", seed=5, max_seconds=60)["response"] == free["response"]

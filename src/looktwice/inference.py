@@ -119,12 +119,23 @@ class OvisInference:
             max_new_tokens=generation.max_new_tokens,
             thinking=generation.enable_thinking,
             thinking_budget=generation.enforced_budget,
+            max_turn_tokens=generation.max_turn_tokens,
+            max_visual_tokens=generation.max_visual_tokens,
+            max_seconds=generation.max_seconds,
+            stop_texts=generation.stop_texts,
         )
         if isinstance(questions, (str, bytes, Conversation)) or not isinstance(questions, Iterable):
             raise ConfigError(f"the questions are of type {type(questions).__name__}; {QUESTIONS_MEND}")
-        sampling = Sampling(temperature=generation.sampling_temperature, top_p=generation.top_p, top_k=generation.top_k)
+        sampling = Sampling(
+            temperature=generation.sampling_temperature,
+            top_p=generation.top_p,
+            top_k=generation.top_k,
+            min_p=generation.min_p,
+            repetition_penalty=generation.repetition_penalty,
+            presence_penalty=generation.presence_penalty,
+        )
         size = self.config.batch_size
-        engine = BuiltinEngine(self.model, max_rows=size)
+        engine = BuiltinEngine(self.model, max_rows=size, decode=self.processor.decode)
         seeds = seeds_of(generation.seed)
         conversations = (conversation_of(asked, generation.num_frames) for asked in questions)
         episodes = (start_episodes(prompt, self.processor, rules, look=look)[0] for prompt in conversations)

@@ -64,6 +64,9 @@ def run(words: Sequence[str]) -> None:
 CUT = {
     "max_turns": "cut by --max_turns",
     "max_tokens": "cut by --max_new_tokens",
+    "max_turn_tokens": "cut by --max_turn_tokens",
+    "max_visual_tokens": "cut by --max_visual_tokens",
+    "max_seconds": "cut by --max_seconds",
     "no_room": "cut: there is no memory for a longer cache; set --max_new_tokens or --max_pixels lower",
 }
 

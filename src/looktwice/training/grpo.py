@@ -168,6 +168,8 @@ def roll_out(
         max_new_tokens=config.max_new_tokens,
         thinking=config.enable_thinking,
         thinking_budget=config.thinking_budget,
+        max_turn_tokens=config.max_turn_tokens,
+        max_visual_tokens=config.max_visual_tokens,
     )
     episodes = [
         start_episodes(
