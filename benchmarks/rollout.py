@@ -19,14 +19,16 @@ from measure import Clock, interleaved, median_ratio, parser, publish
 from models import build, bytes_of_pass
 from recomputing import one_at_a_time, turn_by_turn
 from torch.profiler import ProfilerActivity, profile
-from trajectories import GROUP, NUM_PROMPTS, Plan, Script, Work
+from trajectories import GROUP, LONGEST, NUM_PROMPTS, Plan, Script, Work
 
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.interface import Request
+from looktwice.engine.sampling import Sampling
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import TINY, locate
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example, Ovis2_5Processor
+from looktwice.rollout.episode import Episode, EpisodeRules, play
 
 SMALL, LARGE = ("tiny", "vocab", "body"), ("2B", "9B")
 GOALS = {
@@ -158,14 +160,28 @@ def slots_used(model: Ovis2_5ForConditionalGeneration, work: Work) -> float:
 def thinking_budget_overhead(
     model: Ovis2_5ForConditionalGeneration, work: Work, clock: Clock, *, num_pairs: int
 ) -> float:
-    """A group that a thinking budget cuts, each rollout elsewhere, over one that samples as many ids without it."""
-    plans = work.plans[:GROUP]
-    ways = {
-        name: lambda is_cut=is_cut: roll_out(model, work, plans, work.thinking(plans, is_cut=is_cut))
-        for name, is_cut in (("cut", True), ("uncut", False))
-    }
+    """Groups of episodes with thinking budgets of several lengths, over the same ids without one: the budget ends just
+    before the answer's own limit, so that it is counted all the way and decides once."""
+
+    def play_groups(*, has_budget: bool) -> list[list[int]]:
+        groups = [
+            [
+                Episode(prompt, [picture], work.processor, EpisodeRules(**limits(number, has_budget)))
+                for _ in range(GROUP)
+            ]
+            for number, (prompt, picture) in enumerate(zip(work.prompts[:2], work.pictures))
+        ]
+        play(BuiltinEngine(model), groups, Sampling(), seeds=[0, 1])
+        return [episode.trajectory.completion_ids for group in groups for episode in group]
+
+    def limits(number: int, has_budget: bool) -> dict[str, int | None]:
+        length = LONGEST - 30 * number
+        return {"max_new_tokens": length, "thinking_budget": length - 1 if has_budget else None}
+
+    assert play_groups(has_budget=True) == play_groups(has_budget=False)
+    ways = {name: lambda has=name == "with": play_groups(has_budget=has) for name in ("with", "without")}
     seconds = interleaved(ways, repeats=num_pairs, clock=clock)
-    return median_ratio(seconds["cut"], seconds["uncut"])
+    return median_ratio(seconds["with"], seconds["without"])
 
 
 def logprob_gap(model: Ovis2_5ForConditionalGeneration, work: Work, *, is_bf16: bool) -> float:
@@ -203,8 +219,7 @@ class Decoding:
             self.step()
 
     def step(self) -> None:
-        with self.engine.ready():
-            self.engine.step()
+        self.engine.step()
 
     def mean_length(self) -> float:
         return statistics.mean(len(script.example) + script.num_heard for script in self.scripts)

@@ -13,7 +13,6 @@ from looktwice.calls import format_call
 from looktwice.demo.task import Board, draw_board, question, sample_board
 from looktwice.engine.interface import Continuation, Request, Segment
 from looktwice.messages import Conversation, user
-from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.rollout.crop_tool import CropTool, observed
@@ -106,21 +105,6 @@ class Work:
     def _look(self, prompt: int, tile: str) -> Inserted:
         call = format_call(str(side) for side in self.boards[prompt].box_of(tile))
         return observed(self.tool.look(call, [self.pictures[prompt]]), self.processor)
-
-    def thinking(self, plans: Sequence[Plan], *, is_cut: bool) -> list[Script]:
-        """Drivers without crops. Cut by a thinking budget, a different one each, they have the closing text put in;
-        else they sample as many ids in one go."""
-        closing = self.processor.template.encode(EARLY_STOP)
-        scripts = []
-        for plan in plans:
-            budget = max(2, plan.num_sampled // 2)
-            turns = [budget, plan.num_sampled - budget]
-            scripts.append(
-                Script(self.prompts[plan.prompt], turns, [lambda: (closing, [])])
-                if is_cut
-                else Script(self.prompts[plan.prompt], [sum(turns) + len(closing)], [])
-            )
-        return scripts
 
     def num_distinct_pictures(self, plans: Sequence[Plan]) -> int:
         crops = {(plan.prompt, tile) for plan in plans for tile in plan.tiles}
