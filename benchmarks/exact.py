@@ -1,7 +1,7 @@
 """What exact mode costs: CPU seconds of a packed row, an update and decoding, over those of plain mode.
 
 The models are those of `models.py`. A row has eight questions with pictures of several sizes; an update is forward and
-backward of it under LoRA. Rollouts sample 12 ids each of 16 such prompts in the built-in engine, adapters apart.
+backward of it under LoRA. Rollouts sample 12 ids of each of the eight prompts twice in the built-in engine, adapters apart.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Ended:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     processor = Ovis2_5Processor.from_pretrained(locate(TINY))
     examples = draw_examples(processor)
     figures: dict[str, float] = {"row_tokens": sum(map(len, examples))}
