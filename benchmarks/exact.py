@@ -1,7 +1,8 @@
 """What exact mode costs: CPU seconds of a packed row, an update and decoding, over those of plain mode.
 
 The models are those of `models.py`. A row has eight questions with pictures of several sizes; an update is forward and
-backward of it under LoRA. Rollouts sample 12 ids of each of the eight prompts twice in the built-in engine, adapters apart.
+backward of it under LoRA. Rollouts sample 12 ids of each of the eight prompts twice in the built-in engine, adapters
+apart.
 """
 
 from __future__ import annotations
