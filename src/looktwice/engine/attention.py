@@ -26,14 +26,13 @@ from looktwice.model.exact import exact_attention, exact_decode_attention, is_ex
 
 PAGED = "looktwice_paged"
 HIDDEN = -1e30
-"""Added to the score of a place that holds nothing; finite, so that pages of nobody give no NaN."""
+"""Added to the score of a place that holds nothing; finite, so that what nobody reads gives no NaN."""
 
 
 class Reads(NamedTuple):
-    """Pages [N] (None: all there are) and the rows that read each [N, G] (B where there is none); `hidden` [N, P] is
-    added to their scores."""
+    """Pages [N] and the rows that read each [N, G], B where there is none; `hidden` [N, P] is added to their scores."""
 
-    pages: Tensor | None
+    pages: Tensor
     rows: Tensor
     hidden: Tensor
 
@@ -159,7 +158,7 @@ def _read_pages(query: Tensor, keys: Tensor, values: Tensor, reads: list[Reads],
     scored = []
     for pages, rows, hidden in reads:
         rows, hidden = rows.to(keys.device), hidden.to(keys.device)
-        pages = None if pages is None else pages.to(keys.device)
+        pages = pages.to(keys.device)
         num_pages, group = rows.shape
         readers = rows.flatten()
         queries = padded.index_select(0, readers).view(num_pages, group, num_keys, repeats, width).transpose(1, 2)
@@ -191,9 +190,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
         return torch.bmm(left.float(), right.float())
 
 
-def _flat(store: Tensor, pages: Tensor | None) -> Tensor:
-    """Pages [*, K, P, D] as so many matrices [N * K, P, D]."""
-    return (store if pages is None else store.index_select(0, pages)).flatten(0, 1)
+def _flat(store: Tensor, pages: Tensor) -> Tensor:
+    """Pages [N] of [*, K, P, D] as so many matrices [N * K, P, D]."""
+    return store.index_select(0, pages).flatten(0, 1)
 
 
 AttentionInterface.register(PAGED, paged_attention)

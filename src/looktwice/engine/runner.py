@@ -24,8 +24,6 @@ from looktwice.processing.images import PatchedImage
 
 MOST_PATCHES = 16384
 """Patches that the tower reads at once: it bounds the memory of its activations."""
-DENSE = 0.7
-"""Share of all pages from which on it pays to read every page rather than to copy those that are read."""
 SHARED_BYTES = 4 * 2**20
 """Keys and values of a layer that siblings would read again for each other, from which on a shared page is read
 once."""
@@ -242,11 +240,7 @@ class Runner:
         filled = np.full(len(pages), size)
         ends = np.cumsum(counts) - 1
         filled[ends] = [row.num_cached % size + 1 for row in rows]
-        if len(pages) < DENSE * self.cache.num_pages:
-            return self._reads_of(pages, readers[:, None], filled)
-        everyone, everything = np.full(self.cache.num_pages, len(rows)), np.zeros(self.cache.num_pages, np.int64)
-        everyone[pages], everything[pages] = readers, filled
-        return self._reads_of(None, everyone[:, None], everything)
+        return self._reads_of(pages, readers[:, None], filled)
 
     def _shared_reads(self, rows: list[Sequence], groups: list[list[int]]) -> Reads:
         widest = max(map(len, groups))
@@ -258,11 +252,11 @@ class Runner:
         ]
         return self._reads_of(np.array(pages), np.array(readers), np.full(len(pages), self.cache.page_size))
 
-    def _reads_of(self, pages: np.ndarray | None, readers: np.ndarray, filled: np.ndarray) -> Reads:
+    def _reads_of(self, pages: np.ndarray, readers: np.ndarray, filled: np.ndarray) -> Reads:
         device = self.model.device
         hidden = np.where(np.arange(self.cache.page_size) < filled[:, None], 0.0, HIDDEN).astype(np.float32)
         return Reads(
-            None if pages is None else torch.from_numpy(pages).to(device),
+            torch.from_numpy(pages).to(device),
             torch.from_numpy(readers).to(device),
             torch.from_numpy(hidden).to(device),
         )
