@@ -14,7 +14,7 @@ from torch import Tensor
 
 from looktwice.engine.state import Sequence, SharedPrompt
 
-GROWTH = 1 / 16
+GROWTH = 1 / 10
 """The tensors grow by this share, so that what is held stays near what is used; each growth copies what is there."""
 LEAST_GROWTH = 16
 
@@ -104,8 +104,9 @@ class Cache:
     def _grown(self, store: list[Tensor | None], layer: int, tensor: Tensor) -> Tensor:
         """The tensor of a layer with room for all pages; a page that was never written is zero, never NaN."""
         if len(tensor) < self.num_pages:
-            grown = tensor.new_zeros(self.num_pages, *tensor.shape[1:])
+            grown = tensor.new_empty(self.num_pages, *tensor.shape[1:])
             grown[: len(tensor)] = tensor
+            grown[len(tensor) :] = 0
             store[layer] = tensor = grown
         return tensor
 
