@@ -37,7 +37,7 @@ def plan_of(parts: list[tuple[int, list[int]]], first_budget: int) -> Plan:
     return Plan(budgets=budgets, inserted=[ids for _, ids in parts])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(SCHEDULES)
 def test_every_rollout_is_as_it_is_alone_whatever_happens_around_it(schedule) -> None:
     engine = scripted_engine(
