@@ -168,13 +168,13 @@ def test_a_rollout_is_its_own_whatever_the_schedule(schedule, sampling, roll) ->
     assert [plan.example.input_ids for plan in roll(sampling, **schedule)] == expected
 
 
-@pytest.mark.parametrize(("shared_bytes", "padded_pages"), [(-1, 64), (1e9, 0)])
+@pytest.mark.parametrize(("shared_tokens", "padded_pages"), [(0, 64), (10**9, 0)])
 def test_a_rollout_is_its_own_however_its_pages_are_read(
-    shared_bytes, padded_pages, roll, monkeypatch: pytest.MonkeyPatch
+    shared_tokens, padded_pages, roll, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shared page once for its siblings, or each row by itself."""
     expected = roll(Sampling())
-    monkeypatch.setattr(runner, "SHARED_BYTES", shared_bytes)
+    monkeypatch.setattr(runner, "SHARED_TOKENS", shared_tokens)
     monkeypatch.setattr(runner, "PADDED_PAGES", padded_pages)
     found = roll(Sampling())
     assert [plan.example.input_ids for plan in found] == [plan.example.input_ids for plan in expected]

@@ -24,9 +24,9 @@ from looktwice.processing.images import PatchedImage
 
 MOST_PATCHES = 16384
 """Patches that the tower reads at once: it bounds the memory of its activations."""
-SHARED_BYTES = 4 * 2**20
-"""Keys and values of a layer that siblings would read again for each other, from which on a shared page is read
-once."""
+SHARED_TOKENS = 512
+"""Tokens of a prompt that siblings share, from which on it is read once for all of them: below that, reading page by
+page costs more than reading it again."""
 PADDED_PAGES = 64
 """Pages that rows put together may read for nothing, before the shorter ones are read by themselves."""
 
@@ -215,11 +215,11 @@ class Runner:
         for place, row in enumerate(rows):
             if row.num_shared:
                 siblings.setdefault(row.pages[0], []).append(place)
-        groups = {first: places for first, places in siblings.items() if len(places) > 1}
-        config = self.model.config.llm_config
-        page_bytes = 2 * config.num_key_value_heads * self.cache.page_size * config.head_dim * self.model.dtype.itemsize
-        again = sum((len(places) - 1) * rows[places[0]].num_shared for places in groups.values())
-        return groups if again * page_bytes > SHARED_BYTES else {}
+        return {
+            first: places
+            for first, places in siblings.items()
+            if len(places) > 1 and rows[places[0]].num_shared * self.cache.page_size >= SHARED_TOKENS
+        }
 
     def _reads(self, rows: list[Sequence], groups: dict[int, list[int]]) -> list[Reads]:
         """What rows that feed one id read page by page: pages of groups once for all siblings, the others by row."""
