@@ -394,7 +394,7 @@ class BuiltinEngine:
         used = cache.used_tokens([*scheduler.live, *scheduler.prompts])
         held, peak = cache.num_bytes, stats.cache_bytes_held_peak
         used_bytes = held * used // (cache.num_pages * cache.page_size)
-        stats.cache_bytes_held, stats.cache_bytes_held_peak = held, max(held, peak)
+        stats.cache_bytes_held_peak = max(held, peak)
         if held >= peak:
             stats.cache_bytes_used_at_peak = max(used_bytes, stats.cache_bytes_used_at_peak if held == peak else 0)
 
