@@ -52,6 +52,7 @@ EVERY = GROUP + 1
 NUM_ROWS = (1, 16, 64)
 DECODE_LENGTH, EVEN_LENGTH, SHORT_LENGTH, LONG_LENGTH = 128, 312, 200, 2000
 """Tokens before the first sampled one. Fifteen short rows and a long one hold about as many as sixteen even ones."""
+NUM_GROUPS, SHARED_LENGTH = 4, 1000
 NUM_WARM_STEPS, NUM_STEPS = 3, 24
 ENDLESS = 1000
 """Ids that a row may sample which is to live as long as its steps are measured."""
@@ -94,6 +95,7 @@ def figures_of(name: str, model: Ovis2_5ForConditionalGeneration, clock: Clock) 
     return {
         **against_recomputing(model, work, clock, repeats=REPEATS.get(name, 1)),
         "long_row_cost": long_row_cost(model, clock),
+        "shared_prompt_gain": shared_prompt_gain(model, clock),
         # what stands empty is the schedule's doing, which is the same for all models
         **({"slots_used": slots_used(model, work)} if name == TINY else {}),
         "thinking_budget_overhead": thinking_budget_overhead(model, work, clock, num_pairs=NUM_PAIRS[name]),
@@ -201,18 +203,18 @@ def logprob_gap(model: Ovis2_5ForConditionalGeneration, work: Work, *, is_bf16: 
 
 
 class Decoding:
-    """Rows of these lengths that are past their prompts, each with a prompt of its own; a step gives each one id."""
+    """Rows past their prompts, which have these lengths and so many siblings each; a step gives each one id."""
 
-    def __init__(self, model: Ovis2_5ForConditionalGeneration, lengths: Sequence[int]) -> None:
+    def __init__(self, model: Ovis2_5ForConditionalGeneration, lengths: Sequence[int], *, siblings: int = 1) -> None:
         random = np.random.default_rng(0)
         end = min(model.config.visual_token_ids)
-        self.scripts = []
-        self.engine = BuiltinEngine(model, max_rows=len(lengths))
+        self.scripts: list[Script] = []
+        self.engine = BuiltinEngine(model, max_rows=len(lengths) * siblings)
         for length in lengths:
             prompt = Example(input_ids=random.integers(end, size=length).tolist(), loss_mask=[False] * length)
-            script = Script(prompt, [ENDLESS], [])
-            self.engine.submit(Request(prompt=prompt, drivers=[script], max_new_tokens=ENDLESS))
-            self.scripts.append(script)
+            group = [Script(prompt, [ENDLESS], []) for _ in range(siblings)]
+            self.engine.submit(Request(prompt=prompt, drivers=group, max_new_tokens=ENDLESS))
+            self.scripts += group
         while not all(script.num_heard for script in self.scripts):
             self.step()
         for _ in range(NUM_WARM_STEPS):
@@ -231,6 +233,15 @@ def long_row_cost(model: Ovis2_5ForConditionalGeneration, clock: Clock) -> float
     even = Decoding(model, [EVEN_LENGTH] * 16)
     seconds = interleaved({"long": long.step, "even": even.step}, repeats=NUM_STEPS, clock=clock)
     return median_ratio(seconds["long"], seconds["even"])
+
+
+def shared_prompt_gain(model: Ovis2_5ForConditionalGeneration, clock: Clock) -> float:
+    """A step of rows whose prompts are equal but their own, over one of as many siblings that share them."""
+    lengths = [SHARED_LENGTH] * NUM_GROUPS
+    apart = Decoding(model, [length for length in lengths for _ in range(GROUP)])
+    together = Decoding(model, lengths, siblings=GROUP)
+    seconds = interleaved({"apart": apart.step, "together": together.step}, repeats=NUM_STEPS, clock=clock)
+    return median_ratio(seconds["apart"], seconds["together"])
 
 
 def decode_rates(model: Ovis2_5ForConditionalGeneration, clock: Clock) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from looktwice.engine import runner
+from looktwice.engine import reading, runner
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.interface import Continuation, Request, Segment
 from looktwice.engine.sampling import Sampling
@@ -168,14 +168,14 @@ def test_a_rollout_is_its_own_whatever_the_schedule(schedule, sampling, roll) ->
     assert [plan.example.input_ids for plan in roll(sampling, **schedule)] == expected
 
 
-@pytest.mark.parametrize(("shared_tokens", "padded_pages"), [(0, 64), (10**9, 0)])
+@pytest.mark.parametrize(("shared_tokens", "padded_pages"), [(0, 64), (0, 0), (10**9, 0)])
 def test_a_rollout_is_its_own_however_its_pages_are_read(
     shared_tokens, padded_pages, roll, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shared page once for its siblings, or each row by itself."""
+    """A shared prompt once for its siblings, or each row by itself."""
     expected = roll(Sampling())
-    monkeypatch.setattr(runner, "SHARED_TOKENS", shared_tokens)
-    monkeypatch.setattr(runner, "PADDED_PAGES", padded_pages)
+    monkeypatch.setattr(reading, "SHARED_TOKENS", shared_tokens)
+    monkeypatch.setattr(reading, "PADDED_PAGES", padded_pages)
     found = roll(Sampling())
     assert [plan.example.input_ids for plan in found] == [plan.example.input_ids for plan in expected]
     for plan, other in zip(found, expected):

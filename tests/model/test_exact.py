@@ -277,10 +277,25 @@ def test_a_machine_whose_products_look_at_their_neighbours_is_refused(monkeypatc
     def product(rows: Tensor, matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
         return rows @ matrix + sizes[0] * 1e-7
 
-    monkeypatch.setattr(exact, "_HELD", set())
+    monkeypatch.setattr(exact, "_tile_sizes", exact._tile_sizes.__wrapped__)
     monkeypatch.setattr(exact, "_tiled_product", product)
     with ExactMode(), pytest.raises(ExactError, match=r"matrix products of a shape \(.*OMP_NUM_THREADS=1"):
         F.linear(torch.ones(3, 8), torch.ones(5, 8))
+
+
+@pytest.mark.parametrize("odd", [8, 16, 32])
+def test_tiles_in_which_a_processor_sums_up_otherwise_are_left_out(odd, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def product(rows: Tensor, matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        used.append(sizes)
+        return rows @ matrix + (1e-3 if odd in sizes else 0.0)
+
+    monkeypatch.setattr(exact, "_tile_sizes", exact._tile_sizes.__wrapped__)
+    monkeypatch.setattr(exact, "_tiled_product", product)
+    with ExactMode():
+        F.linear(torch.ones(3, 8), torch.ones(5, 8))
+    assert odd not in used[-1] and used[-1][0] == 256
 
 
 def test_a_machine_whose_reductions_look_at_their_neighbours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from looktwice.engine.attention import PAGED
 from looktwice.engine.cache import Cache
 from looktwice.engine.interface import Continuation, Request, Segment, StopCause, check_images
+from looktwice.engine.reading import PAGED_TOKENS
 from looktwice.engine.runner import ImageFeatures, Runner
 from looktwice.engine.sampling import Sampling, Seen, draw, mixed_seed, uniforms
 from looktwice.engine.scheduler import Feed, Scheduler
@@ -31,6 +32,7 @@ from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
 PASS_TOKENS = 4096
 """Ids of a pass at the most: it bounds the memory of activations, and how long a long prompt holds up the others."""
+PAGE_TOKENS = 16
 FEATURE_BYTES = 256 * 2**20
 CACHE_SHARE = 0.25
 """Of the memory of the machine (of a GPU: of what is free there) that the cache may take unless it is told."""
@@ -73,7 +75,7 @@ class BuiltinEngine:
         *,
         max_rows: int = 64,
         cache_tokens: int | None = None,
-        page_size: int = 16,
+        page_size: int | None = None,
         max_pass_tokens: int = PASS_TOKENS,
         num_threads: int = 0,
         decode: Callable[[list[int]], str] | None = None,
@@ -83,7 +85,9 @@ class BuiltinEngine:
             raise ConfigError(f"max_rows is {max_rows}; it must be 1 or more")
         if cache_tokens is None:
             cache_tokens = default_cache_tokens(model)
-        elif cache_tokens < page_size:
+        if page_size is None:
+            page_size = PAGED_TOKENS if model.device.type == "cuda" else PAGE_TOKENS
+        if cache_tokens < page_size:
             raise ConfigError(f"cache_tokens is {cache_tokens}; it must be {page_size} or more, which is one page")
         self.model = model
         self.decode = decode

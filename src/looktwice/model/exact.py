@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ from torch.overrides import TorchFunctionMode
 from looktwice.errors import ConfigError, LooktwiceError
 from looktwice.model.attention import PACKED_SDPA
 
-TILES = (256, 32, 8)
-"""Rows of a matrix product, the most first. Large ones make long rows cheap, the smallest makes decoding cheap; that a
-row comes to the same in all of them is tried for each shape of matrix."""
+TILES = (256, 32, 16, 8)
+"""Rows of a matrix product, the most first. Large ones make long rows cheap, small ones make decoding cheap. A matrix
+is multiplied in those in which a row comes to the same as in the largest: some processors sum up otherwise for 8."""
 KEY_BLOCK = 128
 """Keys that attention looks at in one go."""
 PIECE = 16384
@@ -120,7 +121,6 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, other = input.to(dtype), other.to(dtype)
-    _try_once(_try_product, other.shape, other.stride(), other.dtype, other.device)
     return _Product.apply(input.reshape(-1, input.shape[-1]), other).view(*input.shape[:-1], other.shape[1])
 
 
@@ -128,7 +128,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, matrix: Tensor) -> Tensor:
         ctx.save_for_backward(rows, matrix)
-        return _tiled_product(rows, matrix, TILES)
+        sizes = _tile_sizes(matrix.shape, matrix.stride(), matrix.dtype, matrix.device, torch.get_num_threads())
+        return _tiled_product(rows, matrix, sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
@@ -327,26 +328,44 @@ def _try_once(trial: Callable[..., bool], *case: Any) -> None:
         is_held = trial(*case)
     if not is_held:
         _HELD.discard(known)
-        raise ExactError(
-            f"exact mode cannot hold on this machine: {_TRIED[trial]} ({', '.join(map(str, case))}) depend on what is "
-            f"computed beside a row, with {torch.get_num_threads()} threads (torch {torch.__version__}, "
-            f"{torch.backends.cpu.get_cpu_capability()}); try OMP_NUM_THREADS=1, or leave exact mode out"
-        )
+        raise _cannot_hold(f"{_TRIED[trial]} ({', '.join(map(str, case))})")
+
+
+def _cannot_hold(what: str) -> ExactError:
+    return ExactError(
+        f"exact mode cannot hold on this machine: {what} depend on what is computed beside a row, with "
+        f"{torch.get_num_threads()} threads (torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}); "
+        "try OMP_NUM_THREADS=1, or leave exact mode out"
+    )
 
 
 def _noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _try_product(shape: torch.Size, stride: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
-    """A row comes to the same in tiles of every size, at other places and beside other rows."""
-    matrix = torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(_noise(*shape))
-    rows = _noise(TILES[0], shape[0], seed=1).to(device, dtype)
-    expected = torch.mm(rows, matrix)
-    return all(
-        torch.equal(_tiled_product(rows.roll(shift, 0), matrix, (size,)).roll(-shift, 0), expected)
-        for size, shift in zip(TILES, (5, 3, 0))
-    )
+@cache
+def _tile_sizes(
+    shape: torch.Size, stride: tuple[int, int], dtype: torch.dtype, device: torch.device, num_threads: int
+) -> tuple[int, ...]:
+    """The tiles in which a row comes to the same, at any place and beside any other rows, as in the largest.
+
+    Raises ExactError when it does not even in that one.
+    """
+    with torch.no_grad():
+        matrix = torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(_noise(*shape))
+        rows = _noise(TILES[0], shape[0], seed=1).to(device, dtype)
+        expected = torch.mm(rows, matrix)
+        held = [
+            size
+            for size in TILES
+            if all(
+                torch.equal(_tiled_product(rows.roll(shift, 0), matrix, (size,)).roll(-shift, 0), expected)
+                for shift in (0, 3, 5)
+            )
+        ]
+    if TILES[0] not in held:
+        raise _cannot_hold(f"matrix products of a shape ({tuple(shape)}, {stride}, {dtype}, {device})")
+    return tuple(held)
 
 
 def _try_attention(group: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -392,7 +411,6 @@ def _try_row_operations(_: str) -> bool:
 
 
 _TRIED: dict[Callable[..., bool], str] = {
-    _try_product: "matrix products of a shape",
     _try_attention: "attention of so many query heads a key head and of a head width",
     _try_row_operations: "reductions and activations",
 }
