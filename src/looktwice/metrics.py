@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from looktwice.console import open_console
-from looktwice.paths import UNFINISHED
+from looktwice.drafts import file_draft
 
 METRICS: dict[str, str] = {
     "loss": "training loss of the step, per trained token",
@@ -165,9 +165,8 @@ def keep_steps(path: Path, last: int) -> None:
         return
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     kept = [line for line in whole.splitlines() if _step_of(line) <= last]
-    draft = path.with_name(f".{path.name}{UNFINISHED}")
-    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    draft.replace(path)
+    with file_draft(path) as draft:
+        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> int:

@@ -12,8 +12,6 @@ from looktwice.neighbours import nearby
 
 KINDS = (".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-UNFINISHED = ".unfinished"
-"""How the name of a file or a folder ends that is still being written; it begins with a dot."""
 
 
 def expanded(value: Any) -> Any:

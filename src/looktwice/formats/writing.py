@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import IO, Any, BinaryIO
 from looktwice.answers import find_answer_block
 from looktwice.data.problems import Tally
 from looktwice.data.sample import Sample
+from looktwice.drafts import file_draft
 from looktwice.errors import DataError
 from looktwice.formats.files import require
 from looktwice.messages import ANSWER_OPEN, ImagePart, Message, TextPart
@@ -115,18 +115,13 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     path = Path(path)
     kind, compression = kind_of_name(path)
     write = {".parquet": _write_parquet, ".jsonl": _write_lines, ".json": _write_list}[kind]
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file, _packed(file, compression) as stream:
-            num_rows = write(stream, rows, path)
-        os.replace(partial, path)
+        with file_draft(path) as draft, draft.open("wb") as file, _packed(file, compression) as stream:
+            return write(stream, rows, path)
     except OSError as error:
         raise DataError(
             f"{path}: the data file cannot be written ({error.strerror}); check folder and space"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return num_rows
 
 
 @contextmanager

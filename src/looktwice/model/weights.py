@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from looktwice.config import Quantization
 from looktwice.console import open_console
+from looktwice.drafts import folder_draft
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.adapters import (
     PEFT_PREFIX,
@@ -50,7 +50,6 @@ from looktwice.model.location import (
 )
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_config, quantization_of
-from looktwice.paths import UNFINISHED
 
 CHANGES_BASE_FOR_GOOD = ("pissa_niter", "corda", "loftq")
 """Starts of LoRA after which an adapter fits no base on disk. PEFT repeats plain PiSSA and OLoRA when it loads."""
@@ -58,8 +57,6 @@ MODEL_FILE = re.compile(r"(model.*|adapter_model)\.safetensors(\.index\.json)?|a
 """The files of which none may be left when a folder is replaced: a whole model is not read beside an adapter."""
 MAX_SHARD_SIZE = "5GB"
 """That of the released folders."""
-REPLACED = ".replaced"
-"""How the name of a folder ends that another takes the place of."""
 logger = logging.getLogger(__name__)
 
 
@@ -330,39 +327,16 @@ def _write_adapter(model: PeftModel, base: Ovis2_5ForConditionalGeneration, fold
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """An empty hidden folder beside `folder`: what is written there becomes `folder` by one rename when all is done.
+    """An empty hidden folder beside `folder`: what is written there becomes `folder` in one step when all is done.
 
     What `folder` held before is replaced, but for files that are not of a model. Raises CheckpointError when it cannot
     be written; what was in `folder` before is then still there.
     """
-    folder = folder.absolute()
-    draft, replaced = (folder.with_name(f".{folder.name}{suffix}") for suffix in (UNFINISHED, REPLACED))
     try:
-        _settle(folder, replaced)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
-        if folder.exists():
-            folder.rename(replaced)
-        draft.rename(folder)
+        with folder_draft(folder, is_replaced=lambda name: MODEL_FILE.fullmatch(name) is not None) as draft:
+            yield draft
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: cannot be written ({error}); make room on the disk, or give another folder. What was saved "
             "before is untouched"
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        _settle(folder, replaced)
-
-
-def _settle(folder: Path, replaced: Path) -> None:
-    """Of a folder that was being replaced keep what is not of a model; where nothing came in its place, keep it all."""
-    if not replaced.exists():
-        return
-    if not folder.exists():
-        replaced.rename(folder)
-        return
-    for path in replaced.iterdir():
-        if not (MODEL_FILE.fullmatch(path.name) or (folder / path.name).exists()):
-            path.rename(folder / path.name)
-    shutil.rmtree(replaced)

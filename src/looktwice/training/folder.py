@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TextIO
 
 from looktwice.config import StageConfig
+from looktwice.drafts import UNFINISHED, settle_all
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.metrics import LOG_FILE, TENSORBOARD
 from looktwice.model.location import adapter_base, local_adapter
-from looktwice.paths import UNFINISHED, check_run_folder, place
+from looktwice.paths import check_run_folder, place
 from looktwice.training.record import Record
 
 FINAL_MODEL = "final_model"
@@ -165,6 +166,7 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},")
         lock.flush()
+        settle_all(folder)
         yield
 
 
