@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from looktwice.cli import main
 from looktwice.cli.train import train_configs
 from looktwice.errors import short
 from looktwice.inference import OvisInference
-from looktwice.training import sft
+from looktwice.training import grpo, sft
 from looktwice.training.learner import Learner
 
 GOOD = {"Q": "What is it?", "A3": "<think>{Crop cup 1 [0, 0, 40, 40]}</think>\n\n<answer>cup</answer>"}
@@ -266,7 +268,7 @@ def test_a_run_without_steps_is_refused(command, refusal) -> None:
     assert "num_epochs is 0, so nothing would be trained" in refusal(command(num_epochs=0))
 
 
-@pytest.mark.parametrize("save_steps", [None, 1])
+@pytest.mark.parametrize("save_steps", [2, 1])
 def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(
     save_steps, command, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -278,10 +280,65 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sft, "train_step", interrupt_at_the_second_step)
-    assert main(command(max_steps=3, save_steps=save_steps)) == 130
-    kept = f"{tmp_path}/out/sft/checkpoint-1 is kept; go on with --stage sft --resume_from_checkpoint latest"
-    nothing = f"nothing is kept, as {tmp_path}/out/sft holds no checkpoint; --save_steps N writes them"
-    assert capsys.readouterr().err.endswith(f"looktwice: interrupted; {kept if save_steps else nothing}\n")
+    words = command(max_steps=3, save_steps=save_steps)
+    assert main([*words, "--overwrite"]) == 130
+    kept = f"{tmp_path}/out/sft/checkpoint-1 is kept; go on with: looktwice {shlex.join(words)} --resume"
+    nothing = f"nothing is kept, as {tmp_path}/out/sft holds no checkpoint yet; start anew with: looktwice "
+    expected = kept if save_steps == 1 else nothing + shlex.join(words)
+    assert capsys.readouterr().err.endswith(f"looktwice: interrupted; {expected}\n")
+
+
+@pytest.fixture
+def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str, int], None]:
+    """Makes the first call of a function of a module raise a signal before it does what it does."""
+
+    def arrange(module: object, name: str, number: int) -> None:
+        real = getattr(module, name)
+
+        def raise_first(*args: object, **options: object) -> object:
+            monkeypatch.setattr(module, name, real)
+            signal.raise_signal(number)
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, raise_first)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
+)
+def test_a_signal_lets_the_step_be_saved_and_the_command_that_is_told_goes_on(
+    number, code, told, signal_in_step, command, tmp_path, capsys
+) -> None:
+    signal_in_step(sft, "train_step", number)
+    words = command(max_steps=2, save_total_limit=0)
+    assert main(words) == code
+    line = capsys.readouterr().err.splitlines()[-1]
+    kept = f"{tmp_path}/out/sft/checkpoint-1 is kept"
+    assert line == f"looktwice: {told}; {kept}; go on with: looktwice {shlex.join(words)} --resume"
+    assert main(shlex.split(line.partition("go on with: looktwice ")[2])) == 0
+    log = (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in log] == [1, 2]
+
+
+@pytest.mark.parametrize(("module", "name"), [(grpo, "fitted"), (sft, "save_final")])
+def test_between_and_in_the_second_of_both_stages_its_own_command_is_told(
+    module, name, signal_in_step, command, tmp_path, capsys
+) -> None:
+    signal_in_step(module, name, signal.SIGTERM)
+    short = {"max_steps": 1, "grpo_max_steps": 2, "num_generations": 2, "max_new_tokens": 4, "learning_rate": 1e-4}
+    words = command("both", **short, part_learning_rates="vit=1e-6,llm=1e-5", freeze="embeddings")
+    assert main([*words, "--no-bf16"]) == 143
+    told = capsys.readouterr().err.splitlines()[-1].partition("go on with: looktwice ")[2]
+    assert f" --sft_checkpoint {tmp_path}/out/sft/final_model" in told and told.endswith("--resume") == (module is grpo)
+    *_, expected = train_configs(words[1:])
+    stage, *_, given = train_configs(shlex.split(told.removesuffix(" --resume"))[1:])
+    start = {"sft_checkpoint_path": tmp_path / "out" / "sft" / "final_model"}
+    assert (stage, given) == ("grpo", expected.model_copy(update=start))
+    assert main(shlex.split(told)) == 0
+    assert (tmp_path / "out" / "grpo" / "final_model").is_dir()
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(command, refusal, tmp_path) -> None:
@@ -369,7 +426,7 @@ def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.C
     assert printed.splitlines() == [
         f"stage 1 done: {out}/sft/final_model",
         f"stage 2 changed nothing: none of 1 steps had anything to train on, and {out}/grpo/final_model holds the "
-        "weights it started from; group/dropped and data/too_long of log.jsonl say why",
+        "weights it started from; group/dropped and data/too_long of metrics.jsonl say why",
     ]
     # off a terminal: no bar of ours or of another library, only whole lines
     assert "\r" not in log and "\x1b" not in log

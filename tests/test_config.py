@@ -76,7 +76,7 @@ def test_a_key_of_another_config_is_told_so() -> None:
 def test_a_key_of_another_trainer_is_told_what_does_it_here() -> None:
     assert refusal(SFTConfig, per_device_train_batch_size=4).endswith("Here it is batch_size.")
     assert refusal(SFTConfig, report_to="none").endswith(
-        "There is none here: metrics go to log.jsonl and TensorBoard files in the run folder."
+        "There is none here: metrics go to metrics.jsonl and TensorBoard files in the run folder."
     )
 
 
@@ -528,6 +528,7 @@ TRAIN_FLAGS = [
     "--grpo_freeze_vision",
     "--grpo_gradient_accumulation_steps",
     "--grpo_gradient_checkpointing",
+    "--grpo_keep_best",
     "--grpo_learning_rate",
     "--grpo_logging_steps",
     "--grpo_lora_alpha",
@@ -544,8 +545,11 @@ TRAIN_FLAGS = [
     "--grpo_output_dir",
     "--grpo_overwrite",
     "--grpo_part_learning_rates",
+    "--grpo_resume",
     "--grpo_resume_from_checkpoint",
+    "--grpo_save_minutes",
     "--grpo_save_steps",
+    "--grpo_save_total_limit",
     "--grpo_seed",
     "--grpo_use_dora",
     "--grpo_use_lora",
@@ -553,6 +557,7 @@ TRAIN_FLAGS = [
     "--grpo_warmup_ratio",
     "--grpo_weight_decay",
     "--image_base_path",
+    "--keep_best",
     "--learning_rate",
     "--length_policy",
     "--logging_steps",
@@ -585,10 +590,13 @@ TRAIN_FLAGS = [
     "--part_learning_rates",
     "--preset",
     "--quantization",
+    "--resume",
     "--resume_from_checkpoint",
     "--reward",
     "--rollout_batch_size",
+    "--save_minutes",
     "--save_steps",
+    "--save_total_limit",
     "--scale_rewards",
     "--seed",
     "--sft_checkpoint",

@@ -16,7 +16,7 @@ def record(folder: Path, lines: dict[int, dict[str, float]], *, start: int = 0) 
         for step, metrics in lines.items():
             recorder.advance(step)
             recorder.log(step, metrics)
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_each_step_is_one_line_of_json(tmp_path) -> None:
@@ -26,10 +26,10 @@ def test_each_step_is_one_line_of_json(tmp_path) -> None:
 
 def test_a_run_that_goes_on_drops_what_was_logged_of_later_steps(tmp_path) -> None:
     record(tmp_path, {step: {"loss": 3.0} for step in (1, 2, 3)})
-    with (tmp_path / "log.jsonl").open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('a note\n{"step": 4, "lo')  # the process was killed while it wrote
-    keep_steps(tmp_path / "log.jsonl", 2)
-    *lines, note = (tmp_path / "log.jsonl").read_text().splitlines()
+    keep_steps(tmp_path / "metrics.jsonl", 2)
+    *lines, note = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 3.0}]
     assert note == "a note"
 
@@ -46,7 +46,7 @@ def test_the_curves_of_a_run_that_goes_on_have_each_step_once(tmp_path) -> None:
 def test_a_name_outside_the_table_is_refused_before_anything_is_written(tmp_path) -> None:
     with pytest.raises(KeyError, match="reward/totle"):
         record(tmp_path, {1: {"loss": 1.0, "reward/totle": 1.0}})
-    assert not (tmp_path / "log.jsonl").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 MANY = {"loss": 0.123456, "optim/lr": 1e-05, "epoch": 1.0, "perf/tokens_per_s": 18384.2, "tool/valid_share": 1.0}

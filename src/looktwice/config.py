@@ -86,9 +86,13 @@ def check_file_size(value: str) -> str:
     return value
 
 
-def knob(default: Any, help: str, *, flag: str | None = None) -> Any:
-    """A field with its help; `flag` is its name on the command line when that is not the field's own."""
-    return Field(default, description=help, json_schema_extra={"flag": flag} if flag else None)
+def knob(default: Any, help: str, *, flag: str | None = None, bare: str | None = None) -> Any:
+    """A field with its help; `flag` is its name on the command line when that is not the field's own.
+
+    `bare` is the value of a flag that is given without one; the field's own name is then a flag too.
+    """
+    extra: dict[str, Any] = {name: value for name, value in (("flag", flag), ("bare", bare)) if value}
+    return Field(default, description=help, json_schema_extra=extra or None)
 
 
 def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -277,9 +281,12 @@ class StageConfig(Config):
     max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward; a batch becomes as many as it needs")
     logging_steps: Positive = knob(1, "steps between log lines; the first and the last have one always")
     eval_steps: Positive | None = knob(None, "steps between evaluations; default: at each epoch's end")
-    save_steps: Positive | None = knob(None, "steps between checkpoints; default: final_model only")
+    save_steps: Positive | None = knob(None, "steps between checkpoints; default: at each epoch's end")
+    save_minutes: Annotated[Number, Field(gt=0)] | None = knob(30.0, "minutes after which a checkpoint is due too")
+    save_total_limit: NonNegativeInt = knob(3, "newest checkpoints kept; 0: none is written")
+    keep_best: bool = knob(True, "save and keep the checkpoint of the best evaluation, however old")
     resume_from_checkpoint: Place | None = knob(
-        None, "checkpoint-N or run folder to go on from; latest: this run folder's last"
+        None, "checkpoint-N or run folder to go on from; alone: this run's last", flag="resume", bare="latest"
     )
     allow_changes: bool = knob(False, "go on from a checkpoint of other data, batches or steps")
     overwrite: bool = knob(False, "remove the run that the run folder holds")
@@ -498,6 +505,12 @@ def flag_of(config_class: type[Config], name: str) -> str:
     """The command-line name of a field, without dashes."""
     extra = config_class.model_fields[name].json_schema_extra
     return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else name
+
+
+def bare_value(config_class: type[Config], name: str) -> str | None:
+    """The value of a field whose flag is given without one, where it may be."""
+    extra = config_class.model_fields[name].json_schema_extra
+    return str(extra["bare"]) if isinstance(extra, dict) and "bare" in extra else None
 
 
 def _explain(config_class: type[Config], problem: Any) -> str:

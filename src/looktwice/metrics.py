@@ -64,7 +64,7 @@ METRICS: dict[str, str] = {
 }
 """Every metric a run may log: area/quantity, its meaning and unit."""
 
-LOG_FILE = "log.jsonl"
+LOG_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 OWN_NAMES = ("optim/", "perf/", "time/")
 """Areas whose metrics are shown by the rest of their name, which is clear without."""
@@ -121,6 +121,10 @@ class Recorder:
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         self.console.out("\n".join(self.lines(step, metrics)))
+
+    def flush(self) -> None:
+        """Have everything that was logged on the disk."""
+        self.board.flush()
 
     def advance(self, step: int) -> None:
         """Move the bar: so many steps are done."""

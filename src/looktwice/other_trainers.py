@@ -27,6 +27,7 @@ CALLED_HERE = {
     "image_base_path": """image_folder image_dir image_path image_root images images_dir images_folder media_dir
         media_root media_folder data_root image_base_dir""",
     "image_path": "image images image_file img picture video video_path video_file",
+    "keep_best": "load_best_model_at_end save_best",
     "learning_rate": "lr base_lr peak_lr",
     "logging_steps": "logging_interval logging_strategy log_interval log_steps log_every",
     "lora_alpha": "peft_lora_alpha alpha",
@@ -56,10 +57,11 @@ CALLED_HERE = {
     "quantization": """load_in_4bit load_in_8bit quantization_bit quant_bits quant_method bits use_qlora qlora
         quantization_method bnb_4bit_quant_type""",
     "question": "prompt query text instruction",
-    "resume_from_checkpoint": "resume resume_from resume_ckpt load_checkpoint from_checkpoint",
+    "resume": "resume_from resume_ckpt load_checkpoint from_checkpoint auto_resume",
     "reward": "reward_funcs reward_func reward_fn reward_function reward_model custom_reward_function",
     "rollout_batch_size": "max_num_seqs generation_batch_size rollout_batch",
     "save_steps": "save_strategy save_interval save_freq save_every checkpoint_steps checkpointing_steps",
+    "save_total_limit": "keep_last_n max_checkpoints keep_checkpoint_max max_ckpt_to_keep",
     "seed": "data_seed random_seed train_seed manual_seed",
     "sft_checkpoint": "ref_model reference_model ref_model_name_or_path sft_model actor_model",
     "sft_output_dir": "output_dir output output_path out_dir save_dir save_path run_dir",
@@ -88,7 +90,7 @@ NOT_HERE = {
     "the built-in engine samples, or --vllm_servers do": """use_vllm vllm vllm_mode vllm_gpu_memory_utilization
         gpu_memory_utilization vllm_server_host vllm_server_port vllm_tensor_parallel_size use_sglang rollout_engine
         rollout_backend""",
-    "metrics go to log.jsonl and TensorBoard files in the run folder": """report_to wandb use_wandb wandb_project
+    "metrics go to metrics.jsonl and TensorBoard files in the run folder": """report_to wandb use_wandb wandb_project
         wandb_entity wandb_name wandb_run_name run_name swanlab use_swanlab logging_dir log_dir tensorboard
         tensorboard_dir project_name experiment_name plot_loss logging_first_step disable_tqdm log_level""",
     "code from a model folder is never run": "trust_remote_code",
@@ -102,9 +104,9 @@ NOT_HERE = {
         dataloader_prefetch_factor dataloader_drop_last dataloader_persistent_workers lazy_preprocess streaming
         preprocessing_batch_size overwrite_cache skip_memory_metrics tf32 use_fast_tokenizer use_cache is_multimodal
         mm_use_im_start_end dataset_text_field dataset_kwargs assistant_only_loss train_on_inputs""",
-    "every checkpoint is kept; delete those you do not want": "save_total_limit keep_last_n save_only_model",
-    "no checkpoint is chosen; compare eval/ in log.jsonl and name the one you want": """load_best_model_at_end
-        metric_for_best_model greater_is_better early_stopping early_stopping_patience save_best""",
+    "a checkpoint always holds what a run needs to go on": "save_only_model",
+    "the best is that of eval/loss or eval/accuracy, kept by --keep_best, and no run stops early": """
+        metric_for_best_model greater_is_better early_stopping early_stopping_patience""",
     "evaluation packs rows as training does": """per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size
         val_batch_size eval_accumulation_steps""",
     "nothing is uploaded; see `hf upload`": "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo",

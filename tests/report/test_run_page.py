@@ -57,7 +57,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "answers.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in LINES))
     for stage in ("sft", "grpo"):
         (tmp_path / stage).mkdir()
-        (tmp_path / stage / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2}\n{"step": 3, "loss": 1.0}\n')
+        (tmp_path / stage / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": 2.0}\n{"step": 2}\n{"step": 3, "loss": 1.0}\n'
+        )
     return tmp_path
 
 

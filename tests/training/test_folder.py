@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
     save(folder / "checkpoint-10", step=10)
     save(folder / "final_model", step=12)
     (folder / "final_model" / "trainer_state.pt").unlink()
-    (folder / "log.jsonl").write_text('{"step": 12}\n')
+    (folder / "metrics.jsonl").write_text('{"step": 12}\n')
     (folder / "notes.txt").write_text("mine")
     return folder
 
@@ -72,12 +72,12 @@ def test_what_is_no_checkpoint_is_named(named, problem, run, tmp_path) -> None:
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_all_ways_out(run) -> None:
-    with pytest.raises(ConfigError, match=r"a run \(checkpoint-2, .*--resume_from_checkpoint latest.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"a run \(checkpoint-2, .*--resume, .*--overwrite"):
         check_run(SFTConfig(output_dir=run), "tiny")
     check_run(SFTConfig(output_dir=run, overwrite=True), "tiny")
 
 
-@pytest.mark.parametrize("left", ["final_model", "log.jsonl", "tensorboard", "checkpoint-3", "left_out.jsonl"])
+@pytest.mark.parametrize("left", ["final_model", "metrics.jsonl", "tensorboard", "checkpoint-3", "left_out.jsonl"])
 def test_each_thing_that_a_run_leaves_makes_it_a_used_folder(left, tmp_path) -> None:
     (tmp_path / left).mkdir()
     with pytest.raises(ConfigError, match=f"holds a run \\({left}\\)"):
@@ -129,7 +129,7 @@ def test_later_checkpoints_are_set_aside_when_a_run_goes_back(run, capsys) -> No
         assert names(run / f"set_aside-{number}") == {"checkpoint-10"}
         assert "checkpoint-10, which came later" in capsys.readouterr().out
         save(run / "checkpoint-10", step=10)
-    assert {"checkpoint-2", "final_model", "log.jsonl"} <= names(run)
+    assert {"checkpoint-2", "final_model", "metrics.jsonl"} <= names(run)
     make_room(config.model_copy(update={"overwrite": True}), run / "checkpoint-2")
     assert "checkpoint-10" not in names(run) and "set_aside-3" not in names(run)
 

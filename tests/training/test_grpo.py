@@ -430,7 +430,7 @@ def run(model_folder, dataset, tmp_path):
         )
         data = DataConfig(train_data_path=dataset.rl, image_base_path=dataset.rl.parent)
         final = train_grpo(ModelConfig(device="cpu"), data, config)
-        return final, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return final, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     return train
 
@@ -523,7 +523,7 @@ def test_a_run_of_a_blind_model_stops_before_its_first_update(run, model, proces
     processor.save_pretrained(tmp_path / "blind")
     with pytest.raises(TrainingError, match="the model does not see its pictures"):
         run(sft_checkpoint_path=tmp_path / "blind", max_steps=1)
-    assert not (tmp_path / "run" / "log.jsonl").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_adapter_of_stage_1_is_what_stage_2_starts_from(run, model_folder, dataset, tmp_path) -> None:
@@ -563,5 +563,5 @@ def test_the_greedy_accuracy_on_validation_questions_is_logged(model_folder, dat
     )
     data = DataConfig(train_data_path=dataset.rl, val_data_path=dataset.eval, image_base_path=dataset.rl.parent)
     train_grpo(ModelConfig(device="cpu"), data, config)
-    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["eval/accuracy"] == 0.0

@@ -36,7 +36,7 @@ def run(model_folder, dataset, tmp_path) -> Run:
         model = ModelConfig(model_name=str(model_folder), device="cpu")
         folder = tmp_path / name
         final = train_sft(model, DataConfig(**{**paths, **(data or {})}), SFTConfig(output_dir=folder, **settings))
-        return final, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return final, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     train.data = paths  # type: ignore[attr-defined]
     return train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -11,6 +12,7 @@ from looktwice import __version__
 from looktwice.cli import ask, data, demo, export, train
 from looktwice.cli.arguments import run_one
 from looktwice.errors import LooktwiceError, short
+from looktwice.training.stopping import Interrupted
 
 VERBS = {"train": train.run, "ask": ask.run, "data": data.run, "export": export.run, "demo": demo.run}
 NOBODY_READS = 141
@@ -20,7 +22,8 @@ NOBODY_READS = 141
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code.
 
-    0; 1 after an error a user can mend; 130 when interrupted; 141 when what reads the output has left.
+    0; 1 after an error a user can mend; 130 when interrupted, 143 when a run is terminated; 141 when what
+    reads the output has left.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log the bars of other libraries are rubbish
@@ -43,7 +46,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except LooktwiceError as error:
         code, message = 1, str(error)
     except KeyboardInterrupt as interrupt:
-        code, message = 130, "; ".join(["interrupted", *map(str, interrupt.args)])
+        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+        told = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        code, message = 128 + number, "; ".join([told, *map(str, interrupt.args)])
     return _end(code, message)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from looktwice.config import Config, flag_of
+from looktwice.config import Config, bare_value, flag_of
 from looktwice.errors import ConfigError, nearest, short
 from looktwice.other_trainers import called_here
 from looktwice.paths import write_result
@@ -153,7 +153,27 @@ def add_flags(
             choices = [kind for kind in kinds if isinstance(kind, str)]
             metavar = "N" if {int, float} & {*kinds} else name.upper().split("_")[-1]
             metavar = "{" + ",".join(choices) + "}" if choices else metavar
-            group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=help_text)
+            options: dict[str, Any] = {"default": argparse.SUPPRESS, "metavar": metavar, "help": help_text}
+            if bare := bare_value(config_class, name):
+                group.add_argument(flag, f"--{prefix}{name}", nargs="?", const=bare, **options)
+            else:
+                group.add_argument(flag, **options)
+
+
+def written_flags(config: Config, *, without: Sequence[str] = ()) -> list[str]:
+    """The words of a command line that set what the config was given, but for some fields."""
+    names = [name for name in type(config).model_fields if name in config.model_fields_set and name not in without]
+    return [word for name in names for word in _flag_words(f"--{flag_of(type(config), name)}", getattr(config, name))]
+
+
+def _flag_words(flag: str, value: Any) -> list[str]:
+    if value is None or value in ((), {}):
+        return []
+    if isinstance(value, bool):
+        return [flag if value else _opposite(flag)]
+    if isinstance(value, Mapping):
+        value = [f"{name}={number}" for name, number in value.items()]
+    return [flag, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
 
 
 def _kinds_of(annotation: Any) -> list[Any]:

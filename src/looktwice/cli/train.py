@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from looktwice.cli.arguments import Parser, add_flags
+from looktwice.cli.arguments import Parser, add_flags, written_flags
 from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
 from looktwice.errors import CheckpointError, ConfigError
-from looktwice.training.folder import FINAL_MODEL, LATEST, check_place, checkpoints
+from looktwice.training.folder import FINAL_MODEL, check_place, checkpoints
 from looktwice.training.start import check_request
+from looktwice.training.stopping import Interrupted
 
 FILE_FLAGS: dict[str, type[Config]] = {
     "model_config": ModelConfig,
@@ -52,12 +54,14 @@ def run(words: Sequence[str]) -> None:
     if stage != "grpo":
         from looktwice.training.sft import train_sft
 
-        with told_when_interrupted(sft):
+        after = command_of_stage_2(model, data, grpo) if stage == "both" else None
+        with told_when_interrupted(sft, go_on=command_of(words), after=after):
             train_sft(model, data, sft)
     if stage != "sft":
         from looktwice.training.grpo import train_grpo
 
-        with told_when_interrupted(grpo):
+        go_on = command_of_stage_2(model, data, grpo) if stage == "both" else command_of(words)
+        with told_when_interrupted(grpo, go_on=go_on):
             train_grpo(model, data, grpo)
 
 
@@ -76,17 +80,34 @@ def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GR
 
 
 @contextmanager
-def told_when_interrupted(config: StageConfig) -> Iterator[None]:
-    """Let a Ctrl-C say what is in the run folder, and how to go on."""
+def told_when_interrupted(config: StageConfig, *, go_on: str, after: str | None = None) -> Iterator[None]:
+    """Let a run that is stopped say what is in its folder, and the command that goes on: the one it was started with,
+    or, once its stage is done, the one of what comes after."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        stage = "sft" if isinstance(config, SFTConfig) else "grpo"
-        if found := checkpoints(config.output_dir):
-            told = f"{found[max(found)]} is kept; go on with --stage {stage} --resume_from_checkpoint {LATEST}"
+        found = checkpoints(config.output_dir)
+        if isinstance(interrupt, Interrupted) and interrupt.is_done:
+            told = f"{config.output_dir / FINAL_MODEL} is done" + (f"; go on with: {after}" if after else "")
+        elif found:
+            told = f"{found[max(found)]} is kept; go on with: {go_on} --resume"
         else:
-            told = f"nothing is kept, as {config.output_dir} holds no checkpoint; --save_steps N writes them"
-        raise KeyboardInterrupt(told) from interrupt
+            told = f"nothing is kept, as {config.output_dir} holds no checkpoint yet; start anew with: {go_on}"
+        interrupt.args = (told,)
+        raise
+
+
+def command_of(words: Sequence[str]) -> str:
+    """The command of these words, as a shell takes it; what it was allowed to replace is replaced."""
+    return shlex.join(["looktwice", "train", *(word for word in words if word != "--overwrite")])
+
+
+def command_of_stage_2(model: ModelConfig, data: DataConfig, grpo: GRPOConfig) -> str:
+    """The command that runs stage 2 of `--stage both` alone, from the model of stage 1."""
+    words = written_flags(model, without=("model_name",)) + written_flags(data)
+    return command_of(
+        ["--stage", "grpo", *words, *written_flags(grpo, without=("resume_from_checkpoint", "overwrite"))]
+    )
 
 
 def train_configs(words: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, SFTConfig, GRPOConfig]:

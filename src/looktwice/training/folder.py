@@ -29,6 +29,8 @@ LEFT_OUT = "left_out.jsonl"
 """The samples that were too long, one a line, and what was done with each."""
 LATEST = "latest"
 LOCK = ".lock"
+LOOKS = 5
+"""How often a lock is tried before somebody is at work there."""
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -54,7 +56,7 @@ def checkpoint_of(config: StageConfig) -> Path | None:
         return found[max(found)]
     raise CheckpointError(
         f"{folder}: no checkpoint to resume from (no {STATE_FILE} and no checkpoint-N in it; {FINAL_MODEL} holds "
-        "weights alone); a run writes them with --save_steps N"
+        "weights alone); a run writes one at each epoch's end, and by --save_steps and --save_minutes"
     )
 
 
@@ -69,7 +71,7 @@ def check_run(config: StageConfig, start: str) -> None:
     in_the_way = of_another_run(folder, checkpoint)
     if in_the_way and not config.overwrite:
         names = ", ".join(path.name for path in in_the_way[:4]) + ", ..." * (len(in_the_way) > 4)
-        go_on = f"go on with it: --resume_from_checkpoint {LATEST}, " if checkpoints(folder) else ""
+        go_on = "go on with it: --resume, " if checkpoints(folder) else ""
         raise ConfigError(f"{folder}: holds a run ({names}); {go_on}replace it: --overwrite, or give another folder")
     for path in [*in_the_way, *later_checkpoints(folder, checkpoint)]:
         check_not_needed(path, start, checkpoint)
@@ -162,7 +164,7 @@ def claimed(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be used as a run folder ({error}); give another one") from error
     with lock:
-        _take(lock, folder)
+        _take_from_lookers(lock, folder)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},")
         lock.flush()
@@ -173,13 +175,23 @@ def claimed(folder: Path) -> Iterator[None]:
 def check_free(folder: Path) -> None:
     """Raise ConfigError when another process holds the run folder. Nothing is made."""
     if (folder / LOCK).is_file():
-        with (folder / LOCK).open("a+", encoding="utf-8") as lock:
-            _take(lock, folder)
+        with (folder / LOCK).open("r", encoding="utf-8") as lock:
+            _take(lock, folder, fcntl.LOCK_SH)
 
 
-def _take(lock: TextIO, folder: Path) -> None:
+def _take_from_lookers(lock: TextIO, folder: Path) -> None:
+    """Take the lock; who only looks whether it is free has it for an instant."""
+    for _ in range(LOOKS):
+        try:
+            return _take(lock, folder, fcntl.LOCK_EX)
+        except ConfigError:
+            time.sleep(0.05)
+    _take(lock, folder, fcntl.LOCK_EX)
+
+
+def _take(lock: TextIO, folder: Path, kind: int) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.seek(0)
         holder = lock.read().strip() or "another process"

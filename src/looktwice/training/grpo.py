@@ -34,6 +34,7 @@ from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
 from looktwice.training.canaries import check_rollouts
+from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner, Reference, Scores, TrainingError
 from looktwice.training.losses import (
@@ -48,6 +49,7 @@ from looktwice.training.losses import (
 from looktwice.training.overview import show_overview
 from looktwice.training.run import batch_order, begin, close_step, is_due, planned, save_final
 from looktwice.training.sets import LengthReport, load_sets
+from looktwice.training.stopping import stop_requests
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
 NO_ROOM = "longer than the memory of the cache; set --cache_tokens higher, or --max_new_tokens or --max_pixels lower"
@@ -87,7 +89,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         from looktwice.engine.vllm import VllmEngine
 
         VllmEngine(config.vllm_servers, processor.config)
-    with claimed(config.output_dir):
+    with claimed(config.output_dir), stop_requests() as stop:
         record = planned("grpo", settings, order, start)
         learner = Learner.load(start, model, config, processor, total_steps=order.total_steps, is_exact=config.exact)
         reference = learner.freeze_reference() if config.beta > 0 else None
@@ -100,9 +102,11 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         with Recorder(
             config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", start=learner.step
         ) as recorder:
+            saves = Checkpoints(learner, record, order)
             show_overview(recorder.console, learner, order, model)
             canaries: dict[str, float] = {}
             eval_every = config.eval_steps or order.steps_per_epoch
+            stop.arm()
             while learner.step < order.total_steps:
                 started = time.perf_counter()
                 prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
@@ -122,9 +126,9 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 if held_out and is_due(learner, eval_every):
                     metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, data, config, lengths)
                 metrics |= lengths.metrics
-                close_step(learner, recorder, metrics, record)
+                close_step(learner, recorder, metrics, saves, stop)
         lengths.show()
-        return save_final(learner, record)
+        return save_final(learner, record, stop)
 
 
 def fitted(

@@ -35,6 +35,7 @@ from looktwice.model.weights import load_model, load_trained, pick_device, write
 from looktwice.processing.packing import PackedBatch, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.training.folder import STATE_FILE
+from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
 from looktwice.training.start import check_attention, check_start
 
@@ -204,7 +205,12 @@ class Learner:
             write_model(self.model, draft)
             self.processor.save_pretrained(draft)
             if with_optimizer:
-                state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "trained": self.trained()}
+                state = {
+                    "step": self.step,
+                    "optimizer": self.optimizer.state_dict(),
+                    "trained": self.trained(),
+                    "random": random_state(),
+                }
                 try:
                     torch.save(state, draft / STATE_FILE)
                 except RuntimeError as error:  # how torch reports a full disk
@@ -231,7 +237,7 @@ class Learner:
         path = folder / STATE_FILE
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            step, moments, saved = (state[name] for name in ("step", "optimizer", "trained"))
+            step, moments, saved, random = (state[name] for name in ("step", "optimizer", "trained", "random"))
         except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: no usable state; resume from another checkpoint ({error})") from error
         if saved.get("start") != self.start:
@@ -244,6 +250,7 @@ class Learner:
         for group, settings in zip(self.optimizer.param_groups, present):
             group |= settings
         self.step = step
+        restore_random_state(random)
 
 
 def parameter_groups(model: nn.Module, config: StageConfig) -> list[dict[str, Any]]:

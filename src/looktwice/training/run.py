@@ -11,10 +11,12 @@ from looktwice.config import LORA_KNOBS, Stage, StageConfig
 from looktwice.data.order import BatchOrder
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import adapter_settings
+from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.folder import FINAL_MODEL, check_final_model, check_run, checkpoint_of, make_room
 from looktwice.training.learner import Learner
 from looktwice.training.record import Record, Settings, plain
 from looktwice.training.start import check_one_process
+from looktwice.training.stopping import StopRequest
 
 
 def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
@@ -69,20 +71,31 @@ def is_due(learner: Learner, every: int) -> bool:
     return learner.step == learner.total_steps or learner.step % every == 0
 
 
-def close_step(learner: Learner, recorder: Recorder, metrics: dict[str, float], record: Record) -> None:
-    """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due."""
+def close_step(
+    learner: Learner, recorder: Recorder, metrics: dict[str, float], saves: Checkpoints, stop: StopRequest
+) -> None:
+    """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due.
+
+    Raises Interrupted, with the step saved, where a signal asked the run to stop.
+    """
     config = learner.config
     recorder.advance(learner.step)
     has_rare_ones = any(name.startswith(("eval/", "canary/")) for name in metrics)
     if learner.step == 1 or has_rare_ones or is_due(learner, config.logging_steps):
         recorder.log(learner.step, metrics)
     is_last = learner.step == learner.total_steps
-    if config.save_steps and learner.step % config.save_steps == 0 and not is_last:
-        learner.save(config.output_dir / f"checkpoint-{learner.step}", record, with_optimizer=True)
+    if saves.is_due(metrics) or (stop.number and not is_last):
+        recorder.flush()
+        saves.save()
+    if not is_last:
+        stop.heed(is_done=False)
 
 
-def save_final(learner: Learner, record: Record) -> Path:
-    """Write the final model, say so, and give back its folder; of a run that changed nothing, say that instead."""
+def save_final(learner: Learner, record: Record, stop: StopRequest) -> Path:
+    """Write the final model, say so, and give back its folder; of a run that changed nothing, say that instead.
+
+    Raises Interrupted afterwards where a signal asked the run to stop.
+    """
     folder = learner.config.output_dir / FINAL_MODEL
     learner.save(folder, record, with_optimizer=False)
     stage = "stage 1" if record.stage == "sft" else "stage 2"
@@ -91,6 +104,7 @@ def save_final(learner: Learner, record: Record) -> Path:
     else:
         print(
             f"{stage} changed nothing: none of {learner.step:,} steps had anything to train on, and {folder} holds the "
-            "weights it started from; group/dropped and data/too_long of log.jsonl say why"
+            "weights it started from; group/dropped and data/too_long of metrics.jsonl say why"
         )
+    stop.heed(is_done=True)
     return folder

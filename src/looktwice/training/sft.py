@@ -20,11 +20,13 @@ from looktwice.metrics import Recorder
 from looktwice.model.weights import pick_device
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import load_processor
+from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner
 from looktwice.training.overview import show_overview
 from looktwice.training.run import batch_order, begin, close_step, is_due, planned, save_final
 from looktwice.training.sets import LengthReport, load_sets
+from looktwice.training.stopping import stop_requests
 
 WORKERS_BESIDE_A_GPU = 4
 SHOWN = ("loss", "eval/loss", "optim/lr", "perf/tokens_per_s")
@@ -41,7 +43,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     train, held_out, refits = load_sets(data, processor, "sft")
     order = batch_order(len(train), config)
     settings = (model, data, config)
-    with claimed(config.output_dir):
+    with claimed(config.output_dir), stop_requests() as stop:
         record = planned("sft", settings, order, model.model_name)
         learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps)
         record = begin(learner, record, settings, order)
@@ -60,8 +62,10 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
             ) as recorder,
             closing(packed_batches(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
         ):
+            saves = Checkpoints(learner, record, order)
             show_overview(recorder.console, learner, order, model)
             eval_every = config.eval_steps or order.steps_per_epoch
+            stop.arm()
             while learner.step < order.total_steps:
                 num_batches = len(order.batches(learner.step, config.train_batch_size))
                 rows = [row for batch in islice(rows_of_batches, num_batches) for row in batch]
@@ -71,9 +75,9 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
                 if held_out and is_due(learner, eval_every):
                     metrics["eval/loss"] = evaluation_loss(learner, held_out, encoder, lengths, num_workers=workers)
                 metrics |= lengths.metrics
-                close_step(learner, recorder, metrics, record)
+                close_step(learner, recorder, metrics, saves, stop)
         lengths.show()
-        return save_final(learner, record)
+        return save_final(learner, record, stop)
 
 
 def packed_batches(

@@ -1,0 +1,86 @@
+"""Which checkpoints a run writes, and which of them it keeps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from looktwice.data.order import BatchOrder
+from looktwice.drafts import UNFINISHED
+from looktwice.metrics import LOG_FILE
+from looktwice.training.folder import checkpoints, remove
+from looktwice.training.learner import Learner
+from looktwice.training.record import Record
+
+BEST = {"eval/loss": min, "eval/accuracy": max}
+"""The metrics by which a checkpoint is best, and which of two values is better."""
+
+
+class Checkpoints:
+    """The `checkpoint-N` folders of a run that is going on."""
+
+    def __init__(self, learner: Learner, record: Record, order: BatchOrder) -> None:
+        self.learner, self.record, self.config = learner, record, learner.config
+        self.folder = learner.config.output_dir
+        self.save_steps = self.config.save_steps or order.steps_per_epoch
+        self.saved_at = time.monotonic()
+        self.best = best_of(self.folder / LOG_FILE, last=learner.step)
+
+    def is_due(self, metrics: dict[str, float]) -> bool:
+        """Whether a checkpoint is due after the step of these metrics; never after the last one, of which
+        `final_model` is kept."""
+        is_best = self._note_best(metrics)
+        if self.learner.step == self.learner.total_steps or not self.config.save_total_limit:
+            return False
+        minutes = (time.monotonic() - self.saved_at) / 60
+        is_time = self.config.save_minutes is not None and minutes >= self.config.save_minutes
+        return is_best or is_time or self.learner.step % self.save_steps == 0
+
+    def save(self) -> Path:
+        """Write the checkpoint of this step, then remove those that are too many."""
+        folder = self.folder / f"checkpoint-{self.learner.step}"
+        self.learner.save(folder, self.record, with_optimizer=True)
+        for old in self._too_many():
+            # under its own name half of it could be taken for a checkpoint
+            gone = old.with_name(f".{old.name}{UNFINISHED}")
+            remove(gone)
+            old.rename(gone)
+            remove(gone)
+        self.saved_at = time.monotonic()
+        return folder
+
+    def _note_best(self, metrics: dict[str, float]) -> bool:
+        """Whether this step's evaluation is better than all before."""
+        for name, better in BEST.items():
+            if name in metrics:
+                value = metrics[name]
+                is_best = self.best is None or (value != self.best[1] and better(value, self.best[1]) == value)
+                if is_best:
+                    self.best = (self.learner.step, value)
+                return is_best and self.config.keep_best
+        return False
+
+    def _too_many(self) -> Iterator[Path]:
+        found = checkpoints(self.folder)
+        kept = {*sorted(found)[-max(1, self.config.save_total_limit) :], self.learner.step}
+        if self.config.keep_best and self.best:
+            kept.add(self.best[0])
+        yield from (path for step, path in found.items() if step not in kept)
+
+
+def best_of(log: Path, *, last: int) -> tuple[int, float] | None:
+    """The step up to `last` with the best evaluation in a log, and its value; None where there is none."""
+    found: tuple[int, float] | None = None
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # somebody's own note
+        for name, better in BEST.items():
+            if isinstance(row, dict) and name in row and row.get("step", last + 1) <= last:
+                value = row[name]
+                if found is None or (value != found[1] and better(value, found[1]) == value):
+                    found = (row["step"], value)
+    return found

@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM: the step that runs is finished and saved first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTED = "\nstopping when this step is finished and saved; Ctrl-C again stops at once\n"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run stopped as a signal asked it to. `number` is the signal's; `is_done` says that there was nothing left."""
+
+    def __init__(self, number: int, *, is_done: bool = False) -> None:
+        super().__init__()
+        self.number, self.is_done = number, is_done
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.is_armed = False
+
+    def arm(self) -> None:
+        """From now on there are steps to finish; before, a signal stops at once."""
+        self.is_armed = True
+
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        """What the process does on a signal. Raises Interrupted before `arm`, and for a Ctrl-C after another signal."""
+        if not self.is_armed or (self.number is not None and number == signal.SIGINT):
+            raise Interrupted(number)
+        if self.number is None:
+            os.write(2, NOTED.encode())  # a handler may come in the middle of a print
+        self.number = self.number or number
+
+    def heed(self, *, is_done: bool) -> None:
+        """Raise Interrupted where a signal has come."""
+        if self.number is not None:
+            raise Interrupted(self.number, is_done=is_done)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Signals are noted in what is yielded, and no longer end the process by themselves.
+
+    One that is ignored, as in a job that a shell started in the background, stays so; in a thread nothing changes.
+    """
+    request = StopRequest()
+    is_main = threading.current_thread() is threading.main_thread()
+    heard = [number for number in SIGNALS if is_main and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request.note) for number in heard}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
