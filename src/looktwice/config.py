@@ -291,6 +291,7 @@ class StageConfig(Config):
     allow_changes: bool = knob(False, "go on from a checkpoint of other data, batches or steps")
     overwrite: bool = knob(False, "remove the run that the run folder holds")
     seed: Seed = knob(42, "seed of order, sampling and new weights")
+    deterministic: bool = knob(False, "same bits in each run on one machine; costs time on a GPU")
 
     @property
     def frozen_parts(self) -> tuple[Part, ...]:

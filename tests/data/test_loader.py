@@ -119,6 +119,14 @@ def test_all_workers_work(load: Load) -> None:
     assert len(set(load(["who"] * 8))) == 2
 
 
+def test_workers_go_on_when_a_scheduler_ends_the_job(load: Load) -> None:
+    items = load(range(50), num_workers=1)
+    first = next(items)
+    [worker] = active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    assert [first, *items] == list(range(50))
+
+
 def test_a_worker_has_one_thread_and_leaves_ctrl_c_to_the_parent(load: Load) -> None:
     assert list(load(["threads"], num_workers=1)) == [(1, True)]
 

@@ -37,7 +37,6 @@ PRELOADED = ["looktwice.data.examples"]
 """What that process imports once for all workers."""
 BATCHES_AHEAD = 2
 """Of each worker."""
-SECONDS_TO_STOP = 5.0
 
 
 def warm_up() -> None:
@@ -150,12 +149,9 @@ def _next(outcomes: Iterator[Any], workers: Sequence[BaseProcess], folder: Path)
 
 def _stop(workers: Sequence[BaseProcess]) -> None:
     for worker in workers:
-        worker.terminate()
+        worker.kill()
     for worker in workers:
-        worker.join(SECONDS_TO_STOP)
-        if worker.exitcode is None:
-            worker.kill()
-            worker.join()
+        worker.join()
 
 
 @dataclass(frozen=True)
@@ -254,6 +250,8 @@ class _Start:
 
     def __call__(self, worker: int) -> None:
         _note(self.folder, "")
+        # a scheduler sends it to all processes of a job, and the run goes on until its step is saved
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # torch's own watch is on the process that forked the worker, which lives as long as the worker does
         threading.Thread(target=_end_with_parent, args=(self.folder,), daemon=True).start()
 

@@ -35,6 +35,7 @@ from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episode
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
 from looktwice.training.canaries import check_rollouts
 from looktwice.training.checkpoints import Checkpoints
+from looktwice.training.determinism import deterministic
 from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner, Reference, Scores, TrainingError
 from looktwice.training.losses import (
@@ -89,7 +90,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         from looktwice.engine.vllm import VllmEngine
 
         VllmEngine(config.vllm_servers, processor.config)
-    with claimed(config.output_dir), stop_requests() as stop:
+    with claimed(config.output_dir), stop_requests() as stop, deterministic(config.deterministic):
         record = planned("grpo", settings, order, start)
         learner = Learner.load(start, model, config, processor, total_steps=order.total_steps, is_exact=config.exact)
         reference = learner.freeze_reference() if config.beta > 0 else None

@@ -21,6 +21,7 @@ from looktwice.model.weights import pick_device
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import load_processor
 from looktwice.training.checkpoints import Checkpoints
+from looktwice.training.determinism import deterministic
 from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner
 from looktwice.training.overview import show_overview
@@ -43,7 +44,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     train, held_out, refits = load_sets(data, processor, "sft")
     order = batch_order(len(train), config)
     settings = (model, data, config)
-    with claimed(config.output_dir), stop_requests() as stop:
+    with claimed(config.output_dir), stop_requests() as stop, deterministic(config.deterministic):
         record = planned("sft", settings, order, model.model_name)
         learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps)
         record = begin(learner, record, settings, order)
