@@ -716,7 +716,7 @@ def test_the_last_of_a_flag_that_is_given_twice_holds() -> None:
 
 def test_flags_may_be_written_with_hyphens_and_file_names_stay(data_folder, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, data, sft, _ = train_configs(["--train-data=a-b.jsonl", "--lora-r", "4"])
-    assert (data.train_data_path, sft.lora_r) == (Path("a-b.jsonl"), 4)
+    assert (data.train_data_path, sft.lora_r) == ((Path("a-b.jsonl"),), 4)
     (data_folder / "--a-b.jsonl").write_text(ROW_LINE)
     monkeypatch.chdir(data_folder)
     assert main(["data", "check", "--", "--a-b.jsonl"]) == 0

@@ -311,7 +311,7 @@ def test_flags_win_over_files_and_files_over_defaults(tmp_path) -> None:
     files = ["--sft_config", str(sft_file), "--data_config", str(data_file)]
     _, _, data, sft, _ = train_configs([*files, "--lora_r", "8", "--train_data=b.jsonl"])
     assert (sft.learning_rate, sft.lora_r, sft.lora_alpha) == (3e-5, 8, 256)
-    assert (data.train_data_path, data.max_pixels, data.min_pixels) == (Path("b.jsonl"), 1000, None)
+    assert (data.train_data_path, data.max_pixels, data.min_pixels) == ((Path("b.jsonl"),), 1000, None)
 
 
 def test_a_switch_is_turned_off_by_its_no_form(tmp_path) -> None:
@@ -363,7 +363,7 @@ def test_a_flag_with_the_prefix_sets_stage_2_alone() -> None:
         (["--num_train_epochs=2"], "unknown argument --num_train_epochs. Here it is --num_epochs."),
         (["--learn", "1"], "unknown argument --learn."),
         (["--learning_rate", "fast"], "--learning_rate is 'fast'; it must be a number"),
-        (["--train_data"], "argument --train_data: expected one argument; see looktwice train --help"),
+        (["--train_data"], "argument --train_data: expected at least one argument; see looktwice train --help"),
         (["--stage", "rl"], "argument --stage: invalid choice: 'rl'"),
         (["--lora_r", "big"], "lora_r is 'big': input should be a valid integer"),
     ],
@@ -611,6 +611,7 @@ TRAIN_FLAGS = [
     "--top_k",
     "--top_p",
     "--train_data",
+    "--train_weights",
     "--use_dora",
     "--use_lora",
     "--use_rslora",
@@ -678,6 +679,19 @@ def test_help_says_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None
         "Of a flag that is given twice the last one holds.",
     ):
         assert shown in text
+
+
+def test_training_data_are_one_file_or_several() -> None:
+    one, several = DataConfig(train_data_path="a"), DataConfig(train_data_path=["a", "b"], train_weights="2,0.5")
+    assert (one.train_data_path, several.train_data_path) == ((Path("a"),), (Path("a"), Path("b")))
+    assert several.train_weights == (2.0, 0.5)
+    with pytest.raises(ConfigError, match="train_weights: 1 weight for 2 files; give one each"):
+        DataConfig(train_data_path=["a", "b"], train_weights=[1])
+
+
+def test_several_files_follow_one_flag() -> None:
+    _, _, data, _, _ = train_configs(["--train_data", "a", "b", "--train_weights", "2,1", "--stage", "sft"])
+    assert (data.train_data_path, data.train_weights) == ((Path("a"), Path("b")), (2, 1))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_documented_path_that_is_not_there_is_named(
 
 def test_data_of_ones_own_are_not_mixed_with_the_documented_paths(documented_folder, capsys) -> None:
     _, _, data, sft, _ = train_configs(["--as_documented", "--stage", "sft", "--train_data", "my.jsonl"])
-    assert (data.train_data_path, data.val_data_path, data.image_base_path) == (Path("my.jsonl"), None, Path("."))
+    assert (data.train_data_path, data.val_data_path, data.image_base_path) == ((Path("my.jsonl"),), None, Path("."))
     assert (sft.train_batch_size, sft.gradient_accumulation_steps) == (1, 8)
     assert capsys.readouterr().out == "documented defaults: --batch_size 1 --gradient_accumulation_steps 8\n"
 
@@ -125,7 +125,7 @@ def test_a_config_file_wins_over_the_documented_defaults(documented_folder) -> N
     (documented_folder / "data.json").write_text('{"train_data_path": "other.jsonl"}')
     *_, data, sft, _ = train_configs(["--as_documented", "--sft_config", "sft.json", "--data_config", "data.json"])
     assert (sft.train_batch_size, sft.gradient_accumulation_steps) == (1, 2)
-    assert (data.train_data_path, data.val_data_path, data.image_base_path) == (Path("other.jsonl"), None, Path("."))
+    assert (data.train_data_path, data.val_data_path, data.image_base_path) == ((Path("other.jsonl"),), None, Path("."))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_missing_stage_1_is_told_with_its_mend(documented_folder, run_script, 
 
 def test_looktwice_train_keeps_its_own_defaults() -> None:
     *_, data, sft, _ = train_configs([])
-    assert (data.train_data_path, sft.train_batch_size, sft.gradient_accumulation_steps) == (None, 4, 1)
+    assert (data.train_data_path, sft.train_batch_size, sft.gradient_accumulation_steps) == ((), 4, 1)
 
 
 # -- generation parameters

@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from looktwice.errors import ConfigError, nearest, short
+from looktwice.errors import ConfigError, counted, nearest, short
 from looktwice.geometry import BoxFrame
 from looktwice.other_trainers import called_here
 from looktwice.paths import expanded
@@ -30,6 +30,7 @@ Number = Annotated[float, BeforeValidator(no_truth), Field(allow_inf_nan=False)]
 Positive = Annotated[Whole, Field(ge=1)]
 NonNegativeInt = Annotated[Whole, Field(ge=0)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
+Weight = Annotated[Number, Field(gt=0, le=1000)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Epochs = Annotated[Number, Field(ge=0, le=10**6)]
@@ -61,6 +62,11 @@ def split_commas(value: Any) -> Any:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
+def one_or_several(value: Any) -> Any:
+    """A single path as a list of one; a list stays as it is."""
+    return [value] if isinstance(value, (str, Path)) else value
+
+
 def split_pairs(value: Any) -> Any:
     """`a=1,b=2` as the mapping it stands for; a mapping stays as it is."""
     if not isinstance(value, str):
@@ -86,12 +92,14 @@ def check_file_size(value: str) -> str:
     return value
 
 
-def knob(default: Any, help: str, *, flag: str | None = None, bare: str | None = None) -> Any:
+def knob(default: Any, help: str, *, flag: str | None = None, bare: str | None = None, several: bool = False) -> Any:
     """A field with its help; `flag` is its name on the command line when that is not the field's own.
 
     `bare` is the value of a flag that is given without one; the field's own name is then a flag too.
+    `several` says that a flag takes several words.
     """
-    extra: dict[str, Any] = {name: value for name, value in (("flag", flag), ("bare", bare)) if value}
+    given = (("flag", flag), ("bare", bare), ("several", several))
+    extra: dict[str, Any] = {name: value for name, value in given if value}
     return Field(default, description=help, json_schema_extra=extra or None)
 
 
@@ -193,9 +201,21 @@ class SampleConfig(Config):
 class DataConfig(SampleConfig):
     """Which data, and how pictures are sized. Pixel bounds left out come from the checkpoint."""
 
-    train_data_path: Place | None = knob(None, "training data: JSONL, JSON or Parquet", flag="train_data")
+    train_data_path: Annotated[tuple[Place, ...], BeforeValidator(one_or_several)] = knob(
+        (), "training data, one file or several: JSONL, JSON or Parquet", flag="train_data", several=True
+    )
+    train_weights: Annotated[tuple[Weight, ...], BeforeValidator(split_commas)] = knob(
+        (), "passes over each file in an epoch, such as 2,0.5; default: one over each"
+    )
     val_data_path: Place | None = knob(None, "validation data: loss (stage 1), accuracy (stage 2)", flag="val_data")
     length_policy: LengthPolicy = knob("error", LENGTH_POLICY_HELP)
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> DataConfig:
+        files, weights = len(self.train_data_path), len(self.train_weights)
+        if weights and weights != files:
+            raise ValueError(f"train_weights: {counted(weights, 'weight')} for {counted(files, 'file')}; give one each")
+        return self
 
 
 class CheckConfig(SampleConfig):
@@ -506,6 +526,12 @@ def flag_of(config_class: type[Config], name: str) -> str:
     """The command-line name of a field, without dashes."""
     extra = config_class.model_fields[name].json_schema_extra
     return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else name
+
+
+def takes_several(config_class: type[Config], name: str) -> bool:
+    """Whether the flag of a field takes several words."""
+    extra = config_class.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and "several" in extra
 
 
 def bare_value(config_class: type[Config], name: str) -> str | None:

@@ -141,7 +141,7 @@ def test_training_refuses_what_is_fatal_and_nothing_else(
     monkeypatch.setattr(sets, "CHECKED_AT_START", num_checked_at_start)
 
     def load(stage: Stage) -> None:
-        train, more, _ = sets.load_sets(data, ready, stage)
+        train, more, *_ = sets.load_sets(data, ready, stage)
         encoder = Encoder(processor=ready, max_length=data.max_length, length_policy=data.length_policy)
         for sample in [*train, *more]:
             if stage == "sft":

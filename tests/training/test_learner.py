@@ -361,14 +361,14 @@ def test_layers_are_recomputed_by_default_on_a_gpu(
 )
 def test_the_start_of_a_run_says_what_is_about_to_happen(settings, rows, load) -> None:
     learner = load(**settings)
-    facts = run_facts(learner, batch_order(24, learner.config), ModelConfig(model_name="tiny"))
+    facts = run_facts(learner, batch_order([24], learner.config), ModelConfig(model_name="tiny"))
     assert {name: facts[name] for name in rows} == rows
 
 
 def test_the_second_stage_names_the_model_it_starts_from_and_its_rollouts(load, model_folder, processor) -> None:
     config = GRPOConfig(sft_checkpoint_path=model_folder, num_generations=6)
     learner = Learner(load().model, processor, config, total_steps=3)
-    facts = run_facts(learner, batch_order(24, config), ModelConfig(model_name="tiny"))
+    facts = run_facts(learner, batch_order([24], config), ModelConfig(model_name="tiny"))
     assert (facts["stage"], facts["model"]) == ("2 (R-GRPO)", str(model_folder))
     assert facts["rollouts"] == "6 of each sample"
 
@@ -379,7 +379,7 @@ def start_of(monkeypatch, capsys) -> Callable[[Learner], list[str]]:
     monkeypatch.setenv("COLUMNS", "80")
 
     def shown(learner: Learner) -> list[str]:
-        show_overview(open_console(stderr=True), learner, batch_order(24, learner.config), ModelConfig())
+        show_overview(open_console(stderr=True), learner, batch_order([24], learner.config), ModelConfig())
         return capsys.readouterr().err.splitlines()
 
     return shown

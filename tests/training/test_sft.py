@@ -234,6 +234,45 @@ def test_a_run_without_a_sample_left_says_so(run) -> None:
         run(data={"max_length": 100, "length_policy": "drop"})
 
 
+# -- several files
+
+
+@pytest.fixture
+def halves(dataset, tmp_path) -> tuple[Path, Path]:
+    """The six samples in two files, of two and of four."""
+    rows = dataset.train.read_text().splitlines(keepends=True)
+    for name, part in (("a.jsonl", rows[:2]), ("b.jsonl", rows[2:])):
+        (tmp_path / name).write_text("".join(part))
+    return tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+
+
+def test_several_files_train_as_one_file_of_all_rows_and_are_named(halves, run, capsys) -> None:
+    whole, expected = run("whole", train_batch_size=4, num_train_epochs=2)
+    capsys.readouterr()
+    parts, lines = run("parts", data={"train_data_path": halves}, train_batch_size=4, num_train_epochs=2)
+    assert weights(parts) == weights(whole)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    printed = capsys.readouterr().out
+    assert all(f"{path}: {count} samples x 1 in an epoch\n" in printed for path, count in zip(halves, (2, 4)))
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_weights_say_how_often_the_samples_of_a_file_come(is_large, halves, run, monkeypatch) -> None:
+    if is_large:
+        monkeypatch.setattr(sets_module, "CHECKED_AT_START", 1)
+    data = {"train_data_path": halves, "train_weights": (2, 0.5)}
+    _, lines = run(data=data, train_batch_size=1, num_train_epochs=1)
+    assert len(lines) == 2 * 2 + 2
+
+
+def test_a_run_goes_on_only_with_the_weights_it_began_with(halves, run) -> None:
+    data = {"train_data_path": halves}
+    run(data={**data, "train_weights": (1, 1)}, max_steps=2, save_steps=1)
+    for weights, is_now in (((1, 2), r"\[1.0, 2.0\]"), ((), "None")):
+        with pytest.raises(CheckpointError, match=rf"train_weights was \[1.0, 1.0\] and is {is_now}"):
+            run(data={**data, "train_weights": weights}, max_steps=2, resume_from_checkpoint="latest")
+
+
 # -- sets too large to be checked before the start
 
 

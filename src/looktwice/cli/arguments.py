@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from looktwice.config import Config, bare_value, flag_of
+from looktwice.config import Config, bare_value, flag_of, takes_several
 from looktwice.errors import ConfigError, nearest, short
 from looktwice.other_trainers import called_here
 from looktwice.paths import write_result
@@ -157,13 +157,17 @@ def add_flags(
             if bare := bare_value(config_class, name):
                 group.add_argument(flag, f"--{prefix}{name}", nargs="?", const=bare, **options)
             else:
-                group.add_argument(flag, **options)
+                group.add_argument(flag, nargs="+" if takes_several(config_class, name) else None, **options)
 
 
 def written_flags(config: Config, *, without: Sequence[str] = ()) -> list[str]:
     """The words of a command line that set what the config was given, but for some fields."""
-    names = [name for name in type(config).model_fields if name in config.model_fields_set and name not in without]
-    return [word for name in names for word in _flag_words(f"--{flag_of(type(config), name)}", getattr(config, name))]
+    words: list[str] = []
+    for name in type(config).model_fields:
+        if name in config.model_fields_set and name not in without:
+            flag, value = f"--{flag_of(type(config), name)}", getattr(config, name)
+            words += [flag, *map(str, value)] if takes_several(type(config), name) else _flag_words(flag, value)
+    return words
 
 
 def _flag_words(flag: str, value: Any) -> list[str]:

@@ -8,6 +8,8 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from looktwice.data.mixture import Mixture
+
 
 class BatchOrder:
     """Which samples make up each optimizer step: a function of seed and step alone, so a run can go on anywhere.
@@ -18,8 +20,16 @@ class BatchOrder:
     """
 
     def __init__(
-        self, num_samples: int, *, samples_per_step: int, num_epochs: float, max_steps: int | None, seed: int
+        self,
+        num_samples: int,
+        *,
+        samples_per_step: int,
+        num_epochs: float,
+        max_steps: int | None,
+        seed: int,
+        mixture: Mixture | None = None,
     ) -> None:
+        """`mixture` draws the epochs where files have weights; `num_samples` are then those of one of its epochs."""
         self.num_samples = num_samples
         self.samples_per_step = samples_per_step
         self.seed = seed
@@ -27,7 +37,8 @@ class BatchOrder:
         self.total_steps = math.ceil(num_epochs * self.steps_per_epoch)
         if max_steps is not None:
             self.total_steps = max_steps
-        self._of_epoch = lru_cache(maxsize=1)(partial(_permutation, num_samples, seed))
+        draw = mixture.epoch if mixture else partial(_permutation, num_samples, seed)
+        self._of_epoch = lru_cache(maxsize=1)(draw)
 
     def __getitem__(self, step: int) -> list[int]:
         """Sample numbers of the step, counted from 0."""

@@ -57,7 +57,7 @@ class Demo:
         self.console.out(f"    {self.seconds[name]:.1f} s", style="dim")
 
     def data_config(self, train: Path, held_out: Path | None) -> DataConfig:
-        return DataConfig(train_data_path=train, val_data_path=held_out, image_base_path=train.parent)
+        return DataConfig(train_data_path=(train,), val_data_path=held_out, image_base_path=train.parent)
 
     def sft(self, files: DatasetFiles) -> Path:
         config = SFTConfig(

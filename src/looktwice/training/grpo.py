@@ -82,9 +82,9 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     """Run R-GRPO from the SFT checkpoint and give back the folder of the final model."""
     start = str(config.sft_checkpoint_path)
     processor = load_processor(start, data)
-    samples, held_out, refits = load_sets(data, processor, "grpo")
+    samples, held_out, refits, sizes = load_sets(data, processor, "grpo")
     score_rollout = load_reward(config.reward)
-    order = batch_order(len(samples), config)
+    order = batch_order(sizes, config, data.train_weights)
     settings = (model, data, config)
     if config.vllm_servers:  # one that cannot be used is told before the model is loaded
         from looktwice.engine.vllm import VllmEngine

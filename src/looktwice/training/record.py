@@ -39,9 +39,9 @@ class Record:
     def of(cls, stage: Stage, settings: Settings, *, num_samples: int, total_steps: int) -> Record:
         """The record of a run of so many steps on so many samples of its training data."""
         _, data, config = settings
-        assert data.train_data_path is not None
         order = {
-            "train_data": fingerprint(data.train_data_path),
+            "train_data": ", ".join(map(fingerprint, data.train_data_path)),
+            "train_weights": list(data.train_weights) or None,
             "samples": num_samples,
             "batch_size": config.train_batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,

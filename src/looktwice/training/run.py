@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
 
 from looktwice.config import LORA_KNOBS, Stage, StageConfig
+from looktwice.data.mixture import Mixture
 from looktwice.data.order import BatchOrder
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import adapter_settings
@@ -19,10 +21,12 @@ from looktwice.training.start import check_one_process
 from looktwice.training.stopping import StopRequest
 
 
-def batch_order(num_samples: int, config: StageConfig) -> BatchOrder:
-    """The order in which a stage goes through its samples."""
+def batch_order(sizes: Sequence[int], config: StageConfig, weights: Sequence[float] = ()) -> BatchOrder:
+    """The order in which a stage goes through the samples of its files, of which `sizes` are the numbers."""
+    mixture = Mixture(sizes, weights, seed=config.seed) if weights else None
     return BatchOrder(
-        num_samples,
+        mixture.num_samples if mixture else sum(sizes),
+        mixture=mixture,
         samples_per_step=config.train_batch_size * config.gradient_accumulation_steps,
         num_epochs=config.num_train_epochs,
         max_steps=config.max_steps,

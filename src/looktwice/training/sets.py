@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -12,7 +14,7 @@ from looktwice.config import DataConfig, Stage, StageConfig
 from looktwice.data.lengths import Refit, fit_lengths, purposes_of
 from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
-from looktwice.errors import DataError
+from looktwice.errors import DataError, counted
 from looktwice.formats.sample_file import SampleFile
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training.folder import LEFT_OUT
@@ -41,12 +43,35 @@ class LargeSet(Sequence[Sample]):
         return self.file.sample(place)
 
 
+class Joined(Sequence[Sample]):
+    """The samples of several files, one file after the other."""
+
+    def __init__(self, files: Sequence[Sequence[Sample]]) -> None:
+        self.files = files
+        self.ends = [*accumulate(map(len, files))]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        file = bisect_right(self.ends, place)
+        return self.files[file][place - (self.ends[file - 1] if file else 0)]
+
+
 class Sets(NamedTuple):
-    """Samples to train on, samples held out to validate, and what became of those that were too long."""
+    """Samples to train on, samples held out to validate, what became of those that were too long, and how many of those
+    to train on each file has."""
 
     train: Sequence[Sample]
     held_out: Sequence[Sample]
     refits: list[Refit]
+    sizes: list[int]
 
 
 def load_sets(data: DataConfig, processor: Ovis2_5Processor, stage: Stage) -> Sets:
@@ -54,9 +79,19 @@ def load_sets(data: DataConfig, processor: Ovis2_5Processor, stage: Stage) -> Se
 
     Raises DataError and ImageError for what training would stop at.
     """
-    train, refits = load_samples(required(data.train_data_path, "--train_data"), data, processor, stage)
-    held_out, more = load_samples(data.val_data_path, data, processor, stage) if data.val_data_path else ([], [])
-    return Sets(train, held_out, [*refits, *more])
+    paths = required(data.train_data_path, "--train_data")
+    loaded = [load_samples(path, data, processor, stage) for path in paths]
+    held_out, refits = load_samples(data.val_data_path, data, processor, stage) if data.val_data_path else ([], [])
+    files = [samples for samples, _ in loaded]
+    if len(paths) > 1:
+        for path, samples, weight in zip(paths, files, data.train_weights or (1,) * len(paths)):
+            print(f"{path}: {counted(len(samples), 'sample')} x {weight:g} in an epoch")
+    return Sets(
+        train=files[0] if len(files) == 1 else Joined(files),
+        held_out=held_out,
+        refits=[*chain.from_iterable(of_file for _, of_file in loaded), *refits],
+        sizes=[*map(len, files)],
+    )
 
 
 def load_samples(

@@ -41,8 +41,8 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     if workers:
         warm_up()
     processor = load_processor(model.model_name, data)
-    train, held_out, refits = load_sets(data, processor, "sft")
-    order = batch_order(len(train), config)
+    train, held_out, refits, sizes = load_sets(data, processor, "sft")
+    order = batch_order(sizes, config, data.train_weights)
     settings = (model, data, config)
     with claimed(config.output_dir), stop_requests() as stop, deterministic(config.deterministic):
         record = planned("sft", settings, order, model.model_name)

@@ -21,7 +21,7 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
 
     Raises ConfigError, DataError or CheckpointError.
     """
-    for path in (required(data.train_data_path, "--train_data"), data.val_data_path):
+    for path in (*required(data.train_data_path, "--train_data"), data.val_data_path):
         if path is not None:
             check_data_file(path)
     check_image_folder(data.image_base_path)
@@ -71,9 +71,9 @@ def check_start(name: str, adapter: Path | None, model_config: ModelConfig, conf
         )
 
 
-def required(value: T | None, flag: str) -> T:
+def required(value: T, flag: str) -> T:
     """The value of a setting that has no default. Raises ConfigError naming its flag."""
-    if value is None:
+    if value in (None, ()):
         raise ConfigError(f"{flag} is missing; give it on the command line or in a config file")
     return value
 
