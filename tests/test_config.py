@@ -75,8 +75,9 @@ def test_a_key_of_another_config_is_told_so() -> None:
 
 def test_a_key_of_another_trainer_is_told_what_does_it_here() -> None:
     assert refusal(SFTConfig, per_device_train_batch_size=4).endswith("Here it is batch_size.")
-    assert refusal(SFTConfig, report_to="none").endswith(
-        "There is none here: metrics go to metrics.jsonl and TensorBoard files in the run folder."
+    assert refusal(SFTConfig, wandb_project="mine").endswith(
+        "There is none here: metrics go to metrics.jsonl in the run folder and where --report_to says, a project by "
+        "WANDB_PROJECT."
     )
 
 
@@ -547,6 +548,7 @@ TRAIN_FLAGS = [
     "--grpo_output_dir",
     "--grpo_overwrite",
     "--grpo_part_learning_rates",
+    "--grpo_report_to",
     "--grpo_resume",
     "--grpo_resume_from_checkpoint",
     "--grpo_save_minutes",
@@ -592,6 +594,7 @@ TRAIN_FLAGS = [
     "--part_learning_rates",
     "--preset",
     "--quantization",
+    "--report_to",
     "--resume",
     "--resume_from_checkpoint",
     "--reward",

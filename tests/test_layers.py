@@ -12,9 +12,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "looktwice"
 
-# one layer a line, the lowest first; a name stands for itself and for all below it
+# one layer an entry, the lowest first; a name stands for itself and for all below it
 LAYERS = (
-    ("errors", "drafts", "neighbours", "paths", "geometry", "console", "metrics", "other_trainers", "serving"),
+    (
+        "errors",
+        "drafts",
+        "neighbours",
+        "paths",
+        "geometry",
+        "console",
+        "trackers",
+        "metrics",
+        "other_trainers",
+        "serving",
+    ),
     ("config", "messages", "calls", "model.configuration", "model.location"),
     ("processing",),
     ("model", "serving.modeling_ovis2_5"),

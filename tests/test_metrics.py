@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from looktwice.metrics import METRICS, Recorder, four_digits, keep_steps
+from looktwice.trackers import Tracker
 
 
-def record(folder: Path, lines: dict[int, dict[str, float]], *, start: int = 0) -> list[dict[str, float]]:
-    with Recorder(folder, total_steps=9, shown=("loss", "optim/lr"), title="SFT", start=start) as recorder:
+def record(
+    folder: Path, lines: dict[int, dict[str, float]], *, start: int = 0, trackers: Sequence[Tracker] = ()
+) -> list[dict[str, float]]:
+    shown = ("loss", "optim/lr")
+    with Recorder(folder, total_steps=9, shown=shown, title="SFT", start=start, trackers=trackers) as recorder:
         for step, metrics in lines.items():
             recorder.advance(step)
             recorder.log(step, metrics)
@@ -34,13 +40,39 @@ def test_a_run_that_goes_on_drops_what_was_logged_of_later_steps(tmp_path) -> No
     assert note == "a note"
 
 
-def test_the_curves_of_a_run_that_goes_on_have_each_step_once(tmp_path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+class Listener:
+    """A tracker that notes what it is told, and fails at a step."""
 
-    record(tmp_path, {step: {"loss": 3.0} for step in (1, 2, 3)})
-    record(tmp_path, {3: {"loss": 2.0}}, start=2)
-    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(point.step, point.value) for point in curves.Scalars("loss")] == [(1, 3.0), (2, 3.0), (3, 2.0)]
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.told: list[object] = []
+        self.fails_at = fails_at
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == self.fails_at:
+            raise ConnectionError("no network")
+        self.told.append((step, dict(metrics)))
+
+    def flush(self) -> None:
+        self.told.append("flush")
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+def test_several_trackers_get_the_numbers_and_one_that_fails_stops_nothing(tmp_path, capsys) -> None:
+    one, other = Listener(), Listener(fails_at=2)
+    lines = record(tmp_path, {1: {"loss": 3.0}, 2: {"loss": 2.0}, 3: {"loss": 1.0}}, trackers=[other, one])
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert one.told == [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (3, {"loss": 1.0}), "close"]
+    assert other.told == [(1, {"loss": 3.0})]
+    assert capsys.readouterr().err.count("Listener shows no more of this run (no network)") == 1
+
+
+def test_a_number_that_json_does_not_know_is_left_out(tmp_path) -> None:
+    tracker = Listener()
+    [line] = record(tmp_path, {1: {"loss": math.nan, "optim/grad_norm": math.inf, "epoch": 1}}, trackers=[tracker])
+    assert line == {"step": 1, "epoch": 1.0}
+    assert tracker.told[0] == (1, {"epoch": 1})
 
 
 def test_a_name_outside_the_table_is_refused_before_anything_is_written(tmp_path) -> None:

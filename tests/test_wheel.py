@@ -63,7 +63,7 @@ def test_the_wheel_names_every_package_that_it_imports(environment: Path) -> Non
         for name in names_imported(node)
     }
     third_party = imported - sys.stdlib_module_names - {"looktwice", "vllm"}  # vllm: another environment's
-    homes = packages_distributions() | {"flash_attn": ["flash-attn"]}
+    homes = packages_distributions() | {"flash_attn": ["flash-attn"], "wandb": ["wandb"], "trackio": ["trackio"]}
     missing = {
         name for name in third_party if not {canonical(home) for home in homes[name]} & set(map(canonical, named))
     }

@@ -42,6 +42,7 @@ VISION_PARTS: tuple[Part, ...] = ("vit", "visual_head", "visual_table")
 AttnImplementation = Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"]
 Quantization = Literal["none", "nf4", "int8"]
 DataFormat = Literal["messages", "documented", "openai", "swift", "ovis", "sharegpt", "vlm_r3"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Stage = Literal["sft", "grpo", "both"]
 SourceFormat = Literal["auto", DataFormat]
 LengthPolicy = Literal["error", "drop", "shrink_images"]
@@ -60,6 +61,11 @@ LORA_KNOBS = {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "
 def split_commas(value: Any) -> Any:
     """`a,b` as the list it stands for; a list stays as it is."""
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def no_none(value: Any) -> Any:
+    """Names with commas as a list, and `none` as an empty one."""
+    return () if value == "none" else split_commas(value)
 
 
 def one_or_several(value: Any) -> Any:
@@ -142,6 +148,8 @@ class Config(BaseModel):
             values = json.loads(text, object_pairs_hook=unique) if is_json else yaml.load(text, UniqueKeys)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read as a config file ({' '.join(str(error).split())})") from error
+        if isinstance(values, dict) and isinstance(values.get(cls.__name__), dict):
+            values = values[cls.__name__]  # the file of a run, with the settings of all classes
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a config file holds one object of settings, got {type(values).__name__}")
         fields = {flag_of(cls, name): name for name in cls.model_fields}
@@ -311,6 +319,9 @@ class StageConfig(Config):
     allow_changes: bool = knob(False, "go on from a checkpoint of other data, batches or steps")
     overwrite: bool = knob(False, "remove the run that the run folder holds")
     seed: Seed = knob(42, "seed of order, sampling and new weights")
+    report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(no_none)] = knob(
+        ("tensorboard",), "where metrics are shown: tensorboard,wandb,trackio, several or none"
+    )
     deterministic: bool = knob(False, "same bits in each run on one machine; costs time on a GPU")
 
     @property

@@ -1,13 +1,13 @@
 """What a run records: the table of metric names, and the recorder that writes them.
 
-One JSON line per logged step is the record; TensorBoard gets the same numbers; the console shows a few.
+One JSON line per logged step is the record; trackers get the same numbers; the console shows a few.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from looktwice.console import open_console
 from looktwice.drafts import file_draft
+from looktwice.trackers import Tracker
 
 METRICS: dict[str, str] = {
     "loss": "training loss of the step, per trained token",
@@ -26,8 +27,9 @@ METRICS: dict[str, str] = {
     "optim/grad_norm": "gradient norm before clipping",
     "epoch": "passes over the training data so far",
     "data/too_long": "samples so far that were left out or shrunk because they were longer than max_length",
-    "perf/tokens_per_s": "tokens of packed rows per second, prompts and pictures included",
+    "perf/tokens_per_s": "tokens of packed rows per second, prompts, pictures and the wait for data included",
     "time/step_s": "seconds of the whole step",
+    "time/data_wait_share": "share of the step that waited for samples to be prepared",
     "time/rollout_s": "seconds of sampling rollouts",
     "time/update_s": "seconds of the policy update",
     "reward/total": "mean reward of the rollouts that have one",
@@ -65,7 +67,6 @@ METRICS: dict[str, str] = {
 """Every metric a run may log: area/quantity, its meaning and unit."""
 
 LOG_FILE = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 OWN_NAMES = ("optim/", "perf/", "time/")
 """Areas whose metrics are shown by the rest of their name, which is clear without."""
 
@@ -77,13 +78,20 @@ class Recorder:
     A run that goes on after `start` steps drops what was recorded of later ones.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, shown: tuple[str, ...], title: str, start: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
-
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        shown: tuple[str, ...],
+        title: str,
+        start: int = 0,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOG_FILE
         keep_steps(self.path, start)
-        self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
+        self.trackers = [*trackers]
         self.shown = shown
         self.console = open_console(stderr=True)
         self.progress = Progress(
@@ -108,23 +116,32 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.board.close()
+        self._tell(lambda tracker: tracker.close())
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record and show the metrics of a step. Raises KeyError for a name that is not in METRICS."""
         unknown = [name for name in metrics if name not in METRICS]
         if unknown:
             raise KeyError(f"metrics {unknown} are not in the table METRICS")
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no other
         line: dict[str, Any] = {"step": step, **{name: round(float(value), 8) for name, value in metrics.items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        self._tell(lambda tracker: tracker.log(step, metrics))
         self.console.out("\n".join(self.lines(step, metrics)))
 
     def flush(self) -> None:
         """Have everything that was logged on the disk."""
-        self.board.flush()
+        self._tell(lambda tracker: tracker.flush())
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        """Call all trackers; one that fails is told of and left out from then on, and the run goes on."""
+        for tracker in [*self.trackers]:
+            try:
+                call(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self.console.out(f"{type(tracker).__name__} shows no more of this run ({error})")
 
     def advance(self, step: int) -> None:
         """Move the bar: so many steps are done."""

@@ -11,6 +11,7 @@ CALLED_HERE = {
         micro_batch_size train_micro_batch_size_per_gpu batch bs""",
     "beta": "kl_coef kl_loss_coef init_kl_coef kl_beta kl_coeff",
     "bf16": "torch_dtype dtype compute_dtype precision mixed_precision bfloat16 use_bf16",
+    "deterministic": "full_determinism use_deterministic deterministic_mode",
     "device": "device_map gpu gpus cuda",
     "epsilon": "clip_range cliprange clip_ratio clip_ratio_low epsilon_low",
     "epsilon_high": "clip_ratio_high cliprange_high",
@@ -57,6 +58,7 @@ CALLED_HERE = {
     "quantization": """load_in_4bit load_in_8bit quantization_bit quant_bits quant_method bits use_qlora qlora
         quantization_method bnb_4bit_quant_type""",
     "question": "prompt query text instruction",
+    "report_to": "wandb use_wandb tensorboard use_tensorboard trackio tracker trackers log_with loggers",
     "resume": "resume_from resume_ckpt load_checkpoint from_checkpoint auto_resume",
     "reward": "reward_funcs reward_func reward_fn reward_function reward_model custom_reward_function",
     "rollout_batch_size": "max_num_seqs generation_batch_size rollout_batch",
@@ -90,8 +92,8 @@ NOT_HERE = {
     "the built-in engine samples, or --vllm_servers do": """use_vllm vllm vllm_mode vllm_gpu_memory_utilization
         gpu_memory_utilization vllm_server_host vllm_server_port vllm_tensor_parallel_size use_sglang rollout_engine
         rollout_backend""",
-    "metrics go to metrics.jsonl and TensorBoard files in the run folder": """report_to wandb use_wandb wandb_project
-        wandb_entity wandb_name wandb_run_name run_name swanlab use_swanlab logging_dir log_dir tensorboard
+    "metrics go to metrics.jsonl in the run folder and where --report_to says, a project by WANDB_PROJECT": """
+        wandb_project wandb_entity wandb_name wandb_run_name run_name swanlab use_swanlab logging_dir log_dir
         tensorboard_dir project_name experiment_name plot_loss logging_first_step disable_tqdm log_level""",
     "code from a model folder is never run": "trust_remote_code",
     "samples are always packed into rows, see --max_tokens_per_row": """packing neat_packing padding_free packing_type
@@ -115,7 +117,7 @@ NOT_HERE = {
         model_type model_revision revision vision_tower mm_projector_type image_processor""",
     "leave it out": """label_smoothing label_smoothing_factor neftune_noise_alpha lora_bias bias init_lora_weights
         rope_scaling torch_compile use_liger_kernel enable_liger_kernel liger_kernel use_liger use_unsloth shift_attn
-        auto_find_batch_size full_determinism check_model use_swift_lora loss_scale""",
+        auto_find_batch_size check_model use_swift_lora loss_scale""",
     "every sample of the file is used; write a file with those you want": """max_samples max_train_samples
         max_eval_samples num_samples dataset_sample val_size split_dataset_ratio eval_size test_size mix_strategy
         val_split""",

@@ -51,6 +51,7 @@ def test_every_step_is_logged_with_what_the_table_of_metrics_explains(run) -> No
     assert [line.pop("step") for line in lines] == [1, 2, 3]
     assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1])
     expected = {"loss", "epoch", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "time/step_s"}
+    expected |= {"time/data_wait_share"}
     for line in lines:
         assert set(line) == expected and expected <= set(METRICS)
         assert line["loss"] > 0 and line["optim/grad_norm"] > 0 and line["perf/tokens_per_s"] > 0

@@ -17,9 +17,10 @@ from typing import TextIO
 from looktwice.config import StageConfig
 from looktwice.drafts import UNFINISHED, settle_all
 from looktwice.errors import CheckpointError, ConfigError
-from looktwice.metrics import LOG_FILE, TENSORBOARD
+from looktwice.metrics import LOG_FILE
 from looktwice.model.location import adapter_base, local_adapter
 from looktwice.paths import check_run_folder, place
+from looktwice.trackers import TENSORBOARD
 from looktwice.training.record import Record
 
 FINAL_MODEL = "final_model"
@@ -27,6 +28,10 @@ STATE_FILE = "trainer_state.pt"
 """The optimizer's state, which makes a saved folder a checkpoint."""
 LEFT_OUT = "left_out.jsonl"
 """The samples that were too long, one a line, and what was done with each."""
+CONFIG_FILE = "config.yaml"
+"""The settings of the run; --model_config, --data_config, --sft_config and --grpo_config each read their part of it."""
+RUN_FILE = "run.json"
+"""What the run was trained on, and where."""
 LATEST = "latest"
 LOCK = ".lock"
 LOOKS = 5
@@ -111,7 +116,7 @@ def of_another_run(folder: Path, checkpoint: Path | None) -> list[Path]:
     """What a run left in the folder, unless it is the one that goes on from the checkpoint."""
     if checkpoint and goes_on_in(folder, checkpoint):
         return []
-    there = [folder / name for name in (FINAL_MODEL, LOG_FILE, LEFT_OUT, TENSORBOARD)]
+    there = [folder / name for name in (FINAL_MODEL, LOG_FILE, LEFT_OUT, TENSORBOARD, CONFIG_FILE, RUN_FILE)]
     return [*checkpoints(folder).values(), *(path for path in there if os.path.lexists(path))]
 
 

@@ -23,7 +23,6 @@ from looktwice.data.sample import Sample
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.sampling import Sampling, mixed_seed
 from looktwice.errors import counted
-from looktwice.metrics import Recorder
 from looktwice.model.adapters import merged
 from looktwice.model.numerics import as_json, check_same_numerics
 from looktwice.paths import write_result
@@ -48,7 +47,7 @@ from looktwice.training.losses import (
     policy_surrogate,
 )
 from looktwice.training.overview import show_overview
-from looktwice.training.run import batch_order, begin, close_step, is_due, planned, save_final
+from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
 from looktwice.training.sets import LengthReport, load_sets
 from looktwice.training.stopping import stop_requests
 
@@ -100,9 +99,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         lengths = LengthReport(config)
         lengths.note(refits)
         lengths.show()
-        with Recorder(
-            config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="R-GRPO", start=learner.step
-        ) as recorder:
+        with open_recorder(learner, record, settings, sizes, shown=SHOWN, title="R-GRPO") as recorder:
             saves = Checkpoints(learner, record, order)
             show_overview(recorder.console, learner, order, model)
             canaries: dict[str, float] = {}

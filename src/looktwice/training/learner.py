@@ -196,8 +196,9 @@ class Learner:
         """A copy of the trained weights as they are now, for the KL term."""
         return Reference(self.parameters)
 
-    def save(self, folder: Path, record: Record, *, with_optimizer: bool) -> None:
-        """Write model, processor and the run's record; with the optimizer's state, training can go on from there.
+    def save(self, folder: Path, record: Record, *, with_optimizer: bool, card: str | None = None) -> None:
+        """Write model, processor and the run's record, and a model card if there is one; with the optimizer's state,
+        training can go on from there.
 
         Raises CheckpointError when the folder cannot be written.
         """
@@ -215,6 +216,8 @@ class Learner:
                     torch.save(state, draft / STATE_FILE)
                 except RuntimeError as error:  # how torch reports a full disk
                     raise OSError(str(error)) from error
+            if card is not None:
+                (draft / "README.md").write_text(card, encoding="utf-8")
             record.write(draft, step=self.step)
 
     def trained(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ HASHED_WHOLE = 256 * 2**20
 BLOCK, NUM_BLOCKS = 2**16, 1024
 OF_ONE_RUN = {"output_dir", "resume_from_checkpoint", "overwrite", "allow_changes", "max_steps", "num_train_epochs"}
 OF_ONE_RUN |= {"logging_steps", "save_steps", "save_minutes", "save_total_limit", "keep_best", "eval_steps"}
-OF_ONE_RUN |= {"num_workers"}
+OF_ONE_RUN |= {"num_workers", "report_to"}
 """Settings that do not change what is learned, or that the order tells of."""
 
 
@@ -75,7 +75,8 @@ class Record:
 
     def write(self, folder: Path, *, step: int) -> None:
         """Write the record of a folder that holds all its other files, saved after `step` steps."""
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        # a model card is for people to write on
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix != ".md"}
         run = {"stage": self.stage, "step": step, "order": self.order, "files": files}
         text = json.dumps({"run": run, **self.settings}, indent=2) + "\n"
         (folder / RECORD_FILE).write_text(text, encoding="utf-8")

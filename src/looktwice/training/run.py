@@ -13,9 +13,12 @@ from looktwice.data.mixture import Mixture
 from looktwice.data.order import BatchOrder
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import adapter_settings
+from looktwice.trackers import TrackedRun, open_trackers
+from looktwice.training.card import model_card
 from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.folder import FINAL_MODEL, check_final_model, check_run, checkpoint_of, make_room
 from looktwice.training.learner import Learner
+from looktwice.training.provenance import write_provenance
 from looktwice.training.record import Record, Settings, plain
 from looktwice.training.start import check_one_process
 from looktwice.training.stopping import StopRequest
@@ -61,6 +64,28 @@ def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrde
     return record
 
 
+def open_recorder(
+    learner: Learner, record: Record, settings: Settings, sizes: Sequence[int], *, shown: tuple[str, ...], title: str
+) -> Recorder:
+    """Write down what runs here, and give what records and shows its steps.
+
+    `sizes` are the samples of each training file. Raises ConfigError for a tracker that cannot be opened.
+    """
+    config = learner.config
+    model, data, _ = settings
+    *_, trained = as_trained(settings, learner)
+    run = write_provenance((model, data, trained), record.stage, sizes, str(learner.base.device), step=learner.step)
+    tracked = TrackedRun(folder=config.output_dir, id=run["id"], settings=record.settings, start=learner.step)
+    return Recorder(
+        config.output_dir,
+        total_steps=learner.total_steps,
+        shown=shown,
+        title=title,
+        start=learner.step,
+        trackers=open_trackers(config.report_to, tracked),
+    )
+
+
 def as_trained(settings: Settings, learner: Learner) -> Settings:
     """The settings with what the model brings along: its base, and the adapter that goes on."""
     model, data, config = settings
@@ -101,7 +126,7 @@ def save_final(learner: Learner, record: Record, stop: StopRequest) -> Path:
     Raises Interrupted afterwards where a signal asked the run to stop.
     """
     folder = learner.config.output_dir / FINAL_MODEL
-    learner.save(folder, record, with_optimizer=False)
+    learner.save(folder, record, with_optimizer=False, card=model_card(learner, record))
     stage = "stage 1" if record.stage == "sft" else "stage 2"
     if learner.optimizer.state:
         print(f"{stage} done: {folder}")

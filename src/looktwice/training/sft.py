@@ -16,7 +16,6 @@ from looktwice.config import DataConfig, ModelConfig, SFTConfig
 from looktwice.data.examples import Encoder, Packer
 from looktwice.data.loader import prepare_batches, warm_up
 from looktwice.data.sample import Sample
-from looktwice.metrics import Recorder
 from looktwice.model.weights import pick_device
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import load_processor
@@ -25,7 +24,7 @@ from looktwice.training.determinism import deterministic
 from looktwice.training.folder import claimed
 from looktwice.training.learner import Learner
 from looktwice.training.overview import show_overview
-from looktwice.training.run import batch_order, begin, close_step, is_due, planned, save_final
+from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
 from looktwice.training.sets import LengthReport, load_sets
 from looktwice.training.stopping import stop_requests
 
@@ -58,9 +57,7 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
             for batch in order.batches(step, config.train_batch_size)
         )
         with (
-            Recorder(
-                config.output_dir, total_steps=order.total_steps, shown=SHOWN, title="SFT", start=learner.step
-            ) as recorder,
+            open_recorder(learner, record, settings, sizes, shown=SHOWN, title="SFT") as recorder,
             closing(packed_batches(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
         ):
             saves = Checkpoints(learner, record, order)
@@ -69,8 +66,11 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
             stop.arm()
             while learner.step < order.total_steps:
                 num_batches = len(order.batches(learner.step, config.train_batch_size))
+                started = time.perf_counter()
                 rows = [row for batch in islice(rows_of_batches, num_batches) for row in batch]
+                waited = time.perf_counter() - started
                 metrics = train_step(learner, rows) if rows else {}
+                metrics |= timing(rows, waited=waited, seconds=time.perf_counter() - started)
                 learner.step += 1
                 metrics["epoch"] = order.epoch(learner.step)
                 if held_out and is_due(learner, eval_every):
@@ -107,16 +107,21 @@ def packed_batches(
 
 def train_step(learner: Learner, rows: Sequence[PackedBatch]) -> dict[str, float]:
     """One optimizer step on the mean loss per trained token of all its samples, whatever the rows."""
-    started = time.perf_counter()
     num_loss_tokens = sum(row.num_loss_tokens for row in rows)
     update = learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_loss_tokens)
-    seconds = time.perf_counter() - started
     return {
         "loss": update.loss,
         "optim/grad_norm": update.grad_norm,
         "optim/lr": learner.optimizer.param_groups[0]["lr"],
+    }
+
+
+def timing(rows: Sequence[PackedBatch], *, waited: float, seconds: float) -> dict[str, float]:
+    """How fast a step was that took `seconds`, of which it `waited` for its rows."""
+    return {
         "perf/tokens_per_s": sum(row.num_tokens for row in rows) / seconds,
         "time/step_s": seconds,
+        "time/data_wait_share": waited / seconds,
     }
 
 

@@ -11,6 +11,7 @@ from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, St
 from looktwice.errors import ConfigError
 from looktwice.model.location import base_quantization, local_adapter, locate
 from looktwice.paths import check_data_file, check_image_folder
+from looktwice.trackers import check_trackers
 from looktwice.training.folder import check_place
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
     check_place(config, name)
     if isinstance(config, GRPOConfig):
         check_reward(config.reward)
+    check_trackers(config.report_to)
     check_attention(model, model.device or "")
     folder = locate(name)
     if Path(folder).is_dir():  # of a hub name it is known later whether it is an adapter
