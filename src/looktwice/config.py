@@ -284,6 +284,7 @@ class StageConfig(Config):
     lr_scheduler_type: Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
     weight_decay: NonNegative = knob(0.0, "AdamW weight decay of matrices")
     max_grad_norm: NonNegative = knob(1.0, "gradients are scaled down to this norm")
+    skip_nonfinite: NonNegativeInt = knob(0, "updates in a row left out where loss or gradient is no number")
     bf16: bool = knob(False, "compute in bfloat16")
     part_learning_rates: Annotated[dict[Part, NonNegative], BeforeValidator(split_pairs)] = knob(
         {}, "peak learning rates of single parts, such as vit=2e-6,visual_table=1e-4"

@@ -50,6 +50,10 @@ class CheckpointError(LooktwiceError):
     """A model folder lacks what is needed or does not fit the request."""
 
 
+class TrainingError(LooktwiceError):
+    """Training cannot go on, such as a loss that is no number."""
+
+
 class ServerError(LooktwiceError):
     """A server that samples for us failed or is gone. `status` is that of its HTTP response, if there was one."""
 

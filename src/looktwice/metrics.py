@@ -25,6 +25,7 @@ METRICS: dict[str, str] = {
     "eval/accuracy": "share of right greedy answers to the validation questions",
     "optim/lr": "learning rate",
     "optim/grad_norm": "gradient norm before clipping",
+    "optim/skipped": "updates so far that were left out because loss or gradient was no number",
     "epoch": "passes over the training data so far",
     "data/too_long": "samples so far that were left out or shrunk because they were longer than max_length",
     "perf/tokens_per_s": "tokens of packed rows per second, prompts, pictures and the wait for data included",

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from looktwice.config import GRPOConfig, ModelConfig
+from looktwice.errors import TrainingError
 from looktwice.metrics import METRICS
 from looktwice.processing.packing import pack
 from looktwice.rollout.episode import Episode
 from looktwice.training.canaries import check_rollout, check_rollouts
-from looktwice.training.learner import Learner, TrainingError
+from looktwice.training.learner import Learner
 
 ANSWER = "<think>\n<tool_call>[0, 0, 48, 48]</tool_call> red.\n</think>\n\n<answer>7</answer><|im_end|>"
 

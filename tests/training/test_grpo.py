@@ -15,7 +15,7 @@ import torch
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig, SFTConfig
 from looktwice.data.sample import Sample
 from looktwice.engine.builtin import BuiltinEngine
-from looktwice.errors import DataError
+from looktwice.errors import DataError, TrainingError
 from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box, Size
 from looktwice.messages import question_about
@@ -33,7 +33,7 @@ from looktwice.training.grpo import (
     tell_failures,
     train_grpo,
 )
-from looktwice.training.learner import Learner, TrainingError
+from looktwice.training.learner import Learner
 from looktwice.training.sft import train_sft
 
 CALL = "<tool_call>[0, 0, 48, 48]</tool_call>"

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from looktwice.config import GRPOConfig, ModelConfig, SFTConfig
 from looktwice.console import open_console
 from looktwice.data.examples import encode_sample
-from looktwice.errors import CheckpointError, ConfigError
+from looktwice.errors import CheckpointError, ConfigError, TrainingError
 from looktwice.formats.sample_file import read_samples
 from looktwice.model import attention
 from looktwice.model.adapters import LLM_LINEARS, part_of, part_sizes
@@ -26,7 +26,7 @@ from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
 from looktwice.training import learner as learner_module
 from looktwice.training import start
-from looktwice.training.learner import Learner, TrainingError, towers_of
+from looktwice.training.learner import Learner, towers_of
 from looktwice.training.overview import run_facts, show_overview
 from looktwice.training.record import Record
 from looktwice.training.run import batch_order
@@ -112,7 +112,9 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_step(loa
     learner = load()
     learner.step = 4
     before = [parameter.clone() for parameter in learner.parameters]
-    with pytest.raises(TrainingError, match=r"^step 5: loss nan, gradient norm .*; lower --learning_rate"):
+    with pytest.raises(
+        TrainingError, match=r"^step 5: loss nan, gradient norm .*; in 1 row of .*:1; lower --learning_rate"
+    ):
         learner.update(learner.rows(examples[:1]), lambda scores, row: scores.logprobs.sum() * torch.nan)
     assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
 

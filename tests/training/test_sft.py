@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
 from looktwice.data.examples import Encoder, encode_sample
-from looktwice.errors import CheckpointError, DataError
+from looktwice.errors import CheckpointError, DataError, TrainingError
 from looktwice.formats.sample_file import read_samples
 from looktwice.metrics import METRICS
 from looktwice.model.weights import load_model
@@ -233,6 +234,53 @@ def test_a_text_that_is_too_long_by_itself_is_named_when_images_may_shrink(run) 
 def test_a_run_without_a_sample_left_says_so(run) -> None:
     with pytest.raises(DataError, match="every sample is longer than max_length 100"):
         run(data={"max_length": 100, "length_policy": "drop"})
+
+
+# -- losses that are no numbers
+
+
+@pytest.fixture
+def broken_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the gradient of these steps no number."""
+
+    def arrange(*steps: int) -> None:
+        real = nn.utils.clip_grad_norm_
+
+        def break_it(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+            counted.append(0)
+            if len(counted) in steps:
+                parameters[0].grad.fill_(torch.nan)
+            return real(parameters, limit)
+
+        counted: list[int] = []
+        monkeypatch.setattr(nn.utils, "clip_grad_norm_", break_it)
+
+    return arrange
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_and_names_its_samples(broken_at, run, dataset) -> None:
+    broken_at(2)
+    with pytest.raises(TrainingError, match=r"^step 2: loss \d.*, gradient norm nan; in 1 row of ") as stopped:
+        run(train_batch_size=2, num_train_epochs=1)
+    assert len(re.findall(r"train\.jsonl:\d", str(stopped.value))) == 2
+
+
+def test_updates_that_are_left_out_are_counted_and_the_run_goes_on(broken_at, run, model_folder, capsys) -> None:
+    broken_at(1, 2)
+    final, lines = run(train_batch_size=2, num_train_epochs=1, skip_nonfinite=2)
+    assert [line.get("optim/skipped") for line in lines] == [1, 2, 2]
+    assert ["optim/grad_norm" in line for line in lines] == [False, False, True]
+    assert capsys.readouterr().out.count("is left out: loss ") == 2
+    assert weights(final) != weights(model_folder)
+
+
+def test_more_of_them_in_a_row_than_allowed_stop_the_run_also_over_a_resume(broken_at, run) -> None:
+    broken_at(1, 2)
+    settings = {"train_batch_size": 2, "num_train_epochs": 1, "skip_nonfinite": 1, "save_steps": 1}
+    for how in ({}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(TrainingError, match="step 2: .* gradient norm nan after 1 that were left out"):
+            run(**settings, **how)
+        broken_at(1)
 
 
 # -- several files

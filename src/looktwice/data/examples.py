@@ -32,6 +32,7 @@ def encode_sample(sample: Sample, processor: Ovis2_5Processor, *, max_length: in
         example = encode_conversation(conversation, processor_for(sample, processor), purpose="train")
     except DataError as error:
         raise DataError(f"{sample.where}: {sample.field}: {error}") from error
+    example.where = sample.where
     if not any(example.loss_mask):
         raise DataError(f"{sample.where}: {sample.field}: no assistant turn to train on; add the answer")
     if len(example) > max_length:

@@ -22,7 +22,7 @@ from looktwice.processing.processor import Example
 class PackedBatch:
     """`input_ids`, `position_ids`, `loss_mask` [1, T]; `cu_seqlens` [S + 1] int32; `pixel_values` [P, C * p * p] uint8;
     `image_grid_thw` [I, 3]; `image_index` [J]. A picture shown in several sequences is stored once.
-    `examples` are what it was packed from, in order."""
+    `examples` are what it was packed from, in order, and `where` the files and lines of their samples."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -32,6 +32,7 @@ class PackedBatch:
     image_grid_thw: Tensor | None
     image_index: Tensor | None
     examples: tuple[Example, ...]
+    where: tuple[str, ...] = ()
 
     @property
     def num_loss_tokens(self) -> int:
@@ -48,7 +49,7 @@ class PackedBatch:
 
     def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Keyword arguments of the model's forward, on `device`; from pinned memory the copy does not wait."""
-        tensors = {name: value for name, value in vars(self).items() if name != "examples"}
+        tensors = {name: value for name, value in vars(self).items() if name not in ("examples", "where")}
         return {name: None if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()}
 
     def pin_memory(self) -> PackedBatch:
@@ -78,6 +79,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         image_grid_thw=torch.tensor([image.grid_thw for image in images]) if images else None,
         image_index=torch.tensor([distinct[id(image)] for image in shown]) if images else None,
         examples=tuple(examples),
+        where=tuple(example.where for example in examples),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,13 @@ HUB_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(en
 
 @dataclass(kw_only=True)
 class Example:
-    """One sequence: `input_ids` and `loss_mask` [T] (True = trained), and its pictures in order of appearance."""
+    """One sequence: `input_ids` and `loss_mask` [T] (True = trained), its pictures in order of appearance, and the
+    file and line of its sample, where there is one."""
 
     input_ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     images: list[PatchedImage] = field(default_factory=list)
+    where: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -68,7 +70,7 @@ class Example:
         self.loss_mask += [is_trained] * len(ids)
 
     def copy(self) -> Example:
-        return Example(input_ids=[*self.input_ids], loss_mask=[*self.loss_mask], images=[*self.images])
+        return replace(self, input_ids=[*self.input_ids], loss_mask=[*self.loss_mask], images=[*self.images])
 
 
 class Ovis2_5Processor(ProcessorMixin):

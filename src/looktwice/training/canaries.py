@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from looktwice.errors import counted
+from looktwice.errors import TrainingError, counted
 from looktwice.model.adapters import is_fresh
 from looktwice.model.quantization import quantization_of
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
 from looktwice.rollout.episode import Episode
-from looktwice.training.learner import Learner, TrainingError
+from looktwice.training.learner import Learner
 
 SMALLEST_CHANGE = 1e-6
 """Nats on average. A forward repeated moves no logprob at all; real changes were 0.06 (picture), 0.008 (adapter)."""

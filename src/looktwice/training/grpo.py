@@ -22,7 +22,7 @@ from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.sampling import Sampling, mixed_seed
-from looktwice.errors import counted
+from looktwice.errors import TrainingError, counted
 from looktwice.model.adapters import merged
 from looktwice.model.numerics import as_json, check_same_numerics
 from looktwice.paths import write_result
@@ -36,7 +36,7 @@ from looktwice.training.canaries import check_rollouts
 from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.determinism import deterministic
 from looktwice.training.folder import claimed
-from looktwice.training.learner import Learner, Reference, Scores, TrainingError
+from looktwice.training.learner import Learner, Reference, Scores
 from looktwice.training.losses import (
     aggregate,
     cispo_surrogate,
@@ -183,6 +183,9 @@ def roll_out(
         for sample in samples
     ]
     numerics = sample_episodes(learner, episodes, config)
+    for sample, group in zip(samples, episodes):
+        for episode in group:
+            episode.example.where = sample.where
     return [
         [
             Rollout(

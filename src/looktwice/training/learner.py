@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from looktwice.config import LORA_KNOBS, ModelConfig, Part, StageConfig
-from looktwice.errors import CheckpointError, ConfigError, LooktwiceError
+from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.adapters import (
     add_lora,
     base_of,
@@ -35,6 +35,7 @@ from looktwice.model.weights import load_model, load_trained, pick_device, write
 from looktwice.processing.packing import PackedBatch, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.training.folder import STATE_FILE
+from looktwice.training.nonfinite import NonfiniteGuard
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
 from looktwice.training.start import check_attention, check_start
@@ -48,10 +49,6 @@ class Scores(NamedTuple):
 
 
 Loss = Callable[[Scores, PackedBatch], Tensor]
-
-
-class TrainingError(LooktwiceError):
-    """Training cannot go on, such as a loss that is no number."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,7 @@ class Learner:
         self.step = 0
         self.start: str | None = None
         self.is_exact = False
+        self.guard = NonfiniteGuard(config.skip_nonfinite)
         self.parameters = [parameter for _, parameter in trained_parameters(model)]
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
 
@@ -163,24 +161,24 @@ class Learner:
     def update(
         self, rows: Sequence[PackedBatch], loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False
     ) -> Update:
-        """One optimizer step on the sum of the rows' losses. Raises TrainingError before it when that is no number."""
+        """One optimizer step on the sum of the rows' losses. When that is no number there is none, and where
+        `skip_nonfinite` does not allow that, TrainingError is raised."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        losses: list[float] = []
         for batch in rows:
             row_loss = loss(self.score(batch, temperature=temperature, with_entropy=with_entropy), batch)
             row_loss.backward()
-            total += row_loss.item()
+            losses.append(row_loss.item())
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {self.step + 1}: loss {total}, gradient norm {norm}; lower --learning_rate or check the data"
-            )
+        update = Update(loss=sum(losses), grad_norm=norm)
+        if self.guard.skips(self.step + 1, losses, norm, rows):
+            return update
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule() * group["peak_lr"]
         self.optimizer.step()
-        return Update(loss=total, grad_norm=norm)
+        return update
 
     def schedule(self) -> float:
         """Share of the peak learning rates at the coming update: linear warm-up, then cosine to zero or constant."""
@@ -211,6 +209,7 @@ class Learner:
                     "optimizer": self.optimizer.state_dict(),
                     "trained": self.trained(),
                     "random": random_state(),
+                    "skipped": (self.guard.in_a_row, self.guard.num_skipped),
                 }
                 try:
                     torch.save(state, draft / STATE_FILE)
@@ -240,7 +239,8 @@ class Learner:
         path = folder / STATE_FILE
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            step, moments, saved, random = (state[name] for name in ("step", "optimizer", "trained", "random"))
+            step, moments, saved = (state[name] for name in ("step", "optimizer", "trained"))
+            random, skipped = state["random"], state["skipped"]
         except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: no usable state; resume from another checkpoint ({error})") from error
         if saved.get("start") != self.start:
@@ -253,6 +253,7 @@ class Learner:
         for group, settings in zip(self.optimizer.param_groups, present):
             group |= settings
         self.step = step
+        self.guard.in_a_row, self.guard.num_skipped = skipped
         restore_random_state(random)
 
 

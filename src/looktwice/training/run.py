@@ -108,6 +108,8 @@ def close_step(
     Raises Interrupted, with the step saved, where a signal asked the run to stop.
     """
     config = learner.config
+    if learner.guard.num_skipped:
+        metrics["optim/skipped"] = float(learner.guard.num_skipped)
     recorder.advance(learner.step)
     has_rare_ones = any(name.startswith(("eval/", "canary/")) for name in metrics)
     if learner.step == 1 or has_rare_ones or is_due(learner, config.logging_steps):

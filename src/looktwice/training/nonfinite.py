@@ -1,0 +1,53 @@
+"""Losses and gradients that are no numbers: told with the samples they came from, or left out and counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+
+from looktwice.errors import TrainingError, counted
+from looktwice.processing.packing import PackedBatch
+
+MOST_NAMED = 8
+
+
+class NonfiniteGuard:
+    """Stops before an update that would make weights no numbers; up to `most_in_a_row` of them are left out instead.
+
+    `num_skipped` counts all that were left out.
+    """
+
+    def __init__(self, most_in_a_row: int) -> None:
+        self.most_in_a_row = most_in_a_row
+        self.in_a_row = self.num_skipped = 0
+
+    def skips(self, step: int, losses: Sequence[float], grad_norm: float, rows: Sequence[PackedBatch]) -> bool:
+        """Whether the update of these rows' losses is to be left out. Raises TrainingError where none may be any more.
+
+        `step` counts from 1.
+        """
+        if all(map(math.isfinite, (*losses, sum(losses), grad_norm))):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        what = f"loss {sum(losses)}, gradient norm {grad_norm}"
+        if self.in_a_row > self.most_in_a_row:
+            after = f" after {self.most_in_a_row} that were left out" if self.most_in_a_row else ""
+            raise TrainingError(
+                f"step {step:,}: {what}{after}; in {blamed(losses, rows)}; lower --learning_rate, check these samples, "
+                "or leave such updates out: --skip_nonfinite N"
+            )
+        self.num_skipped += 1
+        print(f"step {step:,} is left out: {what}, in {blamed(losses, rows)}")
+        return True
+
+
+def blamed(losses: Sequence[float], rows: Sequence[PackedBatch]) -> str:
+    """The samples of the rows whose loss is no number, or of all where each loss is one and the gradient is none."""
+    bad = [row for loss, row in zip(losses, rows) if not math.isfinite(loss)] or rows
+    places = list(dict.fromkeys(filter(None, chain.from_iterable(row.where for row in bad))))
+    if not places:
+        return counted(len(bad), "row")
+    more = f" and {len(places) - MOST_NAMED} more" if len(places) > MOST_NAMED else ""
+    return f"{counted(len(bad), 'row')} of {', '.join(places[:MOST_NAMED])}{more}"
