@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from looktwice.errors import ConfigError
 from looktwice.metrics import METRICS, Recorder, four_digits, keep_steps
 from looktwice.trackers import Tracker
 
@@ -73,6 +74,13 @@ def test_a_number_that_json_does_not_know_is_left_out(tmp_path) -> None:
     [line] = record(tmp_path, {1: {"loss": math.nan, "optim/grad_norm": math.inf, "epoch": 1}}, trackers=[tracker])
     assert line == {"step": 1, "epoch": 1.0}
     assert tracker.told[0] == (1, {"epoch": 1})
+
+
+def test_a_log_on_a_full_disk_is_named_with_the_mend(tmp_path) -> None:
+    recorder = Recorder(tmp_path, total_steps=1, shown=(), title="SFT")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make"):
+        recorder.log(1, {"loss": 1.0})
 
 
 def test_a_name_outside_the_table_is_refused_before_anything_is_written(tmp_path) -> None:

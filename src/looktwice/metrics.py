@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from looktwice.console import open_console
 from looktwice.drafts import file_draft
+from looktwice.paths import append_line
 from looktwice.trackers import Tracker
 
 METRICS: dict[str, str] = {
@@ -126,8 +127,7 @@ class Recorder:
             raise KeyError(f"metrics {unknown} are not in the table METRICS")
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no other
         line: dict[str, Any] = {"step": step, **{name: round(float(value), 8) for name, value in metrics.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, json.dumps(line))
         self._tell(lambda tracker: tracker.log(step, metrics))
         self.console.out("\n".join(self.lines(step, metrics)))
 

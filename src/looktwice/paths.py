@@ -61,6 +61,17 @@ def write_result(path: Path, text: str) -> None:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); make room, or give another path") from error
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log of a run. Raises ConfigError when it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); make room, then go on with --resume"
+        ) from error
+
+
 def kind_of_name(path: Path) -> tuple[str, str]:
     """Kind and compression of a data file to be written, as its name ends. Raises DataError for another name."""
     name = path.name.lower()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +142,41 @@ def test_a_final_model_of_more_steps_is_not_replaced(run) -> None:
     with pytest.raises(ConfigError, match="trained for 12 steps, and this run ends with step 11"):
         check_final_model(config, total_steps=11)
     check_final_model(config.model_copy(update={"overwrite": True}), total_steps=11)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"")])
+def test_a_checkpoint_that_is_not_whole_is_named_with_the_newest_that_is(damage, tmp_path) -> None:
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.pt").write_bytes(b"state")
+        Record(stage="sft", order={}, settings={}).write(folder, step=step)
+    for step in (6, 8):
+        damage(tmp_path / f"checkpoint-{step}" / "trainer_state.pt")
+    config = SFTConfig(output_dir=tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-8")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match="(?s)no checkpoint|checkpoint-8/trainer_state.pt: .*checkpoint-4$"):
+        check_run(config, "tiny")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_final_model_that_says_nothing_of_its_run_is_not_replaced_unasked(run) -> None:
+    (run / "final_model" / "train_config.json").unlink()
+    config = SFTConfig(output_dir=run, resume_from_checkpoint="latest")
+    with pytest.raises(ConfigError, match="final_model: would be replaced at the end, .*; move it away, or"):
+        check_final_model(config, total_steps=12)
+    check_final_model(config.model_copy(update={"overwrite": True}), total_steps=12)
+
+
+def test_who_looks_whether_a_folder_is_free_keeps_nobody_out(tmp_path) -> None:
+    with claimed(tmp_path):
+        pass
+    with (tmp_path / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        check_free(tmp_path)  # two may look at once
+        threading.Timer(0.1, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        with claimed(tmp_path):
+            pass
 
 
 def test_a_folder_is_one_process_at_a_time_and_the_other_is_named(tmp_path) -> None:

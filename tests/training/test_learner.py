@@ -112,9 +112,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_step(loa
     learner = load()
     learner.step = 4
     before = [parameter.clone() for parameter in learner.parameters]
-    with pytest.raises(
-        TrainingError, match=r"^step 5: loss nan, gradient norm .*; in 1 row of .*:1; lower --learning_rate"
-    ):
+    with pytest.raises(TrainingError, match=r"^step 5: loss nan, .*; in 1 row of .*:1; lower --learning_rate"):
         learner.update(learner.rows(examples[:1]), lambda scores, row: scores.logprobs.sum() * torch.nan)
     assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
 

@@ -377,9 +377,9 @@ def test_samples_left_out_are_listed_once_in_a_run_that_goes_on(run, tmp_path) -
     final, lines = run(data=data, **settings)
     listed = (final.parent / "left_out.jsonl").read_text()
     with (final.parent / "left_out.jsonl").open("a") as file:
-        file.write('{"where": "cut sho')
+        file.write('a note\n{"where": "cut sho')
     run(data=data, resume_from_checkpoint=tmp_path / "run" / "checkpoint-1", **settings)
-    assert (final.parent / "left_out.jsonl").read_text() == listed
+    assert (final.parent / "left_out.jsonl").read_text() == f"{listed}a note\n"
     assert {line["data/too_long"] for line in lines} == {listed.count("\n")}
 
 

@@ -72,7 +72,7 @@ def check_run(config: StageConfig, start: str) -> None:
     """
     folder, checkpoint = config.output_dir, checkpoint_of(config)
     if checkpoint:
-        Record.read(checkpoint)
+        check_whole(checkpoint)
     in_the_way = of_another_run(folder, checkpoint)
     if in_the_way and not config.overwrite:
         names = ", ".join(path.name for path in in_the_way[:4]) + ", ..." * (len(in_the_way) > 4)
@@ -80,6 +80,25 @@ def check_run(config: StageConfig, start: str) -> None:
         raise ConfigError(f"{folder}: holds a run ({names}); {go_on}replace it: --overwrite, or give another folder")
     for path in [*in_the_way, *later_checkpoints(folder, checkpoint)]:
         check_not_needed(path, start, checkpoint)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise CheckpointError when a file of a checkpoint is missing or cut, naming the newest whole one beside it."""
+    try:
+        Record.read(checkpoint)
+    except CheckpointError as error:
+        for _, other in sorted(checkpoints(checkpoint.parent).items(), reverse=True):
+            if other != checkpoint and _is_whole(other):
+                raise CheckpointError(f"{error}; the newest that is whole: --resume {other}") from error
+        raise
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        Record.read(checkpoint)
+    except CheckpointError:
+        return False
+    return (checkpoint / STATE_FILE).is_file()
 
 
 def check_place(config: StageConfig, start: str) -> None:
@@ -93,9 +112,19 @@ def check_place(config: StageConfig, start: str) -> None:
 
 
 def check_final_model(config: StageConfig, *, total_steps: int) -> None:
-    """Raise ConfigError when the final model that is there was trained for more steps than this run has."""
+    """Raise ConfigError when the final model that is there was trained for more steps than this run has, or does not
+    say for how many."""
     folder = config.output_dir / FINAL_MODEL
-    if folder.exists() and not config.overwrite and (step := Record.read(folder).step) > total_steps:
+    if not folder.exists() or config.overwrite:
+        return
+    try:
+        step = Record.read(folder).step
+    except CheckpointError as error:
+        raise ConfigError(
+            f"{folder}: would be replaced at the end, and no file in it says by which run it was written; move it "
+            "away, or replace it: --overwrite"
+        ) from error
+    if step > total_steps:
         raise ConfigError(
             f"{folder}: trained for {step:,} steps, and this run ends with step {total_steps:,}; give another folder, "
             "or replace it: --overwrite"

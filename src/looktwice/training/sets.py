@@ -6,6 +6,7 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -16,6 +17,7 @@ from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, counted
 from looktwice.formats.sample_file import SampleFile
+from looktwice.paths import append_line
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training.folder import LEFT_OUT
 from looktwice.training.start import required
@@ -137,8 +139,9 @@ class LengthReport:
         self.seen: set[tuple[str, str]] = set()
         whole, _, cut = (self.path.read_text(encoding="utf-8") if self.path.exists() else "").rpartition("\n")
         for line in filter(None, whole.split("\n")):
-            row = json.loads(line)
-            self.seen.add((row["where"], row["field"]))
+            with suppress(ValueError, KeyError, TypeError):  # somebody's own note
+                row = json.loads(line)
+                self.seen.add((row["where"], row["field"]))
         if cut:  # the run was stopped while it wrote
             self.path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
         self.counts: Counter[str] = Counter()
@@ -150,8 +153,7 @@ class LengthReport:
             if place not in self.seen:
                 self.seen.add(place)
                 self.counts["left out" if refit.policy is None else "with smaller pictures"] += 1
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(refit.as_json(), ensure_ascii=False) + "\n")
+                append_line(self.path, json.dumps(refit.as_json(), ensure_ascii=False))
 
     @property
     def metrics(self) -> dict[str, float]:
