@@ -17,7 +17,7 @@ from PIL import Image
 import looktwice
 from looktwice import cli
 from looktwice.cli import main
-from looktwice.cli.train import train_configs
+from looktwice.cli.train import command_of, train_configs
 from looktwice.errors import short
 from looktwice.inference import OvisInference
 from looktwice.training import grpo, sft
@@ -286,6 +286,11 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(
     nothing = f"nothing is kept, as {tmp_path}/out/sft holds no checkpoint yet; start anew with: looktwice "
     expected = kept if save_steps == 1 else nothing + shlex.join(words)
     assert capsys.readouterr().err.endswith(f"looktwice: interrupted; {expected}\n")
+
+
+@pytest.mark.parametrize("how", [[], ["--overwrite"], ["--resume"], ["--resume", "a"], ["--resume=a"]])
+def test_the_command_that_goes_on_does_not_say_how_the_last_start_began(how) -> None:
+    assert command_of(["--seed", "1", *how, "--lora_r", "4"]) == "looktwice train --seed 1 --lora_r 4"
 
 
 @pytest.fixture

@@ -173,6 +173,16 @@ def test_the_validation_loss_is_the_mean_over_all_trained_tokens(run, dataset, m
     assert line["eval/loss"] == pytest.approx(-float(torch.cat(logprobs).mean()), rel=1e-5)
 
 
+def test_the_validation_loss_is_the_same_at_any_batch_size(run, dataset) -> None:
+    """Token-weighted: the samples have unlike numbers of trained tokens."""
+    settings = {"data": {"val_data_path": dataset.eval}, "max_steps": 1, "num_train_epochs": 0, "learning_rate": 0}
+    losses = [
+        run(f"run-{size}-{row}", train_batch_size=size, max_tokens_per_row=row, **settings)[1][0]["eval/loss"]
+        for size, row in ((1, 16384), (3, 16384), (4, 16384), (4, 200))
+    ]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
 def test_dropout_is_off_in_the_validation_loss(model_folder, dataset, processor) -> None:
     config = SFTConfig(use_lora=True, lora_r=4, lora_dropout=0.5)
     learner = Learner.load(str(model_folder), ModelConfig(device="cpu"), config, processor, total_steps=1)

@@ -98,8 +98,15 @@ def told_when_interrupted(config: StageConfig, *, go_on: str, after: str | None 
 
 
 def command_of(words: Sequence[str]) -> str:
-    """The command of these words, as a shell takes it; what it was allowed to replace is replaced."""
-    return shlex.join(["looktwice", "train", *(word for word in words if word != "--overwrite")])
+    """The command of these words, as a shell takes it, without what said how that one start began."""
+    kept: list[str] = []
+    is_value = False
+    for word in words:
+        if word.startswith("--"):
+            is_value = word in ("--resume", "--resume_from_checkpoint")
+        if not (is_value or word.startswith(("--resume=", "--resume_from_checkpoint=")) or word == "--overwrite"):
+            kept.append(word)
+    return shlex.join(["looktwice", "train", *kept])
 
 
 def command_of_stage_2(model: ModelConfig, data: DataConfig, grpo: GRPOConfig) -> str:

@@ -33,7 +33,7 @@ def model_card(learner: Learner, record: Record) -> str:
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["looktwice", record.stage],
-        **({"base_model": base} if not Path(base).exists() else {}),
+        **({"base_model": base} if "/" in base and not Path(base).exists() else {}),
     }
     policy = learner.processor.policy
     pixels = {name.replace("_", " "): f"{value:,}" for name, value in asdict(policy).items()}
