@@ -211,7 +211,7 @@ def test_an_adapter_is_saved_reloaded_and_merged(
     config = LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGETS["llm"], init_lora_weights=False)
     adapted = get_peft_model(copy.deepcopy(model), config)
     assert all("language_model" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
-    inputs = collate_packed(examples)
+    inputs = {**collate_packed(examples), "labels": None}
     with torch.no_grad():
         wanted = adapted(**inputs).logits
         assert not torch.allclose(wanted, model(**inputs).logits, atol=1e-2)

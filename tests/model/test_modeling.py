@@ -21,6 +21,7 @@ from tests.model.mixer import Mixer, image_inputs, padded_inputs
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import looktwice.model.logprobs
@@ -30,7 +31,7 @@ from looktwice.model.attention import packed_attention
 from looktwice.model.configuration import IGNORE_INDEX, Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.images import normalise, open_image, patchify, resize
-from looktwice.processing.packing import PackedBatch, pack
+from looktwice.processing.packing import PackedBatch, collate_packed, pack
 from looktwice.processing.processor import Example
 
 SMALL_LLM: dict[str, Any] = {
@@ -152,7 +153,8 @@ def test_ids_and_images_merge_into_the_golden_embeddings(golden: Ovis2_5ForCondi
 @pytest.mark.parametrize("case", ALL_CASES)
 @torch.no_grad()
 def test_the_model_gives_the_golden_logits(golden: Ovis2_5ForConditionalGeneration, case: int) -> None:
-    assert_equal_to_golden(golden(**golden_inputs(case)).logits[0], expected(case)["logits"])
+    logits = golden(**golden_inputs(case), return_logits=True).logits[0]
+    assert_equal_to_golden(logits, expected(case)["logits"])
 
 
 @pytest.mark.parametrize("case", ALL_CASES)
@@ -287,6 +289,52 @@ def test_nothing_but_logprobs_is_kept_when_only_they_are_asked_for(
 
 
 IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_kept"), [({}, 0), ({"return_logits": True}, 4), ({"logits_to_keep": 1}, 1), ({"labels": None}, 4)]
+)
+def test_beside_a_loss_logits_exist_only_when_they_are_asked_for(
+    model: Ovis2_5ForConditionalGeneration, asked: dict[str, Any], num_kept: int
+) -> None:
+    with torch.no_grad():
+        output = model(**{"input_ids": IDS, "labels": IDS, **asked})
+    assert (0 if output.logits is None else output.logits.shape[1]) == num_kept
+    assert (output.loss is None) == ("labels" in asked)
+
+
+def test_with_labels_no_tensor_holds_the_words_of_all_tokens(
+    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looktwice.model.logprobs, "LOGPROB_CHUNK", 3)
+    with WidestRows(model.config.vocab_size) as seen:
+        model(**collate_packed(mix(0, 0))).loss.backward()
+    model.zero_grad()
+    assert seen.most == 3
+
+
+class WidestRows(TorchDispatchMode):
+    """The most rows that a tensor as wide as the vocabulary had."""
+
+    def __init__(self, num_words: int) -> None:
+        super().__init__()
+        self.num_words, self.most = num_words, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # a transposed weight is as wide and no logits
+        if isinstance(out, Tensor) and out.shape[-1:] == (self.num_words,) and out.is_contiguous():
+            self.most = max(self.most, out.numel() // self.num_words)
+        return out
+
+
+def test_the_summed_logprobs_are_their_sum(
+    model: Ovis2_5ForConditionalGeneration, mix: Callable[..., list[Example]]
+) -> None:
+    inputs = pack(mix(1, 0)).model_inputs()
+    with torch.no_grad():
+        total = model(**inputs, summed=True).logprobs
+        torch.testing.assert_close(total, model(**inputs).logprobs.sum()[None])
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,17 @@ def test_no_tensor_ever_holds_the_visual_words_of_all_tokens(monkeypatch: pytest
     assert (forward.found, both.found) == (3, 3)
 
 
+def test_frozen_weights_over_frozen_features_keep_nothing_and_compute_nothing_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
+    monkeypatch.setattr(looktwice.model.visual_tokenizer, "checkpoint", None)
+    head, table = make_head(num_words=50, width=20)
+    head.requires_grad_(False)
+    table.requires_grad_(False)
+    assert not embed_features(torch.randn(11, 32), head, table).requires_grad
+
+
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_nothing_as_wide_as_the_visual_words_is_kept_for_backward(
     monkeypatch: pytest.MonkeyPatch, is_trained: bool

@@ -1,18 +1,20 @@
 """Logprobs of tokens from hidden states, without ever holding all logits.
 
-Legend: N tokens, V vocabulary, D model width.
+Legend: N tokens, V vocabulary, D model width, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from looktwice.model.exact import alike
+from looktwice.model.exact import is_exact
 
-LOGPROB_CHUNK = 1024
+LOGPROB_CHUNK = 256
+"""Tokens whose logits exist at a time. On a CPU 128 to 512 are equally fast; 256 tokens of 151,936 words are 156 MB."""
 
 
 def distribution_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -20,7 +22,8 @@ def distribution_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     `log_softmax`, because its result for a row is the same in any number of rows; `logsumexp` of one long row is not.
     """
-    return F.log_softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -33,23 +36,186 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Logprob of each target, and if asked for entropy of its distribution: [N, D], [V, D], [N] -> [N], [N], float32.
 
-    Logits exist for 1024 rows at a time and are recomputed in backward. The entropy carries no gradient.
+    Logits exist for 256 rows at a time. The gradient of a row's logprob is computed with it and kept, [N, D]; that of
+    the weight needs the logits once more in backward. The entropy carries no gradient.
     """
+    logprobs, entropy = _Logprobs.apply(hidden, weight, targets, temperature, with_entropy, torch.is_grad_enabled())
+    return logprobs, entropy if with_entropy else None
 
-    def score(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        logprobs = distribution_logprobs(F.linear(rows, weight), temperature)
+
+def logprob_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """The sum of `chunked_logprobs` [], whose gradients are all computed with it: nothing is computed twice.
+
+    It can go backward once.
+    """
+    return _LogprobSum.apply(hidden, weight, targets, temperature, torch.is_grad_enabled())
+
+
+def _cast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of autocast, where it is on: once, and not for each chunk."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+class _Chunk(NamedTuple):
+    """Scores of a chunk: exp(logit - highest) [C, V] in float32, and what they add up to [C, 1]; then its logprobs, and
+    its entropies if asked for, [C]."""
+
+    weights: Tensor
+    total: Tensor
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+class _Scorer:
+    """Computes chunks one after the other in the same memory, which costs less than asking for it each time."""
+
+    def __init__(self, head: Tensor, temperature: float, *, size: int, with_entropy: bool = False) -> None:
+        self.head = head
+        self.temperature = temperature
+        self.with_entropy = with_entropy
+        self.logits = head.new_empty(min(size, LOGPROB_CHUNK), len(head))
+        self.scores = self.logits if head.dtype == torch.float32 else torch.empty_like(self.logits, dtype=torch.float32)
+
+    def __call__(self, rows: Tensor, ids: Tensor) -> _Chunk:
+        if is_exact():
+            return self._exactly(rows, ids)
+        logits = torch.mm(rows, self.head.T, out=self.logits[: len(rows)])
+        scores = logits if logits.dtype == torch.float32 else self.scores[: len(rows)].copy_(logits)
+        if self.temperature != 1:
+            scores.div_(self.temperature)
+        chosen = scores.gather(1, ids[:, None])
+        highest = scores.amax(-1, keepdim=True)
+        shifted, entropy = scores.sub_(highest), None
+        weights = shifted.exp() if self.with_entropy else shifted.exp_()
+        total = weights.sum(-1, keepdim=True)
+        logprobs = (chosen - highest - total.log())[:, 0]
+        if self.with_entropy:
+            entropy = (total.log() - shifted.mul_(weights).sum(-1, keepdim=True) / total)[:, 0]
+        return _Chunk(weights, total, logprobs, entropy)
+
+    def _exactly(self, rows: Tensor, ids: Tensor) -> _Chunk:
+        """By the operations that the sampler uses, in products of exact mode, which choose where they write."""
+        logprobs = distribution_logprobs(F.linear(rows, self.head), self.temperature)
         chosen = logprobs.gather(1, ids[:, None])[:, 0]
-        if not with_entropy:
-            return chosen, None
-        # after all that backward needs: recomputation stops before it comes here
-        with torch.no_grad():
-            return chosen, -(logprobs.exp() * logprobs).sum(-1)
+        weights = logprobs.exp()
+        entropy = -(weights * logprobs).sum(-1) if self.with_entropy else None
+        return _Chunk(weights, torch.ones_like(weights[:, :1]), chosen, entropy)
 
-    keep = torch.is_grad_enabled() and len(targets) > LOGPROB_CHUNK
-    # an empty split is one empty chunk, so there is always something to join
-    parts = [
-        checkpoint(score, rows, ids, use_reentrant=False, context_fn=alike) if keep else score(rows, ids)
-        for rows, ids in zip(hidden.split(LOGPROB_CHUNK), targets.split(LOGPROB_CHUNK))
-    ]
-    logprobs, entropies = zip(*parts)
-    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+    def slopes(self, chunk: _Chunk, ids: Tensor) -> Tensor:
+        """Gradients of the logprobs by the logits, (onehot - softmax) / temperature [C, V], in the head's dtype; the
+        chunk's scores are used up."""
+        # subtracted before anything is rounded
+        weights = chunk.weights.scatter_add_(1, ids[:, None], -chunk.total)
+        return torch.mul(weights, -1 / (self.temperature * chunk.total), out=self.logits[: len(ids)])
+
+
+class _Logprobs(torch.autograd.Function):
+    """Each logprob with the gradient of its row; see `chunked_logprobs`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows, head = _cast(hidden, weight)
+        scorer = _Scorer(head, temperature, size=len(rows), with_entropy=with_entropy)
+        logprobs = rows.new_empty(len(rows), dtype=torch.float32)
+        entropy = torch.zeros_like(logprobs)
+        by_row = torch.empty_like(rows) if with_gradients and ctx.needs_input_grad[0] else None
+        for place in _chunks(len(rows)):
+            chunk = scorer(rows[place], targets[place])
+            logprobs[place] = chunk.logprobs
+            if chunk.entropy is not None:
+                entropy[place] = chunk.entropy
+            if by_row is not None:
+                torch.mm(scorer.slopes(chunk, targets[place]), head, out=by_row[place])
+        ctx.temperature, ctx.dtype = temperature, head.dtype
+        ctx.save_for_backward(by_row, *((hidden, weight, targets) if ctx.needs_input_grad[1] else ()))
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        by_row, *inputs = ctx.saved_tensors
+        by_head = None
+        if inputs:
+            hidden, weight, targets = inputs
+            scorer = _Scorer(weight.to(ctx.dtype), ctx.temperature, size=len(targets))
+            by_head = _Total(weight)
+            for place in _chunks(len(targets)):
+                rows = hidden[place].to(ctx.dtype)
+                chunk = scorer(rows, targets[place])
+                by_head.add(scorer.slopes(chunk, targets[place]), rows * grad[place, None])
+        return (
+            None if by_row is None else by_row * grad[:, None],
+            None if by_head is None else by_head.value,
+            *[None] * 4,
+        )
+
+
+class _LogprobSum(torch.autograd.Function):
+    """The sum of logprobs with all its gradients; see `logprob_sum`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_gradients: bool
+    ) -> Tensor:
+        rows, head = _cast(hidden, weight)
+        scorer = _Scorer(head, temperature, size=len(rows))
+        total = rows.new_zeros((), dtype=torch.float32)
+        by_row = torch.empty_like(rows) if with_gradients and ctx.needs_input_grad[0] else None
+        by_head = _Total(weight) if with_gradients and ctx.needs_input_grad[1] else None
+        for place in _chunks(len(rows)):
+            chunk = scorer(rows[place], targets[place])
+            total += chunk.logprobs.sum()
+            if by_row is not None or by_head is not None:
+                slopes = scorer.slopes(chunk, targets[place])
+            if by_row is not None:
+                torch.mm(slopes, head, out=by_row[place])
+            if by_head is not None:
+                by_head.add(slopes, rows[place])
+        ctx.gradients = by_row, None if by_head is None else by_head.value
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("a sum of logprobs goes backward once; compute it again")
+        # where it is, since a second one of the head would take as much memory as its weight
+        return (*(None if each is None else each.mul_(grad) for each in gradients), None, None, None)
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, min(start + LOGPROB_CHUNK, count)) for start in range(0, count, LOGPROB_CHUNK)]
+
+
+class _Total:
+    """The gradient of the head's weight [V, D] over chunks, in the dtype of the weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.sum: Tensor | None = None
+
+    def add(self, slopes: Tensor, rows: Tensor) -> None:
+        """Add slopes^T @ rows of a chunk: [C, V], [C, D]."""
+        rows = rows.to(slopes.dtype)
+        if self.sum is None:
+            self.sum = torch.mm(slopes.T, rows).to(self.weight.dtype)
+        elif slopes.dtype == self.sum.dtype:
+            self.sum.addmm_(slopes.T, rows)
+        else:
+            self.sum += torch.mm(slopes.T, rows)
+
+    @property
+    def value(self) -> Tensor:
+        return torch.zeros_like(self.weight) if self.sum is None else self.sum

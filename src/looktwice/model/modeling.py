@@ -22,15 +22,15 @@ from transformers.utils import ModelOutput
 
 from looktwice.model.attention import PackedAttentionModel, packed_inputs
 from looktwice.model.configuration import IGNORE_INDEX, NUM_INDICATORS, Ovis2_5Config
-from looktwice.model.logprobs import chunked_logprobs
+from looktwice.model.logprobs import chunked_logprobs, logprob_sum
 from looktwice.model.released import ReleasedCalls
 from looktwice.model.visual_tokenizer import VisualEmbedding, VisualTokenizer, embed_features
 
 
 @dataclass
 class Ovis2_5Output(ModelOutput):
-    """`logits` [B, T, V] unless `loss_mask` was given, then `logprobs` [N] of the N trained tokens, and `entropy` [N]
-    if it was asked for."""
+    """`logits` [B, T, V] unless `labels` or `loss_mask` was given; with the latter `logprobs` [N] of the N trained
+    tokens, or with `summed` their sum [1], and `entropy` [N] if it was asked for."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -208,20 +208,25 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        summed: bool = False,
         logits_to_keep: int = 0,
+        return_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Ovis2_5Output:
-        """Logits, or with `loss_mask` [1, T] the logprobs of the tokens it marks, at `temperature`.
+        """Logits; or with `loss_mask` [1, T] the logprobs of the tokens it marks, at `temperature`; or with `labels`
+        [B, T] (-100 = not trained) the shifted mean loss, `num_items_in_batch` in place of its divisor.
 
-        `labels` [B, T] (-100 = not trained) adds the shifted mean loss; `num_items_in_batch` replaces its divisor.
-        `loss_mask` never materialises logits: it is what training uses, on packed rows. The inputs of Ovis2_5Model are
-        named here too because `generate` and Trainer read this signature.
+        All logits beside a loss exist only where `return_logits` or `logits_to_keep` asks for them. `loss_mask` is what
+        training uses, on packed rows; `summed` is cheaper where the loss takes all logprobs alike. The inputs of
+        Ovis2_5Model are named here too because `generate` and Trainer read this signature.
         Raises ValueError for a `loss_mask` of several rows, without `input_ids`, or that marks what nothing predicts:
         the first token of a sequence.
         """
         if loss_mask is not None:
             check_loss_mask(loss_mask, input_ids, cu_seqlens)
+        if labels is not None and use_cache is None:
+            use_cache = False  # nobody goes on from it
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -240,23 +245,23 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
         if loss_mask is not None:
             # the token at t is predicted by the state at t - 1
             places = loss_mask[0].nonzero()[:, 0]
+            rows = hidden[0, (places - 1).to(hidden.device)].to(weight.device)
+            targets = input_ids[0, places.to(input_ids.device)].to(weight.device)  # type: ignore[index,union-attr]
+            if summed:
+                return Ovis2_5Output(logprobs=logprob_sum(rows, weight, targets, temperature=temperature)[None])
             logprobs, entropy = chunked_logprobs(
-                hidden[0, (places - 1).to(hidden.device)].to(weight.device),
-                weight,
-                input_ids[0, places.to(input_ids.device)].to(weight.device),  # type: ignore[index,union-attr]
-                temperature=temperature,
-                with_entropy=with_entropy,
+                rows, weight, targets, temperature=temperature, with_entropy=with_entropy
             )
             return Ovis2_5Output(logprobs=logprobs, entropy=entropy)
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        loss = None
+        loss = logits = None
         if labels is not None:
             is_trained = labels[:, 1:] != IGNORE_INDEX
             targets = labels[:, 1:][is_trained].to(weight.device)
             rows = hidden[:, :-1][is_trained.to(hidden.device)].to(weight.device)
-            logprobs, _ = chunked_logprobs(rows, weight, targets)
             divisor = len(targets) if num_items_in_batch is None else num_items_in_batch
-            loss = -logprobs.sum() / torch.as_tensor(divisor, device=weight.device)
+            loss = -logprob_sum(rows, weight, targets) / torch.as_tensor(divisor, device=weight.device)
+        if labels is None or logits_to_keep or return_logits:
+            logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return Ovis2_5Output(
             loss=loss,
             logits=logits,

@@ -46,7 +46,7 @@ class VisualEmbedding(nn.Embedding):
 
 
 def embed_features(features: Tensor, tokenizer: VisualTokenizer, table: VisualEmbedding) -> Tensor:
-    """Features [A, F] -> vectors [A, D], 512 tokens at a time and recomputed in backward.
+    """Features [A, F] -> vectors [A, D], 512 tokens at a time, recomputed in backward where there is one.
 
     The softmax is 65,532 wide in released models. In bfloat16 a picture of 1792 x 1792 would take 2.0 GB at once, and
     takes 0.3 GB in chunks; with gradients of the features 2.8 and 0.5 (`benchmarks/visual_tokens.py`).
@@ -55,7 +55,9 @@ def embed_features(features: Tensor, tokenizer: VisualTokenizer, table: VisualEm
     def embed(chunk: Tensor) -> Tensor:
         return table(tokenizer.probabilities(chunk))
 
-    if not torch.is_grad_enabled() or len(features) <= CHUNK:
-        return torch.cat([embed(chunk) for chunk in features.split(CHUNK)])
     chunks = features.split(CHUNK)
+    weights = (*tokenizer.head.parameters(), *table.parameters())
+    has_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *weights))
+    if not has_backward or len(chunks) == 1:
+        return torch.cat([embed(chunk) for chunk in chunks])
     return torch.cat([checkpoint(embed, chunk, use_reentrant=False, context_fn=alike) for chunk in chunks])

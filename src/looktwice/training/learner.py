@@ -42,7 +42,7 @@ from looktwice.training.start import check_attention, check_start
 
 
 class Scores(NamedTuple):
-    """Logprobs of the trained tokens of a row, and their entropies if asked for: [N], [N], float32."""
+    """Logprobs of the trained tokens of a row, or their sum, and their entropies if asked for: [N] or [1], [N]."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -72,7 +72,7 @@ class Learner:
         self.is_exact = False
         self.guard = NonfiniteGuard(config.skip_nonfinite)
         self.parameters = [parameter for _, parameter in trained_parameters(model)]
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
 
     @classmethod
     def load(
@@ -150,25 +150,24 @@ class Learner:
         with self.precision():
             return numerics_of(self.model, self.processor.policy, is_exact=self.is_exact)
 
-    def score(self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> Scores:
-        """Logprobs of the trained tokens of a row, and their entropy if asked for."""
+    def score(self, batch: PackedBatch, **options: Any) -> Scores:
+        """Logprobs of the trained tokens of a row; `options` are those of the model's forward: `temperature`,
+        `with_entropy`, `summed`."""
         with self.precision():
-            output = self.model(
-                **batch.model_inputs(self.base.device), temperature=temperature, with_entropy=with_entropy
-            )
+            output = self.model(**batch.model_inputs(self.base.device), **options)
         return Scores(output.logprobs, output.entropy)
 
-    def update(
-        self, rows: Sequence[PackedBatch], loss: Loss, *, temperature: float = 1.0, with_entropy: bool = False
-    ) -> Update:
-        """One optimizer step on the sum of the rows' losses. When that is no number there is none, and where
-        `skip_nonfinite` does not allow that, TrainingError is raised."""
+    def update(self, rows: Sequence[PackedBatch], loss: Loss, **options: Any) -> Update:
+        """One optimizer step on the sum of the rows' losses; `options` are those of `score`.
+
+        When that is no number there is none, and where `skip_nonfinite` does not allow that, TrainingError is raised.
+        """
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[float] = []
         for batch in rows:
-            row_loss = loss(self.score(batch, temperature=temperature, with_entropy=with_entropy), batch)
+            row_loss = loss(self.score(batch, **options), batch)
             row_loss.backward()
             losses.append(row_loss.item())
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))

@@ -108,7 +108,7 @@ def packed_batches(
 def train_step(learner: Learner, rows: Sequence[PackedBatch]) -> dict[str, float]:
     """One optimizer step on the mean loss per trained token of all its samples, whatever the rows."""
     num_loss_tokens = sum(row.num_loss_tokens for row in rows)
-    update = learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_loss_tokens)
+    update = learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_loss_tokens, summed=True)
     return {
         "loss": update.loss,
         "optim/grad_norm": update.grad_norm,
@@ -136,6 +136,6 @@ def evaluation_loss(
     batches = (samples[first : first + size] for first in range(0, len(samples), size))
     with closing(packed_batches(learner, batches, encoder, lengths, num_workers=num_workers)) as rows_of_batches:
         for row in chain.from_iterable(rows_of_batches):
-            total -= float(learner.score(row).logprobs.sum())
+            total -= float(learner.score(row, summed=True).logprobs)
             num_tokens += row.num_loss_tokens
     return total / num_tokens
