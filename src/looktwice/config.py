@@ -91,6 +91,11 @@ def all_or_none(value: Any) -> Any:
     return {"true": "all", "false": "none"}.get(str(value).lower(), value)
 
 
+def number_of_bytes(size: str) -> int:
+    """A size of `check_file_size` in bytes, 1 KB being 1,000."""
+    return int(float(size[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[size[-2:]])
+
+
 def check_file_size(value: str) -> str:
     """A size such as 500MB, as it is."""
     if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?(KB|MB|GB)", value):
@@ -306,8 +311,12 @@ class StageConfig(Config):
     gradient_checkpointing: Annotated[Literal["auto", "none", "llm", "vit", "all"], BeforeValidator(all_or_none)] = (
         knob("auto", "layers recomputed in backward; auto: all on a GPU, none on a CPU")
     )
+    vision_cache: Annotated[str, AfterValidator(check_file_size)] | None = knob(
+        None, "keep what the frozen tower makes of pictures, up to 8GB or so; default: off"
+    )
+    vision_cache_dir: Place | None = knob(None, "folder to keep it in, for later runs too; default: in memory")
     memory_efficient: bool = knob(False, "all layers recomputed, one sample a row: slower, same result")
-    max_tokens_per_row: Positive = knob(16384, "tokens of one packed forward; a batch becomes as many as it needs")
+    max_tokens_per_row: Positive | None = knob(None, "tokens of one packed forward; default: by the memory at hand")
     logging_steps: Positive = knob(1, "steps between log lines; the first and the last have one always")
     eval_steps: Positive | None = knob(None, "steps between evaluations; default: at each epoch's end")
     save_steps: Positive | None = knob(None, "steps between checkpoints; default: at each epoch's end")

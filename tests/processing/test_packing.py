@@ -110,21 +110,25 @@ def test_no_label_stands_at_the_start_of_a_sequence() -> None:
 @pytest.mark.parametrize(
     ("lengths", "max_tokens", "rows"),
     [
-        ([5, 3, 4, 2], 8, [[0, 1], [2, 3]]),
+        ([3, 5, 2, 4], 8, [[0, 1], [2, 3]]),
         ([4, 4, 4], 8, [[0, 1], [2]]),
-        ([6, 5, 2, 3], 8, [[0, 2], [1, 3]]),
-        ([9, 1, 1], 8, [[0], [1, 2]]),
+        ([2, 3, 5, 6], 8, [[0, 3], [1, 2]]),
+        ([2, 4, 4, 2, 4], 8, [[1, 2], [0, 3, 4]]),
+        ([1, 9, 1], 8, [[1], [0, 2]]),
+        ([2, 3, 7], 5, [[2], [0, 1]]),
         ([], 8, []),
     ],
 )
-def test_each_length_goes_into_the_first_row_with_room(
+def test_the_longest_is_placed_first_and_each_goes_into_the_first_row_with_room(
     lengths: list[int], max_tokens: int, rows: list[list[int]]
 ) -> None:
     assert split_by_tokens(lengths, max_tokens) == rows
 
 
 @given(st.lists(st.integers(1, 30)), st.integers(1, 20))
-def test_every_length_is_in_one_row_and_rows_keep_the_limit(lengths: list[int], max_tokens: int) -> None:
+def test_every_length_is_in_one_row_and_rows_keep_the_limit_and_shrink(lengths: list[int], max_tokens: int) -> None:
     rows = split_by_tokens(lengths, max_tokens)
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
-    assert all(len(row) == 1 or sum(lengths[place] for place in row) <= max_tokens for row in rows)
+    totals = [sum(lengths[place] for place in row) for row in rows]
+    assert all(len(row) == 1 or total <= max_tokens for row, total in zip(rows, totals))
+    assert totals == sorted(totals, reverse=True)

@@ -16,6 +16,7 @@ from looktwice.data.examples import Encoder, encode_sample
 from looktwice.errors import CheckpointError, DataError, TrainingError
 from looktwice.formats.sample_file import read_samples
 from looktwice.metrics import METRICS
+from looktwice.model.vision import VisionTower
 from looktwice.model.weights import load_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Ovis2_5Processor
@@ -152,6 +153,25 @@ def test_the_validation_loss_is_logged_when_asked_and_at_the_end(eval_steps, eva
     settings = {"num_train_epochs": 2, "train_batch_size": 2, "eval_steps": eval_steps}
     _, lines = run(data={"val_data_path": dataset.eval}, **settings)
     assert [line["step"] for line in lines if "eval/loss" in line] == evaluated
+
+
+def test_a_vision_cache_changes_no_loss_and_later_epochs_skip_the_tower(run, tmp_path, monkeypatch) -> None:
+    passes: list[int] = []
+    forward = VisionTower.forward
+
+    def counted(tower: VisionTower, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        passes.append(len(grids))
+        return forward(tower, pixels, grids)
+
+    monkeypatch.setattr(VisionTower, "forward", counted)
+    settings = {"num_train_epochs": 2, "train_batch_size": 6, "learning_rate": 1e-3, "freeze": "vit"}
+    _, plain = run("plain", **settings)
+    for name, more in (("memory", {}), ("disk", {"vision_cache_dir": tmp_path / "cache"})):
+        passes.clear()
+        _, lines = run(name, vision_cache="1GB", **settings, **more)
+        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
+        assert len(passes) == 1
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_workers_give_the_validation_loss_that_one_process_gives(run, dataset) -> None:

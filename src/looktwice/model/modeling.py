@@ -125,23 +125,28 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         image_index: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         use_cache: bool | None = None,
+        tower_features: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, D] of padded rows (`attention_mask`) or of one packed row (`cu_seqlens` [S + 1]).
 
         `image_index` [J] names the picture shown at each of J places when one picture serves several sequences.
+        In place of `pixel_values` there may be what was computed of them before: `tower_features` [A, F], or
+        `image_features` [A, D].
         """
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            features = None
-            if pixel_values is not None and len(pixel_values):
+            if tower_features is not None:
+                image_features = embed_features(tower_features, self.visual_tokenizer, self.vte)
+            elif pixel_values is not None and len(pixel_values):
                 if image_grid_thw is None:
                     raise ValueError("pixel_values come with image_grid_thw")
-                features = self.get_image_features(pixel_values, image_grid_thw)
-                if image_index is not None:
-                    features = self._repeat_images(features, image_grid_thw, image_index)
-            inputs_embeds = self.embed(input_ids, features)
+                image_features = self.get_image_features(pixel_values, image_grid_thw)
+            if image_features is not None and image_index is not None:
+                image_features = self._repeat_images(image_features, image_grid_thw, image_index)
+            inputs_embeds = self.embed(input_ids, image_features)
         if cu_seqlens is not None:
             if inputs_embeds.shape[0] != 1 or past_key_values is not None:
                 raise ValueError("a packed batch is one row and uses no cache")
@@ -163,7 +168,9 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         """Of each picture: [I, 3] -> I numbers."""
         return (image_grid_thw.prod(-1) // self.config.vit_config.hidden_stride**2).tolist()
 
-    def _repeat_images(self, features: Tensor, image_grid_thw: Tensor, image_index: Tensor) -> Tensor:
+    def _repeat_images(self, features: Tensor, image_grid_thw: Tensor | None, image_index: Tensor) -> Tensor:
+        if image_grid_thw is None:
+            raise ValueError("image_index comes with image_grid_thw")
         images = features.split(self.num_visual_tokens(image_grid_thw))
         return torch.cat([images[index] for index in image_index.tolist()])
 

@@ -84,7 +84,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
 
 
 def pack_rows(examples: Sequence[Example], max_tokens: int) -> list[PackedBatch]:
-    """The examples in as many rows as the limit asks for, in order; see `split_by_tokens`."""
+    """The examples in as few rows as the limit allows, the longest first; see `split_by_tokens`."""
     places = split_by_tokens([len(example) for example in examples], max_tokens)
     return [pack([examples[place] for place in row]) for row in places]
 
@@ -104,13 +104,17 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Places of the lengths grouped into rows of at most `max_tokens`, first fit; a longer one gets its own row.
+    """Places of the lengths grouped into rows of at most `max_tokens`; a longer one gets its own row.
 
-    Example: split_by_tokens([5, 3, 4, 2], 8) == [[0, 1], [2, 3]]
+    First fit decreasing: the longest sample first, each into the first row with room. The longest row comes first, so
+    that memory that does not suffice is told at once.
+
+    Example: split_by_tokens([3, 5, 2, 4], 8) == [[0, 1], [2, 3]]
     """
     rows: list[list[int]] = []
     room: list[int] = []
-    for place, length in enumerate(lengths):
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        length = lengths[place]
         for row, free in enumerate(room):
             if length <= free:
                 rows[row].append(place)
@@ -119,4 +123,4 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             rows.append([place])
             room.append(max_tokens - length)
-    return rows
+    return [sorted(row) for _, row in sorted(zip(room, rows), key=lambda filled: filled[0])]

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from looktwice.config import LORA_KNOBS, ModelConfig, Part, StageConfig
+from looktwice.config import LORA_KNOBS, ModelConfig, Part, StageConfig, number_of_bytes
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.adapters import (
     add_lora,
@@ -31,6 +32,7 @@ from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.numerics import numerics_of
 from looktwice.model.quantization import quantization_of
+from looktwice.model.vision_cache import VisionCache
 from looktwice.model.weights import load_model, load_trained, pick_device, write_model, written_whole
 from looktwice.processing.packing import PackedBatch, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
@@ -38,6 +40,7 @@ from looktwice.training.folder import STATE_FILE
 from looktwice.training.nonfinite import NonfiniteGuard
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
+from looktwice.training.rows import default_tokens_per_row
 from looktwice.training.start import check_attention, check_start
 
 
@@ -71,6 +74,10 @@ class Learner:
         self.start: str | None = None
         self.is_exact = False
         self.guard = NonfiniteGuard(config.skip_nonfinite)
+        self.vision_cache: VisionCache | None = None
+        if config.vision_cache is not None:
+            most = number_of_bytes(config.vision_cache)
+            self.vision_cache = VisionCache(self.base, max_bytes=most, folder=config.vision_cache_dir)
         self.parameters = [parameter for _, parameter in trained_parameters(model)]
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
 
@@ -127,13 +134,16 @@ class Learner:
     def base(self) -> Ovis2_5ForConditionalGeneration:
         return base_of(self.model)
 
-    @property
+    @cached_property
     def max_tokens_per_row(self) -> int:
         """Tokens of one packed row at the most; a longer sample has a row of its own."""
-        return 1 if self.config.memory_efficient else self.config.max_tokens_per_row
+        if self.config.memory_efficient:
+            return 1
+        with self.precision():
+            return self.config.max_tokens_per_row or default_tokens_per_row(self.base)
 
     def rows(self, examples: Sequence[Example]) -> list[PackedBatch]:
-        """The examples in as many packed rows as the token limit asks for, in order."""
+        """The examples in as few packed rows as the token limit allows, the longest first."""
         return pack_rows(examples, self.max_tokens_per_row)
 
     @contextmanager
@@ -154,7 +164,10 @@ class Learner:
         """Logprobs of the trained tokens of a row; `options` are those of the model's forward: `temperature`,
         `with_entropy`, `summed`."""
         with self.precision():
-            output = self.model(**batch.model_inputs(self.base.device), **options)
+            inputs = batch.model_inputs(self.base.device)
+            if self.vision_cache and batch.pixel_values is not None and batch.image_grid_thw is not None:
+                inputs |= self.vision_cache.inputs(batch.pixel_values, batch.image_grid_thw) | {"pixel_values": None}
+            output = self.model(**inputs, **options)
         return Scores(output.logprobs, output.entropy)
 
     def update(self, rows: Sequence[PackedBatch], loss: Loss, **options: Any) -> Update:

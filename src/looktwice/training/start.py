@@ -26,6 +26,8 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
         if path is not None:
             check_data_file(path)
     check_image_folder(data.image_base_path)
+    if config.vision_cache_dir is not None and config.vision_cache is None:
+        raise ConfigError("vision_cache_dir: nothing is kept there; add the most it may hold, --vision_cache 8GB")
     check_one_process()
     check_place(config, name)
     if isinstance(config, GRPOConfig):

@@ -1,0 +1,58 @@
+"""How many tokens a packed row holds by default: as many as the device has memory for, and no more than help.
+
+Legend: D width, M width of the MLP, H query heads, K key heads, d width of a head; L layers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+
+HELPFUL = {"cpu": 1024, "cuda": 16384}
+"""Tokens beyond which a longer row is no faster, on a CPU by `benchmarks/sft.py`: `speed_of_rows`."""
+SHARE = 0.5
+"""Of the free memory that a row's activations may take: gradients, the optimizer and chunks of logits need room."""
+
+
+def default_tokens_per_row(model: Ovis2_5ForConditionalGeneration) -> int:
+    """Tokens of a row of the model as it is set up: its device, dtype, and the layers that are recomputed."""
+    device = model.device
+    fit = int(SHARE * free_bytes(device) / bytes_per_token(model))
+    return max(1, min(HELPFUL.get(device.type, HELPFUL["cpu"]), fit))
+
+
+def bytes_per_token(model: Ovis2_5ForConditionalGeneration) -> int:
+    """What backward needs of a token, were it a visual one, estimated.
+
+    A layer keeps about 10 D + 4 (H + K) d + 5 M numbers of a token, one that is recomputed its input alone. A visual
+    token is s * s patches of the tower, which keeps nothing where it is frozen.
+    """
+    size = 2 if torch.is_autocast_enabled(model.device.type) else model.dtype.itemsize
+    tower = model.model.visual_tokenizer.vit
+    total = _kept(model.model.language_model, size)
+    if any(weight.requires_grad for weight in tower.parameters()):
+        total += tower.config.hidden_stride**2 * _kept(tower, size)
+    return total
+
+
+def _kept(tower: Any, size: int) -> int:
+    """Bytes of a token or patch in a stack of layers, of which one at a time is whole when they are recomputed."""
+    config = tower.config
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    heads = config.num_attention_heads + getattr(config, "num_key_value_heads", config.num_attention_heads)
+    layer = 10 * config.hidden_size + 4 * heads * head_dim + 5 * config.intermediate_size
+    if tower.gradient_checkpointing:
+        return size * (layer + config.num_hidden_layers * config.hidden_size)
+    return size * layer * config.num_hidden_layers
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody holds."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
