@@ -172,7 +172,7 @@ class Ways:
         return loss / num_trained
 
     def differences(self) -> dict[str, float]:
-        """Largest differences of loss and gradients between (a) and (c), relative to the loss and each gradient's norm."""
+        """Largest differences of loss and gradients between (a) and (c), relative to loss and norm of each gradient."""
         batch = self.batches[0]
         num_trained = sum(sum(example.loss_mask) for example in batch)
         parameters = self.learner.parameters

@@ -41,6 +41,7 @@ WholePart = Literal["visual_head", "visual_table"]
 VISION_PARTS: tuple[Part, ...] = ("vit", "visual_head", "visual_table")
 AttnImplementation = Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"]
 Quantization = Literal["none", "nf4", "int8"]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 DataFormat = Literal["messages", "documented", "openai", "swift", "ovis", "sharegpt", "vlm_r3"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Stage = Literal["sft", "grpo", "both"]
@@ -290,7 +291,10 @@ class StageConfig(Config):
     weight_decay: NonNegative = knob(0.0, "AdamW weight decay of matrices")
     max_grad_norm: NonNegative = knob(1.0, "gradients are scaled down to this norm")
     skip_nonfinite: NonNegativeInt = knob(0, "updates in a row left out where loss or gradient is no number")
+    optim: Optimizer = knob("adamw_torch_fused", "AdamW; 8bit and paged ones take less memory (bitsandbytes)")
     bf16: bool = knob(False, "compute in bfloat16")
+    fp16: bool = knob(False, "compute in float16, the loss scaled; for GPUs without bfloat16")
+    torch_compile: bool = knob(False, "compile the layers of the language model; slow to start")
     part_learning_rates: Annotated[dict[Part, NonNegative], BeforeValidator(split_pairs)] = knob(
         {}, "peak learning rates of single parts, such as vit=2e-6,visual_table=1e-4"
     )
@@ -311,6 +315,7 @@ class StageConfig(Config):
     gradient_checkpointing: Annotated[Literal["auto", "none", "llm", "vit", "all"], BeforeValidator(all_or_none)] = (
         knob("auto", "layers recomputed in backward; auto: all on a GPU, none on a CPU")
     )
+    offload_activations: bool = knob(False, "keep activations in host memory, for long rows; slower")
     vision_cache: Annotated[str, AfterValidator(check_file_size)] | None = knob(
         None, "keep what the frozen tower makes of pictures, up to 8GB or so; default: off"
     )
@@ -343,6 +348,12 @@ class StageConfig(Config):
     def _check_whole_parts(self) -> StageConfig:
         if both := [part for part in self.modules_to_save if part in self.frozen_parts]:
             raise ValueError(f"modules_to_save: {', '.join(both)} cannot be trained whole and frozen; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> StageConfig:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are two precisions; leave one out")
         return self
 
     @model_validator(mode="after")

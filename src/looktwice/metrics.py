@@ -29,6 +29,7 @@ METRICS: dict[str, str] = {
     "optim/skipped": "updates so far that were left out because loss or gradient was no number",
     "epoch": "passes over the training data so far",
     "data/too_long": "samples so far that were left out or shrunk because they were longer than max_length",
+    "memory/row_splits": "rows that the step took more because memory ran out",
     "perf/tokens_per_s": "tokens of packed rows per second, prompts, pictures and the wait for data included",
     "time/step_s": "seconds of the whole step",
     "time/data_wait_share": "share of the step that waited for samples to be prepared",

@@ -88,7 +88,7 @@ NOT_HERE = {
         ddp_find_unused_parameters ddp_timeout local_rank nproc_per_node n_gpus_per_node n_gpus nnodes num_gpus
         num_processes world_size tensor_parallel_size tensor_model_parallel_size pipeline_parallel_size
         sequence_parallel_size context_parallel_size tp pp offload cpu_offload optimizer_offload offload_optimizer""",
-    "float16 is not used; use --bf16, or neither for float32": "fp16 half float16 use_fp16 fp16_full_eval",
+    "evaluation computes as training does; use --fp16": "half float16 use_fp16 fp16_full_eval",
     "the built-in engine samples, or --vllm_servers do": """use_vllm vllm vllm_mode vllm_gpu_memory_utilization
         gpu_memory_utilization vllm_server_host vllm_server_port vllm_tensor_parallel_size use_sglang rollout_engine
         rollout_backend""",
@@ -100,7 +100,7 @@ NOT_HERE = {
         group_by_length pad_to_multiple_of dynamic_batching use_dynamic_bsz remove_padding use_remove_padding""",
     "the chat template comes from the model folder": """template chat_template template_type conv_version
         conversation_template version prompt_template system_prompt system""",
-    "the optimizer is AdamW with fixed betas": """optim optimizer beta1 beta2 adam_beta1 adam_beta2 adam_epsilon
+    "the optimizer is AdamW with fixed betas, see --optim": """optimizer beta1 beta2 adam_beta1 adam_beta2 adam_epsilon
         optim_args lr_scheduler_kwargs galore use_galore""",
     "what it sets is done without a flag": """do_train do_eval do_predict remove_unused_columns dataloader_pin_memory
         dataloader_prefetch_factor dataloader_drop_last dataloader_persistent_workers lazy_preprocess streaming
@@ -116,7 +116,7 @@ NOT_HERE = {
     "it comes from the model folder": """tokenizer_name tokenizer_name_or_path tokenizer processor_name config_name
         model_type model_revision revision vision_tower mm_projector_type image_processor""",
     "leave it out": """label_smoothing label_smoothing_factor neftune_noise_alpha lora_bias bias init_lora_weights
-        rope_scaling torch_compile use_liger_kernel enable_liger_kernel liger_kernel use_liger use_unsloth shift_attn
+        rope_scaling use_liger_kernel enable_liger_kernel liger_kernel use_liger use_unsloth shift_attn
         auto_find_batch_size check_model use_swift_lora loss_scale""",
     "every sample of the file is used; write a file with those you want": """max_samples max_train_samples
         max_eval_samples num_samples dataset_sample val_size split_dataset_ratio eval_size test_size mix_strategy

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.model.mixer import Mixer
 
 from looktwice.geometry import Size
 from looktwice.processing.images import PatchedImage
-from looktwice.processing.packing import collate_packed, pack, split_by_tokens
+from looktwice.processing.packing import collate_packed, pack, split_by_tokens, split_rows
 from looktwice.processing.processor import Example
 
 
@@ -132,3 +135,29 @@ def test_every_length_is_in_one_row_and_rows_keep_the_limit_and_shrink(lengths: 
     totals = [sum(lengths[place] for place in row) for row in rows]
     assert all(len(row) == 1 or total <= max_tokens for row, total in zip(rows, totals))
     assert totals == sorted(totals, reverse=True)
+
+
+def test_halves_of_a_row_are_the_packs_of_their_sequences(model) -> None:
+    mixer = Mixer(model.config, 0)
+    examples = [mixer.example(number) for number in (2, 0, 1, 1)]
+    examples[3].images[0] = examples[2].images[0]  # shown in two sequences
+    examples[3].input_ids = list(examples[2].input_ids)
+    examples[3].loss_mask = list(examples[2].loss_mask)
+    whole = pack(examples)
+    first, second = whole.halves()
+    cut = len(first.examples)
+    for found, wanted in ((first, pack(examples[:cut])), (second, pack(examples[cut:]))):
+        assert vars(found).keys() == vars(wanted).keys()
+        for name, value in vars(wanted).items():
+            same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+            assert same(getattr(found, name), value), name
+
+
+def test_rows_are_split_until_they_are_short_enough_or_one_sequence(model) -> None:
+    mixer = Mixer(model.config, 0)
+    examples = [mixer.example(0) for _ in range(5)]
+    row = pack(examples)
+    assert split_rows([row], None) == [row] and split_rows([row], row.num_tokens) == [row]
+    apart = split_rows([row], 1)
+    assert [len(part.examples) for part in apart] == [1] * 5
+    assert torch.equal(torch.cat([part.input_ids for part in apart], 1), row.input_ids)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,11 @@ from looktwice.model import attention
 from looktwice.model.adapters import LLM_LINEARS, part_of, part_sizes
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import is_adapter, load_model, save_model
-from looktwice.processing.packing import pack
+from looktwice.processing.packing import PackedBatch, pack
 from looktwice.processing.processor import Example
 from looktwice.training import learner as learner_module
 from looktwice.training import start
-from looktwice.training.learner import Learner, towers_of
+from looktwice.training.learner import Learner, Scores, towers_of
 from looktwice.training.overview import run_facts, show_overview
 from looktwice.training.record import Record
 from looktwice.training.run import batch_order
@@ -115,6 +117,89 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_step(loa
     with pytest.raises(TrainingError, match=r"^step 5: loss nan, .*; in 1 row of .*:1; lower --learning_rate"):
         learner.update(learner.rows(examples[:1]), lambda scores, row: scores.logprobs.sum() * torch.nan)
     assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
+
+
+# -- memory that runs out
+
+
+def failing_above(learner: Learner, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Runs out of memory in the backward of rows of more tokens; the lengths of the rows that were tried."""
+    tried: list[int] = []
+    score = learner.score
+
+    def scored(row: PackedBatch, **options: object) -> Scores:
+        scores = score(row, **options)
+        tried.append(row.num_tokens)
+        if row.num_tokens > num_tokens:
+            scores.logprobs.register_hook(run_out)
+        return scores
+
+    def run_out(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("of memory")
+
+    monkeypatch.setattr(learner, "score", scored)
+    return tried
+
+
+def test_a_step_that_runs_out_of_memory_splits_its_rows_and_comes_to_the_same(load, examples, monkeypatch) -> None:
+    plain, short = load(max_grad_norm=0), load(max_grad_norm=0)
+    [row] = short.rows(examples)
+    tried = failing_above(short, row.num_tokens - 1, monkeypatch)
+    expected = update(plain, examples)
+    num_tokens = sum(each.num_loss_tokens for each in plain.rows(examples))
+    found = short.update([row], lambda scores, row: -scores.logprobs.sum() / num_tokens)
+    assert found.loss == pytest.approx(expected, abs=1e-5)
+    assert found.num_splits == len(tried) - 2 >= 1
+    for gradient, wanted in zip(gradients(short), gradients(plain), strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=2e-6, rtol=1e-3)
+    tried.clear()  # and later steps do not try the long row again
+    short.update([row], lambda scores, row: -scores.logprobs.sum() / num_tokens)
+    assert max(tried) < row.num_tokens
+
+
+def test_memory_that_runs_out_twice_stops_and_names_what_helps(load, examples, monkeypatch) -> None:
+    learner = load(max_grad_norm=0)
+    failing_above(learner, 0, monkeypatch)
+    with pytest.raises(
+        TrainingError,
+        match=r"step 1: out of memory with rows of \d+ tokens, and again with rows of \d+; what helps: "
+        r"--gradient_checkpointing all \(about .* GB less\), --max_tokens_per_row \d+ .*--use_lora .*--optim paged",
+    ):
+        update(learner, examples)
+
+
+# -- precision, compiling, and activations on the host
+
+
+@pytest.mark.parametrize("settings", [{"offload_activations": True}, {"optim": "adamw_torch"}, {"torch_compile": True}])
+def test_what_changes_memory_or_speed_changes_no_weight(load, examples, settings, monkeypatch) -> None:
+    # inductor's code takes a minute to build; by hand it was seen to pass
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    plain, other = (load(warmup_ratio=0, learning_rate=1e-3, **more) for more in ({}, settings))
+    assert update(other, examples[:2]) == pytest.approx(update(plain, examples[:2]), abs=1e-5)
+    for found, wanted in zip(other.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-3)
+
+
+def test_under_fp16_the_loss_is_scaled_and_an_overflow_leaves_the_update_out(load, examples) -> None:
+    learner = load(fp16=True, warmup_ratio=0, learning_rate=1e-3)
+    before = [parameter.clone() for parameter in learner.parameters]
+    scale = learner.scaler.get_scale()
+    learner.update(learner.rows(examples[:1]), lambda scores, row: scores.logprobs.mean() * 1e6)
+    assert learner.scaler.get_scale() < scale
+    assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
+    loss = update(learner, examples[:2])
+    assert loss == pytest.approx(update(load(), examples[:2]), rel=0.01)
+    assert any(not torch.equal(old, new) for old, new in zip(before, learner.parameters))
+
+
+def test_frozen_vision_is_kept_in_the_compute_dtype_where_that_is_lossless(load, model, tmp_path) -> None:
+    halved = copy.deepcopy(model).bfloat16().float()
+    halved.model.vte.weight.data += 1e-4
+    save_model(halved, tmp_path / "model")
+    learner = load(name=tmp_path / "model", bf16=True, freeze_vision=True)
+    dtypes = {part_of(name): weight.dtype for name, weight in learner.model.named_parameters()}
+    assert (dtypes["vit"], dtypes["visual_table"], dtypes["llm"]) == (torch.bfloat16, torch.float32, torch.float32)
 
 
 def test_matrices_decay_and_vectors_do_not(load, examples) -> None:

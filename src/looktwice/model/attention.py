@@ -111,6 +111,7 @@ def _block_mask(cu_seqlens: list[int], *, is_causal: bool, device: torch.device)
     return create_block_mask(is_seen, None, None, len(owners), len(owners), device=device, _compile=is_compiled)
 
 
+@torch.compiler.disable
 def packed_attention(
     query: Tensor,
     key: Tensor,

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from looktwice.drafts import UNFINISHED
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.paths import UNFINISHED
 
 Kind = Literal["tower_features", "image_features"]
 BLOCK = 1024

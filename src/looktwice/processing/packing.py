@@ -22,7 +22,8 @@ from looktwice.processing.processor import Example
 class PackedBatch:
     """`input_ids`, `position_ids`, `loss_mask` [1, T]; `cu_seqlens` [S + 1] int32; `pixel_values` [P, C * p * p] uint8;
     `image_grid_thw` [I, 3]; `image_index` [J]. A picture shown in several sequences is stored once.
-    `examples` are what it was packed from, in order, and `where` the files and lines of their samples."""
+    `num_shown` are the places of pictures in each sequence; `examples` are what it was packed from, in order, and
+    `where` the files and lines of their samples."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -31,6 +32,7 @@ class PackedBatch:
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
     image_index: Tensor | None
+    num_shown: tuple[int, ...]
     examples: tuple[Example, ...]
     where: tuple[str, ...] = ()
 
@@ -49,8 +51,39 @@ class PackedBatch:
 
     def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Keyword arguments of the model's forward, on `device`; from pinned memory the copy does not wait."""
-        tensors = {name: value for name, value in vars(self).items() if name not in ("examples", "where")}
+        others = ("examples", "num_shown", "where")
+        tensors = {name: value for name, value in vars(self).items() if name not in others}
         return {name: None if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+    def halves(self) -> list[PackedBatch]:
+        """The sequences, of which there are several, in two rows of about as many tokens."""
+        ends = self.cu_seqlens.tolist()
+        middle = min(range(1, len(ends) - 1), key=lambda number: abs(2 * ends[number] - ends[-1]))
+        return [self._part(0, middle), self._part(middle, len(ends) - 1)]
+
+    def _part(self, first: int, last: int) -> PackedBatch:
+        """The sequences from number `first` to before `last`, with their pictures."""
+        start, end = self.cu_seqlens[[first, last]].tolist()
+        tokens = {name: getattr(self, name)[:, start:end] for name in ("input_ids", "position_ids", "loss_mask")}
+        images: dict[str, Any] = {"pixel_values": None, "image_grid_thw": None, "image_index": None}
+        shown = slice(sum(self.num_shown[:first]), sum(self.num_shown[:last]))
+        if self.pixel_values is not None and self.image_grid_thw is not None and self.image_index is not None:
+            numbers, places = self.image_index[shown].unique(return_inverse=True)
+            if len(numbers):
+                patches = self.pixel_values.split(self.image_grid_thw.prod(-1).tolist())
+                images = {
+                    "pixel_values": torch.cat([patches[number] for number in numbers.tolist()]),
+                    "image_grid_thw": self.image_grid_thw[numbers],
+                    "image_index": places,
+                }
+        return PackedBatch(
+            **tokens,
+            **images,
+            cu_seqlens=self.cu_seqlens[first : last + 1] - start,
+            num_shown=self.num_shown[first:last],
+            examples=self.examples[first:last],
+            where=self.where[first:last],
+        )
 
     def pin_memory(self) -> PackedBatch:
         """The same in page-locked memory, from which copies to a GPU do not wait."""
@@ -78,6 +111,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         pixel_values=torch.cat([image.pixel_values for image in images]) if images else None,
         image_grid_thw=torch.tensor([image.grid_thw for image in images]) if images else None,
         image_index=torch.tensor([distinct[id(image)] for image in shown]) if images else None,
+        num_shown=tuple(len(example.images) for example in examples),
         examples=tuple(examples),
         where=tuple(example.where for example in examples),
     )
@@ -87,6 +121,17 @@ def pack_rows(examples: Sequence[Example], max_tokens: int) -> list[PackedBatch]
     """The examples in as few rows as the limit allows, the longest first; see `split_by_tokens`."""
     places = split_by_tokens([len(example) for example in examples], max_tokens)
     return [pack([examples[place] for place in row]) for row in places]
+
+
+def split_rows(rows: Sequence[PackedBatch], max_tokens: int | None) -> list[PackedBatch]:
+    """The rows, those of more tokens in halves until they are short enough or one sequence; None is no limit."""
+    split: list[PackedBatch] = []
+    for row in rows:
+        if max_tokens is None or row.num_tokens <= max_tokens or len(row.num_shown) == 1:
+            split.append(row)
+        else:
+            split += split_rows(row.halves(), max_tokens)
+    return split
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -286,24 +286,27 @@ def update_policy(
         for rollout in trained:
             check_same_numerics(trainer=numerics, sampler=rollout.numerics)
     rows = learner.rows([rollout.episode.example for rollout in trained])
-    facts = split_like(rows, trained)
     num_tokens = sum(row.num_loss_tokens for row in rows)
+    ref_logprobs: dict[int, Tensor] = {}
     if reference is not None:
         learner.model.eval()
         with torch.no_grad(), reference.active():
-            ref_logprobs = [learner.score(row, temperature=config.temperature).logprobs for row in rows]
-    place_of = {id(row): place for place, row in enumerate(rows)}
+            for row in rows:
+                logprobs = learner.score(row, temperature=config.temperature).logprobs
+                counts = [sum(example.loss_mask) for example in row.examples]
+                ref_logprobs |= zip(map(id, row.examples), logprobs.split(counts))
     sums: Counter[str] = Counter()
 
     def loss(scores: Scores, row: PackedBatch) -> Tensor:
-        place = place_of[id(row)]
-        sampling_logprobs, advantages = (fact.to(scores.logprobs.device) for fact in facts[place])
+        # of this row, which is half of one of `rows` when memory did not suffice for it
+        [facts] = split_like([row], trained)
+        sampling_logprobs, advantages = (fact.to(scores.logprobs.device) for fact in facts)
         sequences = row.loss_sequence().to(scores.logprobs.device)
         per_token, seen = surrogate(scores.logprobs, sampling_logprobs, advantages, sequences, config)
         if scores.entropy is not None:
             seen["policy/entropy"] = scores.entropy.mean()
         if reference is not None:
-            kl = kl_estimate(scores.logprobs, ref_logprobs[place])
+            kl = kl_estimate(scores.logprobs, torch.cat([ref_logprobs[id(example)] for example in row.examples]))
             seen["kl/reference"] = kl.detach().mean()
             per_token = per_token + config.beta * kl
         sums.update({name: float(value) * row.num_loss_tokens / num_tokens for name, value in seen.items()})

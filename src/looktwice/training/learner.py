@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from looktwice.config import LORA_KNOBS, ModelConfig, Part, StageConfig, number_of_bytes
-from looktwice.errors import CheckpointError, ConfigError
+from looktwice.config import LORA_KNOBS, VISION_PARTS, ModelConfig, Part, StageConfig, number_of_bytes
+from looktwice.errors import CheckpointError, ConfigError, TrainingError
 from looktwice.model.adapters import (
     add_lora,
     base_of,
@@ -31,16 +31,18 @@ from looktwice.model.files import adapter_folder, weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.numerics import numerics_of
+from looktwice.model.offload import activations_on_host
 from looktwice.model.quantization import quantization_of
 from looktwice.model.vision_cache import VisionCache
 from looktwice.model.weights import load_model, load_trained, pick_device, write_model, written_whole
-from looktwice.processing.packing import PackedBatch, pack_rows
+from looktwice.processing.packing import PackedBatch, pack_rows, split_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.training.folder import STATE_FILE
 from looktwice.training.nonfinite import NonfiniteGuard
+from looktwice.training.optimizers import make_optimizer
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
-from looktwice.training.rows import default_tokens_per_row
+from looktwice.training.rows import default_tokens_per_row, what_helps
 from looktwice.training.start import check_attention, check_start
 
 
@@ -56,10 +58,12 @@ Loss = Callable[[Scores, PackedBatch], Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """Loss of one update (summed over its rows) and the gradient norm before clipping."""
+    """Loss of one update (summed over its rows), the gradient norm before clipping, and the rows that were split
+    because memory ran out."""
 
     loss: float
     grad_norm: float
+    num_splits: int
 
 
 class Learner:
@@ -74,12 +78,14 @@ class Learner:
         self.start: str | None = None
         self.is_exact = False
         self.guard = NonfiniteGuard(config.skip_nonfinite)
+        self.tokens_that_fit: int | None = None
         self.vision_cache: VisionCache | None = None
         if config.vision_cache is not None:
             most = number_of_bytes(config.vision_cache)
             self.vision_cache = VisionCache(self.base, max_bytes=most, folder=config.vision_cache_dir)
         self.parameters = [parameter for _, parameter in trained_parameters(model)]
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
+        self.optimizer = make_optimizer(config.optim, parameter_groups(model, config), config.learning_rate)
+        self.scaler = torch.amp.GradScaler(self.base.device.type, enabled=config.fp16)
 
     @classmethod
     def load(
@@ -107,7 +113,7 @@ class Learner:
         # full fine-tuning keeps float32 weights and computes in bfloat16; under LoRA only the adapters are float32
         model = load_model(
             name,
-            dtype=torch.bfloat16 if config.bf16 and has_adapter else torch.float32,
+            dtype=compute_dtype(config) if has_adapter else torch.float32,
             device=device,
             attn_implementation=pick_attention(model_config.attn_implementation, device, is_bf16=config.bf16),
             quantization=model_config.quantization,
@@ -117,10 +123,16 @@ class Learner:
         elif config.use_lora:
             model = add_lora(base_of(model), **lora_settings(config))
         freeze(model, config.frozen_parts)
+        if not has_adapter:
+            halve_frozen(model, compute_dtype(config))
         towers = "all" if config.memory_efficient else config.gradient_checkpointing
         if towers == "auto":
             towers = "all" if is_gpu(device) else "none"
         recompute_layers(base_of(model), towers)
+        if config.torch_compile:
+            compile_layers(base_of(model))
+        if is_gpu(device):
+            torch.set_float32_matmul_precision("highest" if is_exact else "high")  # TF32
         if is_exact:
             check_exact(model, is_bf16=config.bf16)
             if dropped := without_dropout(model):
@@ -149,8 +161,9 @@ class Learner:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """The precision of every forward, in training and in sampling alike."""
+        dtype = compute_dtype(self.config)
         with (
-            torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.config.bf16),
+            torch.autocast(self.base.device.type, dtype, enabled=dtype != torch.float32),
             ExactMode() if self.is_exact else nullcontext(),
         ):
             yield
@@ -175,22 +188,60 @@ class Learner:
 
         When that is no number there is none, and where `skip_nonfinite` does not allow that, TrainingError is raised.
         """
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        losses: list[float] = []
-        for batch in rows:
-            row_loss = loss(self.score(batch, **options), batch)
-            row_loss.backward()
-            losses.append(row_loss.item())
+        losses, present = self.split_until_it_fits(rows, lambda row: loss(self.score(row, **options), row))
+        self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
-        update = Update(loss=sum(losses), grad_norm=norm)
-        if self.guard.skips(self.step + 1, losses, norm, rows):
+        update = Update(loss=sum(losses), grad_norm=norm, num_splits=len(present) - len(rows))
+        # under fp16 a gradient may overflow: the scaler leaves the update out and takes a smaller scale
+        judged = 0.0 if self.config.fp16 else norm
+        if self.guard.skips(self.step + 1, losses, judged, present):
             return update
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule() * group["peak_lr"]
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return update
+
+    def split_until_it_fits(
+        self, rows: Sequence[PackedBatch], loss: Callable[[PackedBatch], Tensor]
+    ) -> tuple[list[float], list[PackedBatch]]:
+        """The losses of the rows, their gradients being left in the parameters, and the rows that it took.
+
+        When memory runs out, this and all later steps take rows half as long. Raises TrainingError when it runs out
+        again, or rows cannot be split.
+        """
+        present = split_rows(rows, self.tokens_that_fit)
+        losses = self.gradients(present, loss)
+        longest = max(row.num_tokens for row in present)
+        if losses is None:
+            self.tokens_that_fit = longest // 2
+            present = split_rows(present, self.tokens_that_fit)
+            losses = self.gradients(present, loss)
+        if losses is None:
+            raise TrainingError(
+                f"step {self.step + 1}: out of memory with rows of {longest:,} tokens, and again with rows of "
+                f"{max(row.num_tokens for row in present):,}; {what_helps(self.base, self.config, longest)}"
+            )
+        return losses, present
+
+    def gradients(self, rows: Sequence[PackedBatch], loss: Callable[[PackedBatch], Tensor]) -> list[float] | None:
+        """The losses of the rows, their gradients being left in the parameters; None, and none, when memory ran out."""
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: list[float] = []
+        try:
+            for row in rows:
+                with activations_on_host(self.model) if self.config.offload_activations else nullcontext():
+                    row_loss = loss(row)
+                self.scaler.scale(row_loss).backward()
+                losses.append(row_loss.item())
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return None
+        return losses
 
     def schedule(self) -> float:
         """Share of the peak learning rates at the coming update: linear warm-up, then cosine to zero or constant."""
@@ -304,6 +355,27 @@ def recompute_layers(model: Ovis2_5ForConditionalGeneration, towers: str) -> Non
             # transformers renamed it in 5.23; the older name warns from then on
             enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
             enable({"use_reentrant": False, "context_fn": alike})
+
+
+def compute_dtype(config: StageConfig) -> torch.dtype:
+    """What layers compute in; sums, softmax and losses are float32 whatever it is."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parts of the vision side in the compute dtype, where that holds their weights exactly, as it does those of
+    released checkpoints in bfloat16."""
+    for name, parameter in model.named_parameters():
+        is_vision = part_of(name) in VISION_PARTS and not parameter.requires_grad
+        if is_vision and torch.equal(parameter.to(dtype).to(parameter.dtype), parameter):
+            parameter.data = parameter.data.to(dtype)
+
+
+def compile_layers(model: Ovis2_5ForConditionalGeneration) -> None:
+    """Compile each layer of the language model, in place: names of weights stay. Attention over the sequences of a row
+    is left out, or every other row would be compiled anew."""
+    for layer in model.model.language_model.layers:
+        layer.compile(dynamic=True)
 
 
 def first_difference(saved: dict[str, Any], present: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from looktwice.config import StageConfig
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
 HELPFUL = {"cpu": 1024, "cuda": 16384}
@@ -25,27 +26,47 @@ def default_tokens_per_row(model: Ovis2_5ForConditionalGeneration) -> int:
     return max(1, min(HELPFUL.get(device.type, HELPFUL["cpu"]), fit))
 
 
-def bytes_per_token(model: Ovis2_5ForConditionalGeneration) -> int:
-    """What backward needs of a token, were it a visual one, estimated.
+def what_helps(model: Ovis2_5ForConditionalGeneration, config: StageConfig, num_tokens: int) -> str:
+    """The settings that take less memory for a row of so many tokens, and about how much less."""
+    present = bytes_per_token(model)
+    less = bytes_per_token(model, recomputed=True)
+    helps = []
+    if less < present:
+        helps.append(f"--gradient_checkpointing all (about {_gigabytes((present - less) * num_tokens)} less)")
+    helps.append(f"--max_tokens_per_row {max(1, num_tokens // 4)} (about {_gigabytes(present * num_tokens // 2)} less)")
+    if not any("lora_" in name for name, _ in model.named_parameters()):
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        helps.append(f"--use_lora (about {_gigabytes(trained * 12)} less)")
+    if config.optim == "adamw_torch_fused":
+        helps.append("--optim paged_adamw_8bit")
+    return f"what helps: {', '.join([*helps, 'or a smaller --max_pixels'])}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def bytes_per_token(model: Ovis2_5ForConditionalGeneration, *, recomputed: bool = False) -> int:
+    """What backward needs of a token, were it a visual one, estimated; also as if all layers were recomputed.
 
     A layer keeps about 10 D + 4 (H + K) d + 5 M numbers of a token, one that is recomputed its input alone. A visual
     token is s * s patches of the tower, which keeps nothing where it is frozen.
     """
     size = 2 if torch.is_autocast_enabled(model.device.type) else model.dtype.itemsize
     tower = model.model.visual_tokenizer.vit
-    total = _kept(model.model.language_model, size)
+    total = _kept(model.model.language_model, size, recomputed)
     if any(weight.requires_grad for weight in tower.parameters()):
-        total += tower.config.hidden_stride**2 * _kept(tower, size)
+        total += tower.config.hidden_stride**2 * _kept(tower, size, recomputed)
     return total
 
 
-def _kept(tower: Any, size: int) -> int:
+def _kept(tower: Any, size: int, recomputed: bool) -> int:
     """Bytes of a token or patch in a stack of layers, of which one at a time is whole when they are recomputed."""
     config = tower.config
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     heads = config.num_attention_heads + getattr(config, "num_key_value_heads", config.num_attention_heads)
     layer = 10 * config.hidden_size + 4 * heads * head_dim + 5 * config.intermediate_size
-    if tower.gradient_checkpointing:
+    if recomputed or tower.gradient_checkpointing:
         return size * (layer + config.num_hidden_layers * config.hidden_size)
     return size * layer * config.num_hidden_layers
 

@@ -109,7 +109,8 @@ def train_step(learner: Learner, rows: Sequence[PackedBatch]) -> dict[str, float
     """One optimizer step on the mean loss per trained token of all its samples, whatever the rows."""
     num_loss_tokens = sum(row.num_loss_tokens for row in rows)
     update = learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_loss_tokens, summed=True)
-    return {
+    splits = {"memory/row_splits": float(update.num_splits)} if update.num_splits else {}
+    return splits | {
         "loss": update.loss,
         "optim/grad_norm": update.grad_norm,
         "optim/lr": learner.optimizer.param_groups[0]["lr"],
