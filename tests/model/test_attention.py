@@ -29,6 +29,29 @@ def test_no_sequence_sees_another(is_causal: bool, num_key_heads: int) -> None:
     torch.testing.assert_close(packed, wanted)
 
 
+def test_siblings_see_their_prompt_and_not_each_other() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    cu_seqlens, parents = [0, 3, 5, 7, 9], [-1, 0, 0, -1]
+    owner = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3])
+    mask = ((owner[:, None] == owner).tril()) | ((owner[:, None] % 3 > 0) & (owner == 0))
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    packed = packed_attention(query, key, value, cu_seqlens, scale=0.3, is_causal=True, parents=parents)
+    torch.testing.assert_close(packed, wanted)
+    masks = [
+        packed_inputs(cu_seqlens, kind, is_causal=True, like=query, parents=parents)["attention_mask"]
+        for kind in ("eager", "flex_attention")
+    ]
+    places = torch.arange(9)
+    assert torch.equal(masks[0][0, 0] == 0, mask)
+    assert torch.equal(masks[1].mask_mod(None, None, places[:, None], places[None]), mask)
+
+
+def test_an_attention_that_cannot_share_prompts_says_so() -> None:
+    with pytest.raises(ValueError, match="flash_attention_2.*cannot share prompts"):
+        packed_inputs([0, 2, 4], "flash_attention_2", is_causal=True, like=torch.zeros(1), parents=[-1, 0])
+
+
 def test_dropout_reaches_the_product() -> None:
     query = torch.ones(1, 1, 4, 8)
     dropped = packed_attention(query, query, query, [0, 4], scale=1.0, is_causal=False, dropout=1.0)

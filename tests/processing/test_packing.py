@@ -12,7 +12,7 @@ from tests.model.mixer import Mixer
 
 from looktwice.geometry import Size
 from looktwice.processing.images import PatchedImage
-from looktwice.processing.packing import collate_packed, pack, split_by_tokens, split_rows
+from looktwice.processing.packing import collate_packed, pack, pack_rows, split_by_tokens, split_rows
 from looktwice.processing.processor import Example
 
 
@@ -85,10 +85,52 @@ def test_two_images_that_look_alike_are_both_stored() -> None:
     assert batch.image_index.tolist() == [0, 1]
 
 
+def siblings(ids: list[int], *completions: list[int], images: list[PatchedImage] | None = None) -> list[Example]:
+    prompt = example(ids, [0] * len(ids), *(images or []))
+    found = [prompt.sibling() for _ in completions]
+    for one, completion in zip(found, completions):
+        one.append(completion, is_trained=True)
+    return found
+
+
+def test_siblings_have_their_prompt_in_a_row_once_but_for_its_last_id() -> None:
+    batch = pack([*siblings([1, 2, 3], [4, 5], [6]), example([7, 8], [0, 1])], share_prompts=True)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 3, 6, 7, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5, 7, 9]
+    assert batch.parents.tolist() == [-1, 0, 0, -1]
+    assert batch.loss_sequence().tolist() == [0, 0, 1, 2]
+
+
+def test_the_pictures_of_a_shared_prompt_are_shown_once_and_those_of_its_siblings_after_them() -> None:
+    board, crop = image(0, 4, 4), image(1, 2, 2)
+    first, second = siblings([1, 9, 2], [3], [4], images=[board])
+    first.images.append(crop)
+    batch = pack([first, second], share_prompts=True)
+    assert (batch.image_index.tolist(), len(batch.image_grid_thw)) == ([0, 1], 2)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [3]])
+def test_nothing_is_shared_where_there_is_nothing_to_share(ids) -> None:
+    lone, *_ = siblings(ids, [4])
+    assert pack([lone, example([7, 8], [0, 1])], share_prompts=True).parents is None
+    assert pack(siblings([3], [4], [5]), share_prompts=True).parents is None
+    assert pack(siblings(ids, [4], [5])).parents is None
+
+
+@pytest.mark.parametrize(("max_tokens", "rows"), [(100, [3]), (9, [2, 1]), (6, [1, 1, 1]), (1, [1, 1, 1])])
+def test_siblings_stay_together_as_many_as_a_row_has_room_for(max_tokens, rows) -> None:
+    examples = siblings([1, 2, 3, 4], [5, 6], [7, 8], [9, 9])
+    batches = pack_rows(examples, 1, sibling_tokens=max_tokens)
+    assert sorted((len(batch.examples) for batch in batches), reverse=True) == rows
+    assert {id(one) for batch in batches for one in batch.examples} == set(map(id, examples))
+    assert all(batch.num_tokens <= max_tokens for batch in batches if len(batch.examples) > 1)
+
+
 def test_model_inputs_leave_out_what_is_no_input() -> None:
     inputs = pack([example([1, 2], [0, 1])]).model_inputs()
     assert set(inputs) == {
-        "input_ids", "position_ids", "loss_mask", "cu_seqlens", "pixel_values", "image_grid_thw", "image_index"
+        "input_ids", "position_ids", "loss_mask", "cu_seqlens", "parents", "pixel_values", "image_grid_thw", "image_index"
     }  # fmt: skip
 
 
@@ -96,7 +138,7 @@ def test_a_collated_row_is_the_pack_with_labels_for_its_marks() -> None:
     examples = [example([5, 6, 7], [0, 1, 1], image(1, 2, 2)), example([8, 9], [0, 1])]
     inputs, batch = collate_packed(examples), pack(examples)
     assert inputs["labels"].tolist() == [[-100, 6, 7, -100, 9]]
-    assert inputs.keys() - {"labels"} == batch.model_inputs().keys() - {"loss_mask"}
+    assert inputs.keys() - {"labels"} == batch.model_inputs().keys() - {"loss_mask", "parents"}
     assert inputs["cu_seqlens"].tolist() == [0, 3, 5]
 
 

@@ -81,6 +81,43 @@ def test_an_update_is_the_same_in_one_packed_row_and_in_several(settings, num_ro
         torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def groups(examples) -> list[Example]:
+    """Two groups of three siblings, some of which see a picture more."""
+    found = []
+    for example, other in (examples[:2], examples[2:4]):
+        start = example.loss_mask.index(True)
+        image = example.images[0]
+        prompt = Example(input_ids=example.input_ids[:start], loss_mask=[False] * start, images=[image])
+        tails = [example.input_ids[start:], other.input_ids[other.loss_mask.index(True) :][:9], [5, 6, 7]]
+        for tail in tails:
+            sibling = prompt.sibling()
+            sibling.append(tail, is_trained=True)
+            found.append(sibling)
+        found[-3].loss_mask = example.loss_mask
+        found[-3].images = example.images
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_lora": True, "lora_dropout": 0.0}, {"gradient_checkpointing": "all"}], ids=str
+)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_an_update_is_the_same_with_prompts_shared(settings, implementation, load, groups) -> None:
+    def loss(scores: Scores, row: PackedBatch) -> torch.Tensor:
+        by_token = torch.tensor([1.0, -2.0, 0.5, 0.25, 3.0, -1.0])[row.loss_sequence()]
+        return (scores.logprobs * by_token).sum() / 100
+
+    shared, plain = load(max_grad_norm=0, **settings), load(max_grad_norm=0, **settings)
+    for learner in (shared, plain):
+        learner.base.set_attn_implementation(implementation)
+    [row], whole = shared.rows(groups), pack(groups)
+    assert row.parents is not None and row.num_tokens < whole.num_tokens
+    assert shared.update([row], loss).loss == pytest.approx(plain.update([whole], loss).loss, rel=1e-5)
+    for expected, gradient in zip(gradients(plain), gradients(shared), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-3)
+
+
 def test_the_gradient_of_a_batch_is_the_mean_over_its_tokens(load, examples) -> None:
     together = load(max_grad_norm=0)
     update(together, examples[:2])

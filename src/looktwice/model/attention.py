@@ -1,7 +1,9 @@
 """Packed attention: several sequences in one row, none of which sees another, with any attention implementation.
 
 Legend: T tokens of the row, S sequences, H query heads, K key heads, D head width.
-`cu_seqlens` [S + 1] holds where each sequence starts and, last, where the row ends.
+`cu_seqlens` [S + 1] holds where each sequence starts and, last, where the row ends. Where siblings share a prompt that
+stands once in the row, it is a sequence, and so is what follows it in each of them; `parents` [S] is the one that each
+sees besides itself, or -1.
 """
 
 from __future__ import annotations
@@ -61,26 +63,36 @@ def is_gpu(device: str) -> bool:
     return torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
 
 
-def packed_inputs(cu_seqlens: list[int], implementation: str, *, is_causal: bool, like: Tensor) -> dict[str, Any]:
+def packed_inputs(
+    cu_seqlens: list[int], implementation: str, *, is_causal: bool, like: Tensor, parents: list[int] | None = None
+) -> dict[str, Any]:
     """What an attention function of transformers must be given to keep the sequences of a row apart.
 
     `cu_seqlens` is a list, or every layer would wait for a GPU to hand the numbers over. Device and dtype of masks are
-    those of `like`. Raises ValueError for an implementation that would let the sequences see each other.
+    those of `like`. Raises ValueError for an implementation that would let the sequences see each other, or one that
+    cannot share prompts.
     """
     if implementation == PACKED_SDPA:
-        return {"attention_mask": None, "cu_seq_lens_q": cu_seqlens}
+        return {"attention_mask": None, "cu_seq_lens_q": cu_seqlens, "parents": parents}
+    if parents is not None and not shares_prompts(implementation):
+        raise ValueError(f'"{implementation}" cannot share prompts; pack without, or choose "sdpa"')
     if is_flash_attention_requested(requested_attention_implementation=implementation):
         starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=like.device)
         longest = max(end - start for start, end in pairwise(cu_seqlens))
         lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
         return {"attention_mask": None, **lengths}
     if implementation == "eager":
-        return {"attention_mask": _additive_mask(cu_seqlens, is_causal=is_causal, like=like)}
+        return {"attention_mask": _additive_mask(cu_seqlens, parents, is_causal=is_causal, like=like)}
     if implementation == "flex_attention":
-        return {"attention_mask": _block_mask(cu_seqlens, is_causal=is_causal, device=like.device)}
+        return {"attention_mask": _block_mask(cu_seqlens, parents, is_causal=is_causal, device=like.device)}
     raise ValueError(
         f'packed rows need attention "sdpa", "eager", "flex_attention" or "flash_attention_2", not "{implementation}"'
     )
+
+
+def shares_prompts(implementation: str) -> bool:
+    """Whether siblings of a row may have their prompt in it once."""
+    return implementation in (PACKED_SDPA, "eager", "flex_attention")
 
 
 def _owners(cu_seqlens: list[int], device: torch.device) -> Tensor:
@@ -89,22 +101,31 @@ def _owners(cu_seqlens: list[int], device: torch.device) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(starts) - 1, device=device), starts.diff())
 
 
-def _additive_mask(cu_seqlens: list[int], *, is_causal: bool, like: Tensor) -> Tensor:
+def _ancestors(owners: Tensor, parents: list[int] | None) -> Tensor:
+    """Number of the sequence that each token sees besides its own, or -1: [T]."""
+    return torch.full_like(owners, -1) if parents is None else owners.new_tensor(parents)[owners]
+
+
+def _additive_mask(cu_seqlens: list[int], parents: list[int] | None, *, is_causal: bool, like: Tensor) -> Tensor:
     """0 where a token sees another and a very low number elsewhere: [1, 1, T, T]."""
     owners = _owners(cu_seqlens, like.device)
     is_seen = owners[:, None] == owners
     if is_causal:
         is_seen = is_seen.tril()
+    is_seen |= _ancestors(owners, parents)[:, None] == owners
     lowest = torch.finfo(like.dtype).min
     return torch.zeros(is_seen.shape, dtype=like.dtype, device=like.device).masked_fill(~is_seen, lowest)[None, None]
 
 
-def _block_mask(cu_seqlens: list[int], *, is_causal: bool, device: torch.device) -> BlockMask:
+def _block_mask(
+    cu_seqlens: list[int], parents: list[int] | None, *, is_causal: bool, device: torch.device
+) -> BlockMask:
     owners = _owners(cu_seqlens, device)
+    ancestors = _ancestors(owners, parents)
 
     def is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         is_same = owners[query] == owners[key]
-        return is_same & (query >= key) if is_causal else is_same
+        return (is_same & (query >= key) if is_causal else is_same) | (ancestors[query] == owners[key])
 
     # uncompiled, the mask is T x T before it becomes blocks; on a CPU compiling would take longer than attention
     is_compiled = device.type != "cpu"
@@ -121,6 +142,7 @@ def packed_attention(
     scale: float,
     is_causal: bool,
     dropout: float = 0.0,
+    parents: list[int] | None = None,
 ) -> Tensor:
     """Attention within each sequence of a packed row: [1, H, T, D], [1, K, T, D], [1, K, T, D] -> [1, H, T, D].
 
@@ -129,10 +151,19 @@ def packed_attention(
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     grouped = query.shape[1] != key.shape[1]
-    parts = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, dropout_p=dropout, enable_gqa=grouped)
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
-    ]
+    keys, values = key.split(lengths, 2), value.split(lengths, 2)
+    parts = []
+    for q, k, v, parent in zip(query.split(lengths, 2), keys, values, parents or [-1] * len(lengths)):
+        seen, causal = None, is_causal
+        if parent >= 0:
+            k, v = torch.cat([keys[parent], k], 2), torch.cat([values[parent], v], 2)
+            # SDPA's own causal mask begins with the first key
+            seen, causal = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(lengths[parent]), False
+        parts.append(
+            F.scaled_dot_product_attention(
+                q, k, v, seen, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=grouped
+            )
+        )
     return torch.cat(parts, 2)
 
 
@@ -146,6 +177,7 @@ def _packed_sdpa(
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: list[int] | None = None,
+    parents: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: packed when `cu_seq_lens_q` is given, its own SDPA otherwise."""
@@ -161,6 +193,7 @@ def _packed_sdpa(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         is_causal=bool(module.is_causal if is_causal is None else is_causal),
         dropout=dropout,
+        parents=parents,
     )
     return out.transpose(1, 2).contiguous(), None
 

@@ -124,12 +124,14 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         image_grid_thw: Tensor | None = None,
         image_index: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        parents: Tensor | None = None,
         use_cache: bool | None = None,
         tower_features: Tensor | None = None,
         image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B, T, D] of padded rows (`attention_mask`) or of one packed row (`cu_seqlens` [S + 1]).
+        """Hidden states [B, T, D] of padded rows (`attention_mask`) or of one packed row (`cu_seqlens` [S + 1]), whose
+        segments may go on after another one (`parents` [S]).
 
         `image_index` [J] names the picture shown at each of J places when one picture serves several sequences.
         In place of `pixel_values` there may be what was computed of them before: `tower_features` [A, F], or
@@ -151,7 +153,13 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
             if inputs_embeds.shape[0] != 1 or past_key_values is not None:
                 raise ValueError("a packed batch is one row and uses no cache")
             implementation = self.language_model.config._attn_implementation
-            packed = packed_inputs(cu_seqlens.tolist(), implementation, is_causal=True, like=inputs_embeds)
+            packed = packed_inputs(
+                cu_seqlens.tolist(),
+                implementation,
+                is_causal=True,
+                like=inputs_embeds,
+                parents=None if parents is None else parents.tolist(),
+            )
             # a mapping of masks keeps transformers from building one: with its own defaults, packed rows leak
             attention_mask, use_cache = {"full_attention": packed.pop("attention_mask")}, False
             kwargs |= packed
@@ -210,6 +218,7 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
         image_grid_thw: Tensor | None = None,
         image_index: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        parents: Tensor | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
@@ -244,6 +253,7 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
             image_grid_thw=image_grid_thw,
             image_index=image_index,
             cu_seqlens=cu_seqlens,
+            parents=parents,
             use_cache=use_cache,
             **kwargs,
         )

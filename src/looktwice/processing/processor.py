@@ -55,12 +55,16 @@ HUB_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(en
 @dataclass(kw_only=True)
 class Example:
     """One sequence: `input_ids` and `loss_mask` [T] (True = trained), its pictures in order of appearance, and the
-    file and line of its sample, where there is one."""
+    file and line of its sample, where there is one.
+
+    `prompt` is what it began as, if siblings begin with the same one.
+    """
 
     input_ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     images: list[PatchedImage] = field(default_factory=list)
     where: str = ""
+    prompt: Example | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -71,6 +75,10 @@ class Example:
 
     def copy(self) -> Example:
         return replace(self, input_ids=[*self.input_ids], loss_mask=[*self.loss_mask], images=[*self.images])
+
+    def sibling(self) -> Example:
+        """A copy to go on from, which knows this one as its prompt; that must not end in a picture."""
+        return replace(self.copy(), prompt=self)
 
 
 class Ovis2_5Processor(ProcessorMixin):

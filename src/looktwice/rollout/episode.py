@@ -106,7 +106,7 @@ class Episode:
         self.rules = rules
         self.look = look or CropTool(processor).look
         self.prompt = prompt
-        self.example = prompt.copy()
+        self.example = prompt.sibling()
         image_sizes = tuple(Size(*image.size) for image in images) if frame_size is None else (frame_size,)
         self.trajectory = Trajectory(prompt_ids=list(prompt.input_ids), image_sizes=image_sizes)
         template = processor.template

@@ -25,7 +25,7 @@ from looktwice.model.adapters import (
     part_of,
     trained_parameters,
 )
-from looktwice.model.attention import is_gpu, pick_attention
+from looktwice.model.attention import is_gpu, pick_attention, shares_prompts
 from looktwice.model.exact import ExactMode, alike, check_exact, without_dropout
 from looktwice.model.files import adapter_folder, weights_fingerprint
 from looktwice.model.location import locate
@@ -42,7 +42,7 @@ from looktwice.training.nonfinite import NonfiniteGuard
 from looktwice.training.optimizers import make_optimizer
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
-from looktwice.training.rows import default_tokens_per_row, what_helps
+from looktwice.training.rows import default_tokens_per_row, tokens_that_fit, what_helps
 from looktwice.training.start import check_attention, check_start
 
 
@@ -154,9 +154,21 @@ class Learner:
         with self.precision():
             return self.config.max_tokens_per_row or default_tokens_per_row(self.base)
 
+    @cached_property
+    def max_sibling_tokens(self) -> int:
+        """Tokens of a row of siblings that share their prompt: as many as the memory allows, since each one helps."""
+        if self.config.memory_efficient or self.config.max_tokens_per_row:
+            return self.max_tokens_per_row
+        with self.precision():
+            return tokens_that_fit(self.base)
+
     def rows(self, examples: Sequence[Example]) -> list[PackedBatch]:
-        """The examples in as few packed rows as the token limit allows, the longest first."""
-        return pack_rows(examples, self.max_tokens_per_row)
+        """The examples in as few packed rows as the token limit allows, the longest first; siblings share prompts."""
+        implementation = self.base.model.language_model.config._attn_implementation
+        sibling_tokens = None
+        if shares_prompts(implementation) and not self.is_exact:
+            sibling_tokens = self.max_sibling_tokens
+        return pack_rows(examples, self.max_tokens_per_row, sibling_tokens=sibling_tokens)
 
     @contextmanager
     def precision(self) -> Iterator[None]:

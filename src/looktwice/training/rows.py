@@ -20,10 +20,13 @@ SHARE = 0.5
 
 
 def default_tokens_per_row(model: Ovis2_5ForConditionalGeneration) -> int:
+    """Tokens of a row that fit and help."""
+    return min(HELPFUL.get(model.device.type, HELPFUL["cpu"]), tokens_that_fit(model))
+
+
+def tokens_that_fit(model: Ovis2_5ForConditionalGeneration) -> int:
     """Tokens of a row of the model as it is set up: its device, dtype, and the layers that are recomputed."""
-    device = model.device
-    fit = int(SHARE * free_bytes(device) / bytes_per_token(model))
-    return max(1, min(HELPFUL.get(device.type, HELPFUL["cpu"]), fit))
+    return max(1, int(SHARE * free_bytes(model.device) / bytes_per_token(model)))
 
 
 def what_helps(model: Ovis2_5ForConditionalGeneration, config: StageConfig, num_tokens: int) -> str:
