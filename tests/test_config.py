@@ -608,6 +608,8 @@ TRAIN_FLAGS = [
     "--resume",
     "--resume_from_checkpoint",
     "--reward",
+    "--reward_retries",
+    "--reward_seconds",
     "--rollout_batch_size",
     "--save_minutes",
     "--save_steps",

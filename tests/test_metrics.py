@@ -144,5 +144,5 @@ def test_a_number_is_shown_to_four_digits(value: float, text: str) -> None:
 
 def test_every_name_is_lower_case_and_explained() -> None:
     for name, meaning in METRICS.items():
-        assert re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+){0,2}", name), name
+        assert re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+){0,2}(/[*])?", name), name
         assert meaning and meaning[0].islower(), name

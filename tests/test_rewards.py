@@ -1,16 +1,14 @@
 """Reward terms, presets and a user's own function."""
 
-import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from looktwice.errors import ConfigError
 from looktwice.geometry import Box, Size
 from looktwice.processing.chat_template import EARLY_STOP
-from looktwice.rewards import CODE, PAPER, REWARD_PRESETS, ROBUST, can_be_earned, load_reward, score
+from looktwice.rewards import CODE, PAPER, REWARD_PRESETS, ROBUST, PresetReward, can_be_earned, score
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 
 CROP = ToolCall(requested=Box(10, 20, 110, 90), box=Box(10, 20, 110, 90), size=Size(192, 128), error=None)
@@ -179,80 +177,13 @@ calls = st.lists(st.sampled_from([CROP, OTHER_CROP, REFUSED]))
 
 @given(texts, calls, st.sampled_from(["STOP", "GO"]), st.sampled_from(sorted(REWARD_PRESETS)))
 def test_every_rollout_is_paid_within_the_bounds(text, calls, solution, name):
-    reward = load_reward(name)(rollout(text, *calls), solution)
+    [reward] = PresetReward(REWARD_PRESETS[name])([(rollout(text, *calls), solution)])
     assert 0 <= reward.total <= {"paper": 2.75, "robust": 2.75, "code": 2.1}[name]
     assert reward.total == pytest.approx(sum(reward.parts.values()))
     assert reward.accuracy in (0, 1)
     if reward.accuracy == 0:
         assert reward.parts["region"] == 0
         assert name != "robust" or reward.total == 0
-
-
-def write_rewards(tmp_path, source):
-    path = tmp_path / "my_rewards.py"
-    path.write_text(source)
-    return path
-
-
-def test_user_reward_gets_the_trajectory_and_the_solution(tmp_path):
-    path = write_rewards(
-        tmp_path, "def f(trajectory, solution):\n    return len(trajectory.calls) + (solution == 'STOP')"
-    )
-    reward = load_reward(f"{path}:f")(rollout("", CROP), "STOP")
-    assert (reward.total, reward.error, reward.parts) == (2.0, None, {})
-    assert reward.accuracy == 2.0
-
-
-@pytest.mark.parametrize(
-    ("value", "error"),
-    [
-        ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("None", "returned NoneType, not a number"),
-        ("'1.0'", "returned str, not a number"),
-        ("float('nan')", "returned nan, not a finite number"),
-        ("float('inf')", "returned inf, not a finite number"),
-        ("10 ** 400", "OverflowError: int too large to convert to float"),
-    ],
-)
-def test_failed_user_reward_is_marked_and_never_zero(tmp_path, value, error):
-    path = write_rewards(tmp_path, f"def f(trajectory, solution):\n    return {value}")
-    reward = load_reward(f"{path}:f")(rollout("x"), "x")
-    assert reward.error == error
-    assert math.isnan(reward.total)
-    assert math.isnan(reward.accuracy)
-
-
-def test_user_file_may_hold_dataclasses(tmp_path):
-    source = (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-        "@dataclass\nclass A:\n    x: float = 0.5\n"
-        "def f(trajectory, solution):\n    return A().x"
-    )
-    assert load_reward(f"{write_rewards(tmp_path, source)}:f")(rollout("x"), "x").total == 0.5
-
-
-@pytest.mark.parametrize(
-    ("source", "name", "message"),
-    [
-        ("def score_it(t, s): return 1", "scoreit", 'no function "scoreit".*Did you mean "score_it"'),
-        ("f = 3", "f", "is a int, not a function"),
-        ("import no_such_module", "f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("def f(:", "f", "cannot be imported: SyntaxError"),
-    ],
-)
-def test_unusable_user_function_is_a_config_error(tmp_path, source, name, message):
-    with pytest.raises(ConfigError, match=message):
-        load_reward(f"{write_rewards(tmp_path, source)}:{name}")
-
-
-def test_unusable_reward_setting_names_the_mend(tmp_path):
-    with pytest.raises(ConfigError, match="does not exist"):
-        load_reward(f"{tmp_path}/missing.py:f")
-    with pytest.raises(ConfigError, match='Did you mean "robust"'):
-        load_reward("robost")
-    (tmp_path / "rewards.txt").write_text("")
-    with pytest.raises(ConfigError, match="its name must end in"):
-        load_reward(f"{tmp_path}/rewards.txt:f")
 
 
 @pytest.mark.parametrize(

@@ -395,6 +395,8 @@ class GRPOConfig(StageConfig):
     lr_scheduler_type: Literal["cosine", "constant"] = knob("constant", "learning rate after the warm-up")
     preset: Literal["robust", "paper", "code"] = knob("robust", "ours, the paper's choices, or its released code's")
     reward: NameOrPath = knob("robust", "robust, paper, code, or path.py:function; default: the preset's")
+    reward_seconds: Annotated[Number, Field(gt=0)] = knob(60.0, "what a reward function may take for one rollout")
+    reward_retries: NonNegativeInt = knob(0, "times that a failed reward function is asked again")
     num_generations: Annotated[Whole, Field(ge=2)] = knob(8, "rollouts per prompt; advantages are centred within them")
     num_iterations: Positive = knob(1, "updates per batch of rollouts")
     beta: NonNegative = knob(0.0, "weight of the KL to the starting policy; 0 loads no reference")

@@ -40,6 +40,7 @@ METRICS: dict[str, str] = {
     "reward/format": "mean format term, as paid",
     "reward/length": "mean length term, as paid",
     "reward/region": "mean region term, as paid",
+    "reward/own/*": "mean of a part that a user's own reward names",
     "reward/failed": "share of rollouts whose reward raised",
     "group/dropped": "share of groups left out because all their rollouts were right or all wrong",
     "rollout/num_turns": "mean completions per rollout",
@@ -67,7 +68,7 @@ METRICS: dict[str, str] = {
     "clip/low": "share of tokens clipped at the lower bound",
     "clip/high": "share of tokens clipped at the upper bound",
 }
-"""Every metric a run may log: area/quantity, its meaning and unit."""
+"""Every metric a run may log: area/quantity, its meaning and unit; a star stands for any word."""
 
 LOG_FILE = "metrics.jsonl"
 OWN_NAMES = ("optim/", "perf/", "time/")
@@ -123,7 +124,7 @@ class Recorder:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record and show the metrics of a step. Raises KeyError for a name that is not in METRICS."""
-        unknown = [name for name in metrics if name not in METRICS]
+        unknown = [name for name in metrics if not {name, f"{name.rpartition('/')[0]}/*"} & {*METRICS}]
         if unknown:
             raise KeyError(f"metrics {unknown} are not in the table METRICS")
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no other

@@ -1,4 +1,4 @@
-"""Rewards: what a finished rollout is paid, in parts; the presets `paper`, `code`, `robust`; a user's own function.
+"""Rewards: what a finished rollout is paid, in parts; the presets `paper`, `code`, `robust`.
 
 Sources: R-GRPO (VLM-R3, arXiv 2505.16192) as the paper states it and as its released code computes it; gating every
 shaping term on accuracy is the remedy for groups that differ only in how they are wrong.
@@ -6,22 +6,14 @@ shaping term on accuracy is the remedy for groups that differ only in how they a
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import math
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from numbers import Real
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from looktwice.answers import alternatives, answers_match, extract_answer, split_thinking, strip_tool_text
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
-from looktwice.config import check_reward
-from looktwice.errors import ConfigError, nearest
 from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.rollout.trajectory import Trajectory
@@ -80,9 +72,6 @@ class Reward:
         return self.parts.get("accuracy", self.total)
 
 
-RewardFunction = Callable[[Trajectory, str], Reward]
-
-
 def score(trajectory: Trajectory, solution: str, preset: RewardPreset = ROBUST) -> Reward:
     """The four terms of one rollout: accuracy by rules, format, length of reasoning, region use."""
     text = trajectory.text
@@ -105,60 +94,25 @@ def score(trajectory: Trajectory, solution: str, preset: RewardPreset = ROBUST) 
     return Reward(total=sum(parts.values()), parts=parts)
 
 
+RewardFunction = Callable[[Sequence[tuple[Trajectory, str]]], list[Reward]]
+"""The rewards of rollouts with their gold answers."""
+
+
+@dataclass(frozen=True)
+class PresetReward:
+    """Pays each rollout by a preset."""
+
+    preset: RewardPreset = ROBUST
+
+    def __call__(self, rollouts: Sequence[tuple[Trajectory, str]]) -> list[Reward]:
+        return [score(trajectory, solution, self.preset) for trajectory, solution in rollouts]
+
+
 def can_be_earned(solution: str) -> bool:
     """Whether any answer is right for this gold answer: one that says it, or one of its alternatives, as models do."""
     thinking = f"{THINK_OPEN}{THINK_CLOSE}\n\n"
     written = (f"{thinking}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}" for answer in alternatives(solution))
     return any(score(Trajectory(prompt_ids=[], text=text), solution).accuracy for text in written)
-
-
-def load_reward(spec: str) -> RewardFunction:
-    """The reward function of a setting: a preset's name, or `path.py:function` of the user.
-
-    A user's function takes (trajectory, solution) and returns a finite number. When it raises or returns anything
-    else, that rollout's reward is failed, with the reason.
-    Raises ConfigError when the name, the file or the function cannot be used.
-    """
-    check_reward(spec)
-    if spec in REWARD_PRESETS:
-        return partial(score, preset=REWARD_PRESETS[spec])
-    path, _, name = spec.rpartition(":")
-    function = _load_function(Path(path), name)
-    return partial(_score_by_user, function)
-
-
-def _score_by_user(function: Callable[[Trajectory, str], Any], trajectory: Trajectory, solution: str) -> Reward:
-    try:
-        value = function(trajectory, solution)
-        if not isinstance(value, Real):
-            return Reward(total=math.nan, error=f"returned {type(value).__name__}, not a number")
-        total = float(value)
-    except Exception as error:  # the user's code: its failure is this rollout's and must not end the run
-        return Reward(total=math.nan, error=f"{type(error).__name__}: {error}")
-    if not math.isfinite(total):
-        return Reward(total=math.nan, error=f"returned {total}, not a finite number")
-    return Reward(total=total)
-
-
-def _load_function(path: Path, name: str) -> Callable[[Trajectory, str], Any]:
-    module_name = f"looktwice_user_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"reward file {path} is not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickling look a class's module up by name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise ConfigError(f"reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
-        functions = [key for key, value in vars(module).items() if callable(value)]
-        raise ConfigError(f'reward file {path} has no function "{name}".{nearest(name, functions)}')
-    function = getattr(module, name)
-    if not callable(function):
-        raise ConfigError(f'"{name}" in reward file {path} is a {type(function).__name__}, not a function')
-    return function
 
 
 def _has_think_and_answer(text: str) -> bool:

@@ -130,7 +130,8 @@ def test_siblings_stay_together_as_many_as_a_row_has_room_for(max_tokens, rows) 
 def test_model_inputs_leave_out_what_is_no_input() -> None:
     inputs = pack([example([1, 2], [0, 1])]).model_inputs()
     assert set(inputs) == {
-        "input_ids", "position_ids", "loss_mask", "cu_seqlens", "parents", "pixel_values", "image_grid_thw", "image_index"
+        "input_ids", "position_ids", "loss_mask", "cu_seqlens", "parents",
+        "pixel_values", "image_grid_thw", "image_index",
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from looktwice.messages import question_about
 from looktwice.metrics import METRICS
 from looktwice.model.numerics import NumericsError
 from looktwice.processing.packing import pack
-from looktwice.rewards import Reward, score
+from looktwice.rewards import PresetReward, Reward
 from looktwice.rollout.trajectory import StopReason, ToolCall
 from looktwice.training.grpo import (
     Rollout,
@@ -307,7 +307,7 @@ def test_each_prompt_gets_its_group_in_order_and_each_rollout_its_reward(load, d
     learner = load(num_generations=3, max_new_tokens=5, rollout_batch_size=4)
     samples = read_samples(dataset.rl, dataset.rl.parent)[:2]
     groups = roll_out(
-        learner, samples, learner.config, lambda trajectory, solution: Reward(total=float(solution) + 100)
+        learner, samples, learner.config, lambda played: [Reward(total=float(solution) + 100) for _, solution in played]
     )
     assert [[rollout.sample for rollout in group] for group in groups] == [[sample] * 3 for sample in samples]
     assert [rollout.reward.total for group in groups for rollout in group] == [
@@ -323,7 +323,7 @@ def test_rollouts_of_another_step_are_others_and_those_of_the_same_step_the_same
     samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
     seen = []
     for learner.step in (0, 0, 1):
-        [group] = roll_out(learner, samples, learner.config, lambda trajectory, solution: Reward(total=0.0))
+        [group] = roll_out(learner, samples, learner.config, lambda played: [Reward(total=0.0) for _ in played])
         seen.append([rollout.trajectory.completion_ids for rollout in group])
     assert seen[0] == seen[1] != seen[2]
 
@@ -331,14 +331,19 @@ def test_rollouts_of_another_step_are_others_and_those_of_the_same_step_the_same
 def test_rollouts_that_failed_are_told_and_stop_a_run_when_all_did(play_scripts, capsys) -> None:
     [good], [bad] = (play_scripts(script)[0] for script in (RIGHT, WRONG))
     bad.trajectory.stop_reason, bad.trajectory.error = "error", "ZeroDivisionError: in the tool"
-    rollouts = [
-        Rollout(episode=one, sample=SAMPLE, reward=rewarded(one.trajectory, SAMPLE, score)) for one in (good, bad)
-    ]
+    rewards = rewarded([(one.trajectory, SAMPLE.solution) for one in (good, bad)], PresetReward())
+    rollouts = [Rollout(episode=one, sample=SAMPLE, reward=reward) for one, reward in zip((good, bad), rewards)]
     assert rollouts[0].reward.error is None and rollouts[1].reward.error == "ZeroDivisionError: in the tool"
     tell_failures([rollouts])
     assert "1 rollout of this step failed, the first by: ZeroDivisionError" in capsys.readouterr().out
     with pytest.raises(TrainingError, match="nothing can be learnt"):
         tell_failures([rollouts[1:]])
+
+
+def test_a_reward_that_always_fails_stops_the_run_with_its_text(run, tmp_path) -> None:
+    (tmp_path / "reward.py").write_text("def f(completions, **kwargs):\n    return [0.0 for _ in completions]")
+    with pytest.raises(TrainingError, match=r"8 rewards of this step failed, the first by: TypeError: f\(\) takes 1"):
+        run(max_steps=1, reward="f")
 
 
 @pytest.mark.parametrize("reason", get_args(StopReason))
@@ -367,7 +372,7 @@ def test_vllm_servers_sample_after_they_got_the_weights_of_the_step(
     learner = load(**settings, vllm_servers="http://a:8000, http://b:8000")
     learner.step = 3
     samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
-    [group] = roll_out(learner, samples, learner.config, lambda trajectory, solution: Reward(total=0.0))
+    [group] = roll_out(learner, samples, learner.config, lambda played: [Reward(total=0.0) for _ in played])
     [(model, folder, version, addresses)] = pushed
     assert (model, folder, addresses) == (
         learner.model,
@@ -375,7 +380,7 @@ def test_vllm_servers_sample_after_they_got_the_weights_of_the_step(
         ("http://a:8000", "http://b:8000"),
     )
     assert version.endswith("-3")
-    [here] = roll_out(learner, samples, GRPOConfig(**settings), lambda trajectory, solution: Reward(total=0.0))
+    [here] = roll_out(learner, samples, GRPOConfig(**settings), lambda played: [Reward(total=0.0) for _ in played])
     assert [one.trajectory.completion_ids for one in group] == [one.trajectory.completion_ids for one in here]
 
 
@@ -385,7 +390,7 @@ def test_rollouts_are_sampled_in_the_precision_of_training(bf16, load, dataset) 
     samples = read_samples(dataset.rl, dataset.rl.parent)[:2]
     during: list[bool] = []
     learner.base.lm_head.register_forward_hook(lambda *_: during.append(torch.is_autocast_enabled("cpu")))
-    groups = roll_out(learner, samples, learner.config, lambda trajectory, solution: Reward(total=0.0))
+    groups = roll_out(learner, samples, learner.config, lambda played: [Reward(total=0.0) for _ in played])
     assert {*during} == {bf16}
     rollouts = [rollout for group in groups for rollout in group]
     with torch.no_grad():
@@ -499,7 +504,7 @@ def test_exact_mode_refuses_an_update_that_computes_otherwise_than_the_sampler(l
     kept = {"drop_constant_groups": False, "mask_truncated_completions": False}
     learner = load(exact=True, num_generations=2, max_new_tokens=5, **kept)
     samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
-    groups = roll_out(learner, samples, learner.config, lambda trajectory, solution: paid(0.0))
+    groups = roll_out(learner, samples, learner.config, lambda played: [paid(0.0) for _ in played])
     with torch.no_grad():
         learner.base.lm_head.weight += 1
     with pytest.raises(NumericsError, match=r"weights: sampler \"\w+\", trainer \"\w+\""):

@@ -71,8 +71,8 @@ def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GR
     if grpo.output_dir.absolute() == sft.output_dir.absolute():
         raise ConfigError(f"{grpo.output_dir}: the run folder of both stages; give each its own")
     check_place(grpo, str(grpo.sft_checkpoint_path))
+    from looktwice.custom_reward import load_reward
     from looktwice.processing.processor import load_processor
-    from looktwice.rewards import load_reward
     from looktwice.training.sets import load_sets
 
     load_reward(grpo.reward)

@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
+from looktwice.custom_reward import load_reward
 from looktwice.data.examples import processor_for
 from looktwice.data.lengths import fit_lengths
 from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.sampling import Sampling, mixed_seed
-from looktwice.errors import TrainingError, counted
+from looktwice.errors import TrainingError, counted, one_line
+from looktwice.metrics import METRICS
 from looktwice.model.adapters import merged
 from looktwice.model.numerics import as_json, check_same_numerics
 from looktwice.paths import write_result
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import Ovis2_5Processor, load_processor
-from looktwice.rewards import Reward, RewardFunction, load_reward, score
+from looktwice.rewards import PresetReward, Reward, RewardFunction
 from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
@@ -82,7 +84,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     start = str(config.sft_checkpoint_path)
     processor = load_processor(start, data)
     samples, held_out, refits, sizes = load_sets(data, processor, "grpo")
-    score_rollout = load_reward(config.reward)
+    pay = load_reward(config.reward, seconds=config.reward_seconds, retries=config.reward_retries)
     order = batch_order(sizes, config, data.train_weights)
     settings = (model, data, config)
     if config.vllm_servers:  # one that cannot be used is told before the model is loaded
@@ -110,7 +112,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
                 metrics: dict[str, float] = {}
                 if prompts:
-                    groups = roll_out(learner, prompts, config, score_rollout)
+                    groups = roll_out(learner, prompts, config, pay)
                     tell_failures(groups)
                     metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
                     if not canaries:  # once a run, also after a resume: three forwards of one rollout
@@ -155,14 +157,14 @@ def evaluation_accuracy(
         group
         for first in range(0, len(samples), size)
         for group in roll_out(
-            learner, fitted(samples[first : first + size], learner.processor, data, lengths), greedy, score
+            learner, fitted(samples[first : first + size], learner.processor, data, lengths), greedy, PresetReward()
         )
     ]
     return mean(rollout.reward.accuracy for group in groups for rollout in group)
 
 
 def roll_out(
-    learner: Learner, samples: Sequence[Sample], config: GRPOConfig, score_rollout: RewardFunction
+    learner: Learner, samples: Sequence[Sample], config: GRPOConfig, pay: RewardFunction
 ) -> list[list[Rollout]]:
     """Sample `num_generations` rollouts of each prompt with crops executed, and reward them."""
     rules = EpisodeRules(
@@ -186,16 +188,10 @@ def roll_out(
     for sample, group in zip(samples, episodes):
         for episode in group:
             episode.example.where = sample.where
+    played = [(episode.trajectory, sample.solution) for sample, group in zip(samples, episodes) for episode in group]
+    rewards = iter(rewarded(played, pay))
     return [
-        [
-            Rollout(
-                episode=episode,
-                sample=sample,
-                reward=rewarded(episode.trajectory, sample, score_rollout),
-                numerics=numerics,
-            )
-            for episode in group
-        ]
+        [Rollout(episode=episode, sample=sample, reward=next(rewards), numerics=numerics) for episode in group]
         for sample, group in zip(samples, episodes)
     ]
 
@@ -221,11 +217,12 @@ def sample_episodes(learner: Learner, groups: Sequence[Sequence[Episode]], confi
         return learner.numerics() if config.exact else {}
 
 
-def rewarded(trajectory: Trajectory, sample: Sample, score_rollout: RewardFunction) -> Reward:
-    """The reward of a finished rollout; failed when the rollout did, by no fault of the policy."""
-    if error := failure_of(trajectory):
-        return Reward(total=math.nan, error=error)
-    return score_rollout(trajectory, sample.solution)
+def rewarded(played: Sequence[tuple[Trajectory, str]], pay: RewardFunction) -> list[Reward]:
+    """The rewards of finished rollouts with their gold answers; failed where the rollout did, by no fault of the
+    policy."""
+    failures = [failure_of(trajectory) for trajectory, _ in played]
+    paid = iter(pay([pair for pair, failure in zip(played, failures) if not failure]))
+    return [Reward(total=math.nan, error=failure) if failure else next(paid) for failure in failures]
 
 
 def failure_of(trajectory: Trajectory) -> str | None:
@@ -234,14 +231,20 @@ def failure_of(trajectory: Trajectory) -> str | None:
 
 
 def tell_failures(groups: Sequence[Sequence[Rollout]]) -> None:
-    """Say how many rollouts of a step failed, and why the first did. Raises TrainingError when all did."""
-    failures = [failure for group in groups for rollout in group if (failure := failure_of(rollout.trajectory))]
-    if not failures:
-        return
-    told = f"{counted(len(failures), 'rollout')} of this step failed, the first by: {failures[0]}"
-    if len(failures) == sum(map(len, groups)):
-        raise TrainingError(f"{told}; nothing can be learnt from them")
-    print(told)
+    """Say how many rollouts of a step failed, or their rewards, and why the first did. Raises TrainingError when all
+    did."""
+    rollouts = [rollout for group in groups for rollout in group]
+    failures = [failure for rollout in rollouts if (failure := failure_of(rollout.trajectory))]
+    errors = [error for rollout in rollouts if not failure_of(rollout.trajectory) and (error := rollout.reward.error)]
+    told = [
+        f"{counted(len(found), what)} of this step failed, the first by: {one_line(found[0])}"
+        for what, found in (("rollout", failures), ("reward", errors))
+        if found
+    ]
+    if len(failures) + len(errors) == len(rollouts):
+        raise TrainingError(f"{'; '.join(told)}; nothing can be learnt from them")
+    for line in told:
+        print(line)
 
 
 def improve(
@@ -372,7 +375,9 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     metrics |= {f"rollout/stop/{reason}": count / len(rollouts) for reason, count in stops.items()}
     if rewards:
         metrics["reward/total"] = mean(reward.total for reward in rewards)
-        metrics |= {f"reward/{part}": mean(reward.parts[part] for reward in rewards) for part in rewards[0].parts}
+        for part in {part: None for reward in rewards for part in reward.parts}:
+            name = f"reward/{part}" if f"reward/{part}" in METRICS else f"reward/own/{part}"
+            metrics[name] = mean(reward.parts.get(part, 0.0) for reward in rewards)
     if calls:
         metrics["tool/valid_share"] = mean(call.is_valid for call in calls)
     overlaps = gold_overlaps(trajectories, [rollout.sample.gold_box for rollout in rollouts])

@@ -1,0 +1,178 @@
+"""A user's own reward, `path.py:function`: whatever it does, a run goes on or stops with a word."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+from looktwice.config import check_reward
+from looktwice.errors import ConfigError, nearest, short
+from looktwice.rewards import REWARD_PRESETS, PresetReward, Reward, RewardFunction
+from looktwice.rollout.trajectory import Trajectory
+
+
+class CustomReward:
+    """Calls a function with (trajectory, solution), which gives a finite number, or a mapping of named ones that are
+    added up (`accuracy` among them is what groups are filtered by).
+
+    An `async` function is awaited for all rollouts of a step at once. One whose first parameter is `trajectories` gets
+    lists of both and gives a list. What raises, gives anything else or takes longer than `seconds` is tried `retries`
+    times more, and then the reward of that rollout is failed, with the reason.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, seconds: float = 60.0, retries: int = 0) -> None:
+        self.function = function
+        self.seconds = seconds
+        self.retries = retries
+
+    def __call__(self, rollouts: Sequence[tuple[Trajectory, str]]) -> list[Reward]:
+        """The reward of each rollout and its gold answer."""
+        if _first_parameter(self.function) == "trajectories":
+            return self._of_all(rollouts)
+        if inspect.iscoroutinefunction(self.function):
+            # a thread of its own, since a notebook's has a loop already
+            return within(lambda: asyncio.run(self._at_once(rollouts)), None)
+        return [self._of_one(partial(self.function, *pair)) for pair in rollouts]
+
+    def _of_one(self, call: Callable[[], Any]) -> Reward:
+        failure: BaseException | None = None
+        for _ in range(1 + self.retries):
+            try:
+                return reward_of(within(call, self.seconds))
+            except Exception as error:
+                failure = error
+        return failed(failure)
+
+    def _of_all(self, rollouts: Sequence[tuple[Trajectory, str]]) -> list[Reward]:
+        trajectories, solutions = [[*column] for column in zip(*rollouts)] or [[], []]
+
+        def call() -> list[Any]:
+            found = self.function(trajectories, solutions)
+            values = [*(asyncio.run(found) if inspect.iscoroutine(found) else found)]
+            if len(values) != len(rollouts):
+                raise ValueError(f"gave {len(values)} rewards for {len(rollouts)} trajectories")
+            return values
+
+        failure: BaseException | None = None
+        for _ in range(1 + self.retries):
+            try:
+                values = within(call, self.seconds)
+            except Exception as error:
+                failure = error
+            else:
+                return [_rewarded(value) for value in values]
+        return [failed(failure) for _ in rollouts]
+
+    async def _at_once(self, rollouts: Sequence[tuple[Trajectory, str]]) -> list[Reward]:
+        return await asyncio.gather(*(self._awaited(*pair) for pair in rollouts))
+
+    async def _awaited(self, trajectory: Trajectory, solution: str) -> Reward:
+        failure: BaseException | None = None
+        for _ in range(1 + self.retries):
+            try:
+                async with asyncio.timeout(self.seconds) as limit:
+                    return reward_of(await self.function(trajectory, solution))
+            except (Exception, SystemExit) as error:
+                failure = TimeoutError(f"took longer than {self.seconds:g} s") if limit.expired() else error
+        return failed(failure)
+
+
+def reward_of(value: Any) -> Reward:
+    """What a function gave, as a reward. Raises TypeError and ValueError for what is none."""
+    parts = value if isinstance(value, Mapping) else {}
+    for name, number in parts.items() if parts else [("", value)]:
+        where = f"{short(str(name))}: " if parts else ""
+        if not isinstance(number, Real):
+            raise TypeError(f"{where}returned {type(number).__name__}, not a number")
+        if not math.isfinite(number):
+            raise ValueError(f"{where}returned {float(number)}, not a finite number")
+    if parts:
+        numbers = {str(name): float(number) for name, number in parts.items()}
+        return Reward(total=sum(numbers.values()), parts=numbers)
+    return Reward(total=float(value))
+
+
+def _rewarded(value: Any) -> Reward:
+    try:
+        return reward_of(value)
+    except Exception as error:
+        return failed(error)
+
+
+def failed(error: BaseException | None) -> Reward:
+    text = " ".join(str(error).split())
+    return Reward(total=math.nan, error=f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def within(call: Callable[[], Any], seconds: float | None) -> Any:
+    """What a call gives, in a thread that is left behind when it takes longer.
+
+    Raises TimeoutError then, what the call raises, and RuntimeError in place of what would end the process.
+    """
+    told: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            told.put((call(), None))
+        except BaseException as error:
+            told.put((None, error))
+
+    Thread(target=work, daemon=True).start()
+    try:
+        value, error = told.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"took longer than {seconds:g} s") from None
+    if error is None:
+        return value
+    if isinstance(error, Exception):
+        raise error
+    raise RuntimeError(f"raised {type(error).__name__}({error})")
+
+
+def _first_parameter(function: Callable[..., Any]) -> str | None:
+    try:
+        return next(iter(inspect.signature(function).parameters), None)
+    except (TypeError, ValueError):  # some built-in functions tell none
+        return None
+
+
+def load_reward(spec: str, *, seconds: float = 60.0, retries: int = 0) -> RewardFunction:
+    """The reward of a setting: a preset's name, or `path.py:function` of the user, tried `1 + retries` times of so many
+    `seconds`. Raises ConfigError when the name, the file or the function cannot be used."""
+    check_reward(spec)
+    if spec in REWARD_PRESETS:
+        return PresetReward(REWARD_PRESETS[spec])
+    path, _, name = spec.rpartition(":")
+    return CustomReward(load_function(Path(path), name), seconds=seconds, retries=retries)
+
+
+def load_function(path: Path, name: str) -> Callable[..., Any]:
+    """The function of a Python file. Raises ConfigError when file or function cannot be used."""
+    module_name = f"looktwice_user_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reward file {path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickling look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ConfigError(f"reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        raise ConfigError(f'reward file {path} has no function "{name}".{nearest(name, functions)}')
+    function = getattr(module, name)
+    if not callable(function):
+        raise ConfigError(f'"{name}" in reward file {path} is a {type(function).__name__}, not a function')
+    return function

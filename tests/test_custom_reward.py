@@ -1,0 +1,170 @@
+"""A user's own reward: what it may give, and that nothing it does ends a run without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+
+import pytest
+
+from looktwice.custom_reward import CustomReward, load_reward
+from looktwice.errors import ConfigError
+from looktwice.geometry import Box, Size
+from looktwice.rewards import Reward
+from looktwice.rollout.trajectory import ToolCall, Trajectory
+
+
+def rollout(text, *calls):
+    return Trajectory(prompt_ids=[], text=text, calls=list(calls))
+
+
+def paid(reward, trajectory, solution) -> Reward:
+    [found] = reward([(trajectory, solution)])
+    return found
+
+
+def write_rewards(tmp_path, source):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(source)
+    return path
+
+
+def test_user_reward_gets_the_trajectory_and_the_solution(tmp_path):
+    crop = ToolCall(requested=Box(1, 2, 3, 4), box=Box(1, 2, 3, 4), size=Size(192, 128), error=None)
+    path = write_rewards(
+        tmp_path, "def f(trajectory, solution):\n    return len(trajectory.calls) + (solution == 'STOP')"
+    )
+    reward = paid(load_reward(f"{path}:f"), rollout("", crop), "STOP")
+    assert (reward.total, reward.error, reward.parts) == (2.0, None, {})
+    assert reward.accuracy == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("None", "TypeError: returned NoneType, not a number"),
+        ("'1.0'", "TypeError: returned str, not a number"),
+        ("float('nan')", "ValueError: returned nan, not a finite number"),
+        ("float('inf')", "ValueError: returned inf, not a finite number"),
+        ("10 ** 400", "OverflowError: int too large to convert to float"),
+    ],
+)
+def test_failed_user_reward_is_marked_and_never_zero(tmp_path, value, error):
+    path = write_rewards(tmp_path, f"def f(trajectory, solution):\n    return {value}")
+    reward = paid(load_reward(f"{path}:f"), rollout("x"), "x")
+    assert reward.error == error
+    assert math.isnan(reward.total)
+    assert math.isnan(reward.accuracy)
+
+
+def test_user_file_may_hold_dataclasses(tmp_path):
+    source = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: float = 0.5\n"
+        "def f(trajectory, solution):\n    return A().x"
+    )
+    assert paid(load_reward(f"{write_rewards(tmp_path, source)}:f"), rollout("x"), "x").total == 0.5
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("def score_it(t, s): return 1", "scoreit", 'no function "scoreit".*Did you mean "score_it"'),
+        ("f = 3", "f", "is a int, not a function"),
+        ("import no_such_module", "f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def f(:", "f", "cannot be imported: SyntaxError"),
+    ],
+)
+def test_unusable_user_function_is_a_config_error(tmp_path, source, name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_reward(f"{write_rewards(tmp_path, source)}:{name}")
+
+
+def test_unusable_reward_setting_names_the_mend(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_reward(f"{tmp_path}/missing.py:f")
+    with pytest.raises(ConfigError, match='Did you mean "robust"'):
+        load_reward("robost")
+    (tmp_path / "rewards.txt").write_text("")
+    with pytest.raises(ConfigError, match="its name must end in"):
+        load_reward(f"{tmp_path}/rewards.txt:f")
+
+
+def test_named_parts_are_added_up_and_accuracy_among_them_is_the_filter() -> None:
+    reward = paid(CustomReward(lambda trajectory, solution: {"accuracy": 1, "style": 0.5}), rollout("x"), "x")
+    assert (reward.total, reward.parts, reward.accuracy) == (1.5, {"accuracy": 1.0, "style": 0.5}, 1.0)
+    bad = paid(CustomReward(lambda trajectory, solution: {"accuracy": 1, "style": None}), rollout("x"), "x")
+    assert bad.error == "TypeError: style: returned NoneType, not a number"
+
+
+def test_async_rewards_are_awaited_at_once() -> None:
+    together = asyncio.Barrier(3)
+
+    async def judge(trajectory: Trajectory, solution: str) -> float:
+        await together.wait()  # none goes on before all are here
+        return len(trajectory.text)
+
+    rewards = CustomReward(judge, seconds=20)([(rollout(text), "x") for text in ("a", "bb", "ccc")])
+    assert [reward.total for reward in rewards] == [1, 2, 3]
+
+
+def test_a_function_of_trajectories_gets_all_at_once() -> None:
+    def of_all(trajectories: list[Trajectory], solutions: list[str]) -> list[object]:
+        return [len(one.text) if one.text else None for one in trajectories]
+
+    rewards = CustomReward(of_all)([(rollout(text), "x") for text in ("ab", "", "c")])
+    assert [reward.error for reward in rewards] == [None, "TypeError: returned NoneType, not a number", None]
+    [short] = CustomReward(lambda trajectories, solutions: [])([(rollout("a"), "x")])
+    assert short.error == "ValueError: gave 0 rewards for 1 trajectories"
+
+
+async def sleeps_and_awaits(trajectory: Trajectory, solution: str) -> float:
+    await asyncio.sleep(30)
+    return 1.0
+
+
+async def exits_and_awaits(trajectory: Trajectory, solution: str) -> float:
+    raise SystemExit("no key")
+
+
+def sleeps(trajectory: Trajectory, solution: str) -> float:
+    time.sleep(30)
+    return 1.0
+
+
+def exits(trajectory: Trajectory, solution: str) -> float:
+    raise SystemExit("no key")
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (sleeps, "TimeoutError: took longer than 0.05 s"),
+        (sleeps_and_awaits, "TimeoutError: took longer than 0.05 s"),
+        (exits, "RuntimeError: raised SystemExit(no key)"),
+        (exits_and_awaits, "SystemExit: no key"),
+        (lambda trajectories, solutions: exits(None, ""), "RuntimeError: raised SystemExit(no key)"),
+    ],
+)
+def test_what_would_hang_or_end_the_run_fails_that_reward(function, error) -> None:
+    assert paid(CustomReward(function, seconds=0.05), rollout("x"), "x").error == error
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_failed_reward_is_tried_again(is_async) -> None:
+    calls = []
+
+    def flaky(trajectory: Trajectory, solution: str) -> float:
+        calls.append(solution)
+        if len(calls) < 3:
+            raise OSError("busy")
+        return 1.0
+
+    async def flaky_and_awaits(trajectory: Trajectory, solution: str) -> float:
+        return flaky(trajectory, solution)
+
+    function = flaky_and_awaits if is_async else flaky
+    assert paid(CustomReward(function, retries=1), rollout("x"), "x").error == "OSError: busy"
+    assert paid(CustomReward(function, retries=1), rollout("x"), "x").total == 1.0
