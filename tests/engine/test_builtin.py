@@ -370,7 +370,7 @@ def test_a_prompt_may_end_in_a_picture(size, model, prompts, processor, image) -
 
 
 def test_forgotten_pictures_leave_no_memory_behind(model, processor, image) -> None:
-    features = runner.ImageFeatures(model, max_bytes=5000)
+    features = runner.ImageFeatures(model.get_image_features, max_bytes=5000)
     images = [processor.patch_image(image.rotate(turn)) for turn in range(4)]
     features.of(images)
     kept = list(features._known.values())

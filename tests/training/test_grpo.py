@@ -32,6 +32,7 @@ from looktwice.training.grpo import (
     rollout_metrics,
     tell_failures,
     train_grpo,
+    train_step,
 )
 from looktwice.training.learner import Learner
 from looktwice.training.sft import train_sft
@@ -338,6 +339,27 @@ def test_rollouts_that_failed_are_told_and_stop_a_run_when_all_did(play_scripts,
     assert "1 rollout of this step failed, the first by: ZeroDivisionError" in capsys.readouterr().out
     with pytest.raises(TrainingError, match="nothing can be learnt"):
         tell_failures([rollouts[1:]])
+
+
+def test_no_picture_is_encoded_twice_in_a_step_where_vision_is_frozen(load, dataset, monkeypatch) -> None:
+    learner = load(use_lora=True, lora_r=2, num_generations=2, max_new_tokens=4, beta=0.1, max_tokens_per_row=1)
+    samples = read_samples(dataset.rl, dataset.rl.parent)[:2]
+    encoded: list[int] = []
+    tower = learner.base.model.visual_tokenizer.vit
+    tower.register_forward_hook(lambda module, given, out: encoded.append(len(given[1])))
+    paid = iter([0.0, 1.0] * 2)
+    settings = {"drop_constant_groups": False, "mask_truncated_completions": False}
+    config = learner.config.model_copy(update=settings)
+    metrics = train_step(
+        learner,
+        samples,
+        config,
+        lambda played: [Reward(total=next(paid)) for _ in played],
+        learner.freeze_reference(),
+        with_canaries=False,
+    )
+    assert metrics["loss"] != 0 and sum(encoded) == 2
+    assert learner.vision_cache is None
 
 
 def test_a_reward_that_always_fails_stops_the_run_with_its_text(run, tmp_path) -> None:

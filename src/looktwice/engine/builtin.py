@@ -23,7 +23,7 @@ from looktwice.engine.attention import PAGED
 from looktwice.engine.cache import Cache
 from looktwice.engine.interface import Continuation, Request, Segment, StopCause, check_images
 from looktwice.engine.reading import PAGED_TOKENS
-from looktwice.engine.runner import ImageFeatures, Runner
+from looktwice.engine.runner import Encode, ImageFeatures, Runner
 from looktwice.engine.sampling import Sampling, Seen, draw, mixed_seed, uniforms
 from looktwice.engine.scheduler import Feed, Scheduler
 from looktwice.engine.state import SharedPrompt, Trajectory
@@ -66,7 +66,8 @@ class BuiltinEngine:
 
     `max_rows` rollouts live at a time; their cache takes at most `cache_tokens`, in pages of `page_size`. With
     `num_threads` drivers reply in threads while the others go on; without, between two passes, so that the order of
-    everything is the same in each run. `decode` (ids to text) is needed for stop texts alone.
+    everything is the same in each run. `decode` (ids to text) is needed for stop texts alone; `encode` makes vectors of
+    pictures (`ImageFeatures`), the model where it is left out.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class BuiltinEngine:
         max_pass_tokens: int = PASS_TOKENS,
         num_threads: int = 0,
         decode: Callable[[list[int]], str] | None = None,
+        encode: Encode | None = None,
     ) -> None:
         config = model.config.llm_config
         if max_rows < 1:
@@ -94,7 +96,7 @@ class BuiltinEngine:
         self.stats = Stats()
         self.cache = Cache(config.num_hidden_layers, max_tokens=cache_tokens, page_size=page_size)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, max_pass_tokens=max_pass_tokens)
-        self.runner = Runner(model, self.cache, ImageFeatures(model, max_bytes=FEATURE_BYTES))
+        self.runner = Runner(model, self.cache, ImageFeatures(encode or self._encode, max_bytes=FEATURE_BYTES))
         self._numbers = count()
         self._rows: dict[int, Trajectory] = {}
         self._arrivals: deque[Trajectory] = deque()
@@ -105,6 +107,10 @@ class BuiltinEngine:
         self._timed: set[Trajectory] = set()
         self._news = Event()
         self._is_ready = False
+
+    def _encode(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        device = self.model.device
+        return self.model.get_image_features(pixel_values.to(device), image_grid_thw.to(device))
 
     def submit(self, request: Request) -> list[int]:
         """Queue a request. Raises ValueError when it has no ids, or its pictures do not fit them, ConfigError for stop

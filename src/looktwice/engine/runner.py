@@ -6,7 +6,7 @@ Legend: T tokens of a pass, A visual tokens of a picture, S sampled rows, D mode
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Some
 from itertools import accumulate
 
@@ -26,11 +26,17 @@ MOST_PATCHES = 16384
 """Patches that the tower reads at once: it bounds the memory of its activations."""
 
 
-class ImageFeatures:
-    """Vectors of pictures by content, the longest unused forgotten first, `max_bytes` of them at most."""
+Encode = Callable[[Tensor, Tensor], Tensor]
 
-    def __init__(self, model: Ovis2_5ForConditionalGeneration, *, max_bytes: int) -> None:
-        self.model = model
+
+class ImageFeatures:
+    """Vectors of pictures by content, the longest unused forgotten first, `max_bytes` of them at most.
+
+    `encode` makes vectors [A, D] of pictures [P, C * p * p], [I, 3] on the host.
+    """
+
+    def __init__(self, encode: Encode, *, max_bytes: int) -> None:
+        self.encode = encode
         self.max_bytes = max_bytes
         self.num_encoded = 0
         self._known: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -50,9 +56,8 @@ class ImageFeatures:
 
     def _encode(self, images: list[PatchedImage]) -> Some[Tensor]:
         self.num_encoded += len(images)
-        pixels = torch.cat([image.pixel_values for image in images]).to(self.model.device)
-        grids = torch.tensor([image.grid_thw for image in images], device=self.model.device)
-        features = self.model.get_image_features(pixels, grids)
+        pixels = torch.cat([image.pixel_values for image in images])
+        features = self.encode(pixels, torch.tensor([image.grid_thw for image in images]))
         if len(images) == 1:
             return [features]
         # copies, so that a forgotten picture's memory is free although those of its batch are kept

@@ -104,7 +104,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         with open_recorder(learner, record, settings, sizes, shown=SHOWN, title="R-GRPO") as recorder:
             saves = Checkpoints(learner, record, order)
             show_overview(recorder.console, learner, order, model)
-            canaries: dict[str, float] = {}
+            is_checked = False
             eval_every = config.eval_steps or order.steps_per_epoch
             stop.arm()
             while learner.step < order.total_steps:
@@ -112,15 +112,9 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
                 metrics: dict[str, float] = {}
                 if prompts:
-                    groups = roll_out(learner, prompts, config, pay)
-                    tell_failures(groups)
-                    metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
-                    if not canaries:  # once a run, also after a resume: three forwards of one rollout
-                        episodes = [rollout.episode for group in groups for rollout in group]
-                        canaries = check_rollouts(learner, episodes, temperature=config.temperature)
-                        metrics |= canaries
-                    metrics |= improve(learner, groups, config, reference)
-                    metrics["time/update_s"] = time.perf_counter() - started - metrics["time/rollout_s"]
+                    # once a run, also after a resume: three forwards of one rollout
+                    metrics = train_step(learner, prompts, config, pay, reference, with_canaries=not is_checked)
+                    is_checked = True
                 learner.step += 1
                 metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
                 if held_out and is_due(learner, eval_every):
@@ -129,6 +123,28 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 close_step(learner, recorder, metrics, saves, stop)
         lengths.show()
         return save_final(learner, record, stop)
+
+
+def train_step(
+    learner: Learner,
+    prompts: Sequence[Sample],
+    config: GRPOConfig,
+    pay: RewardFunction,
+    reference: Reference | None,
+    *,
+    with_canaries: bool,
+) -> dict[str, float]:
+    """Rollouts of the prompts, their rewards, and the update on those that carry signal."""
+    started = time.perf_counter()
+    with learner.images_kept():
+        groups = roll_out(learner, prompts, config, pay)
+        tell_failures(groups)
+        metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
+        if with_canaries:
+            episodes = [rollout.episode for group in groups for rollout in group]
+            metrics |= check_rollouts(learner, episodes, temperature=config.temperature)
+        metrics |= improve(learner, groups, config, reference)
+    return metrics | {"time/update_s": time.perf_counter() - started - metrics["time/rollout_s"]}
 
 
 def fitted(
@@ -212,7 +228,12 @@ def sample_episodes(learner: Learner, groups: Sequence[Sequence[Episode]], confi
         return {}
     # a merged weight has other bits than a layer and its adapter
     with learner.precision(), nullcontext() if config.exact else merged(learner.base):
-        engine = BuiltinEngine(learner.base, max_rows=config.rollout_batch_size, cache_tokens=config.cache_tokens)
+        engine = BuiltinEngine(
+            learner.base,
+            max_rows=config.rollout_batch_size,
+            cache_tokens=config.cache_tokens,
+            encode=learner.encode_images,
+        )
         play(engine, groups, sampling, seeds)
         return learner.numerics() if config.exact else {}
 
