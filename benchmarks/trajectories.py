@@ -43,7 +43,7 @@ class Script:
     """The Driver of a trajectory whose turns are set. `example` and `logprobs` are what came of it."""
 
     def __init__(self, prompt: Example, turns: Sequence[int], insertions: Sequence[Callable[[], Inserted]]) -> None:
-        self.example = prompt.copy()
+        self.example = prompt.sibling()
         self.logprobs: list[float] = []
         self.num_heard = 0
         self.error: Exception | None = None
