@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from multiprocessing import active_children
+from multiprocessing import active_children, forkserver
 from operator import itemgetter
 from pathlib import Path
 
@@ -123,8 +123,11 @@ def test_workers_go_on_when_a_scheduler_ends_the_job(load: Load) -> None:
     items = load(range(50), num_workers=1)
     first = next(items)
     [worker] = active_children()
-    os.kill(worker.pid, signal.SIGTERM)
+    server = forkserver._forkserver._forkserver_pid
+    for process in (worker.pid, server):
+        os.kill(process, signal.SIGTERM)
     assert [first, *items] == list(range(50))
+    assert Path(f"/proc/{server}/stat").read_text().split()[2] in "RS"
 
 
 def test_a_worker_has_one_thread_and_leaves_ctrl_c_to_the_parent(load: Load) -> None:

@@ -24,7 +24,7 @@ from looktwice.model.adapters import LLM_LINEARS, PEFT_PREFIX, add_lora, trained
 from looktwice.model.files import weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
-from looktwice.model.weights import load_model, load_trained, released_name, save_merged, save_model, written_whole
+from looktwice.model.weights import load_model, load_trained, released_name, save_merged, save_model
 from looktwice.processing.processor import Ovis2_5Processor
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -583,30 +583,6 @@ def test_a_folder_appears_by_one_rename_of_all_its_files(
     monkeypatch.setattr(Path, "rename", noted)
     save_model(model, tmp_path / "new")
     assert renamed == [(tmp_path / "new", {path.name for path in (tmp_path / "new").iterdir()})]
-
-
-@pytest.mark.parametrize("killed_after", [0, 1, 2])
-def test_a_save_that_is_killed_leaves_the_old_folder_or_the_new_one(killed_after: int, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "model.safetensors").write_text("old")
-    (folder / "notes.txt").write_text("mine")
-    code = (
-        "import os, sys, pathlib\nfrom looktwice.model.weights import written_whole\n"
-        "left, rename = int(sys.argv[2]), pathlib.Path.rename\n"
-        "def counted(self, target):\n    global left\n    if not left:\n        os._exit(9)\n"
-        "    left -= 1\n    return rename(self, target)\n"
-        "pathlib.Path.rename = counted\n"
-        "with written_whole(pathlib.Path(sys.argv[1])) as draft:\n    (draft / 'model.safetensors').write_text('new')"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(folder), str(killed_after)]).returncode == 9
-    there = {path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else None
-    old, new = {"model.safetensors": "old", "notes.txt": "mine"}, {"model.safetensors": "new"}
-    assert there == [old, None, new][killed_after]
-    with written_whole(folder) as draft:
-        (draft / "model.safetensors").write_text("newer")
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {**old, "model.safetensors": "newer"}
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_weight_files_can_be_read_by_all_who_can_read_the_others(

@@ -119,13 +119,17 @@ def _started(
 
 @contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Ctrl-C comes at the end of the block: what is half started cannot be ended. What is started in it gets none."""
+    """Ctrl-C comes at the end of the block: what is half started cannot be ended.
+
+    What is started in it gets neither that nor SIGTERM, which schedulers send to all processes of a job: they are to go
+    on until the step is saved.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[object] = []
     handler = signal.signal(signal.SIGINT, lambda *what: held.append(what))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -250,8 +254,6 @@ class _Start:
 
     def __call__(self, worker: int) -> None:
         _note(self.folder, "")
-        # a scheduler sends it to all processes of a job, and the run goes on until its step is saved
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # torch's own watch is on the process that forked the worker, which lives as long as the worker does
         threading.Thread(target=_end_with_parent, args=(self.folder,), daemon=True).start()
 
