@@ -32,6 +32,18 @@ def saved(here: Record, folder: Path, step: int = 4) -> Record:
     return Record.read(folder)
 
 
+def test_validation_data_that_changed_are_told(data, tmp_path) -> None:
+    def of(rows: str) -> Record:
+        data.write_text(rows)
+        configs = (ModelConfig(), DataConfig(train_data_path=data, val_data_path=data), SFTConfig())
+        return Record.of("sft", configs, num_samples=1, total_steps=1)
+
+    before = saved(of("{}"), tmp_path / "saved")
+    assert list(of("{}").changes_since(before)) == []
+    [change] = of("[]").changes_since(before)
+    assert change.startswith("val_data ") and " -> " in change
+
+
 def test_what_was_written_is_read(data, tmp_path) -> None:
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "model.safetensors").write_bytes(b"12345")

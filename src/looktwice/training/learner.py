@@ -311,9 +311,10 @@ class Learner:
                     "skipped": (self.guard.in_a_row, self.guard.num_skipped),
                 }
                 try:
-                    torch.save(state, draft / STATE_FILE)
-                except RuntimeError as error:  # how torch reports a full disk
-                    raise OSError(str(error)) from error
+                    with (draft / STATE_FILE).open("wb") as file:
+                        torch.save(state, file)
+                except RuntimeError as error:  # what torch makes of a full disk
+                    raise error.__context__ if isinstance(error.__context__, OSError) else OSError(error) from error
             if card is not None:
                 (draft / "README.md").write_text(card, encoding="utf-8")
             record.write(draft, step=self.step)

@@ -48,7 +48,9 @@ class Record:
             "seed": config.seed,
             "steps": total_steps,
         }
-        return cls(stage=stage, order=order, settings=plain(settings))
+        held_out = data.val_data_path
+        files = {"Files": {"val_data": fingerprint(held_out)}} if held_out else {}
+        return cls(stage=stage, order=order, settings={**plain(settings), **files})
 
     @classmethod
     def read(cls, folder: Path) -> Record:

@@ -54,7 +54,7 @@ def planned(stage: Stage, settings: Settings, order: BatchOrder, start: str) -> 
 
 def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrder) -> Record:
     """Go on from the checkpoint, if one is named, make room in the run folder, and give the record of what trains."""
-    record = replace(record, settings=plain(as_trained(settings, learner)))
+    record = replace(record, settings={**record.settings, **plain(as_trained(settings, learner))})
     if checkpoint := checkpoint_of(learner.config):
         saved = Record.read(checkpoint)
         learner.resume(checkpoint)
