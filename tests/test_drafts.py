@@ -70,6 +70,15 @@ def test_a_folder_is_the_old_or_the_new_one_whenever_the_process_is_killed(can_e
     assert [path.name for path in tmp_path.iterdir()] == ["final_model"]
 
 
+def test_a_replacing_that_was_cut_in_two_is_ended_by_the_next_save(tmp_path) -> None:
+    save(tmp_path / "model", "old")
+    (tmp_path / "model" / "notes").write_text("mine")
+    (tmp_path / "model").rename(tmp_path / ".model.replaced")
+    save(tmp_path / "model", "new")
+    assert contents(tmp_path / "model") == {"notes": "mine", "weights": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_file_is_the_old_or_the_new_one_whenever_the_process_is_killed(tmp_path) -> None:
     def work() -> None:
         with file_draft(tmp_path / "log") as draft:
