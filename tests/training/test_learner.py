@@ -697,6 +697,18 @@ def test_a_resumed_learner_makes_the_same_next_update(settings, load, examples, 
         assert torch.equal(parameter, expected)
 
 
+def test_a_resumed_learner_knows_its_scale_and_how_long_rows_may_be(load, examples, tmp_path) -> None:
+    learner = load(fp16=True)
+    update(learner, examples[:1])
+    learner.scaler.update(new_scale=512.0)
+    learner.tokens_that_fit = 100
+    learner.save(tmp_path, RECORD, with_optimizer=True)
+    resumed = load(fp16=True)
+    resumed.resume(tmp_path)
+    assert (resumed.scaler.get_scale(), resumed.tokens_that_fit) == (512.0, 100)
+    load().resume(tmp_path)
+
+
 def test_a_folder_without_the_optimizer_cannot_be_resumed(load, tmp_path) -> None:
     learner = load()
     learner.save(tmp_path, RECORD, with_optimizer=False)

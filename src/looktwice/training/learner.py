@@ -135,7 +135,7 @@ class Learner:
         if config.torch_compile:
             compile_layers(base_of(model))
         if is_gpu(device):
-            torch.set_float32_matmul_precision("highest" if is_exact else "high")  # TF32
+            torch.set_float32_matmul_precision("highest" if is_exact or config.deterministic else "high")  # TF32
         if is_exact:
             check_exact(model, is_bf16=config.bf16)
             if dropped := without_dropout(model):
@@ -309,6 +309,8 @@ class Learner:
                     "trained": self.trained(),
                     "random": random_state(),
                     "skipped": (self.guard.in_a_row, self.guard.num_skipped),
+                    "scaler": self.scaler.state_dict(),
+                    "tokens_that_fit": self.tokens_that_fit,
                 }
                 try:
                     with (draft / STATE_FILE).open("wb") as file:
@@ -340,7 +342,7 @@ class Learner:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             step, moments, saved = (state[name] for name in ("step", "optimizer", "trained"))
-            random, skipped = state["random"], state["skipped"]
+            random, skipped, scaler, fits = (state[name] for name in ("random", "skipped", "scaler", "tokens_that_fit"))
         except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: no usable state; resume from another checkpoint ({error})") from error
         if saved.get("start") != self.start:
@@ -354,6 +356,9 @@ class Learner:
             group |= settings
         self.step = step
         self.guard.in_a_row, self.guard.num_skipped = skipped
+        self.tokens_that_fit = fits
+        if scaler:  # of a run in fp16
+            self.scaler.load_state_dict(scaler)
         restore_random_state(random)
 
 
