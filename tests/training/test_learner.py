@@ -27,6 +27,7 @@ from looktwice.model.weights import is_adapter, load_model, save_model
 from looktwice.processing.packing import PackedBatch, pack
 from looktwice.processing.processor import Example
 from looktwice.training import learner as learner_module
+from looktwice.training import rows as rows_module
 from looktwice.training import start
 from looktwice.training.learner import Learner, Scores, towers_of
 from looktwice.training.overview import run_facts, show_overview
@@ -701,12 +702,20 @@ def test_a_resumed_learner_knows_its_scale_and_how_long_rows_may_be(load, exampl
     learner = load(fp16=True)
     update(learner, examples[:1])
     learner.scaler.update(new_scale=512.0)
-    learner.tokens_that_fit = 100
+    learner.tokens_that_fit, learner.max_tokens_per_row = 100, 200
     learner.save(tmp_path, RECORD, with_optimizer=True)
-    resumed = load(fp16=True)
+    resumed, other = load(fp16=True), load(max_tokens_per_row=300)
     resumed.resume(tmp_path)
-    assert (resumed.scaler.get_scale(), resumed.tokens_that_fit) == (512.0, 100)
-    load().resume(tmp_path)
+    assert (resumed.scaler.get_scale(), resumed.tokens_that_fit, resumed.max_tokens_per_row) == (512.0, 100, 200)
+    other.resume(tmp_path)
+    assert other.max_tokens_per_row == 300
+
+
+def test_in_deterministic_mode_rows_do_not_depend_on_the_memory_that_is_free(load, monkeypatch) -> None:
+    monkeypatch.setattr(rows_module, "free_bytes", lambda device: 10**6)
+    assert load().max_tokens_per_row < 1000
+    learner = load(deterministic=True)
+    assert learner.max_tokens_per_row == learner.max_sibling_tokens == 1024
 
 
 def test_a_folder_without_the_optimizer_cannot_be_resumed(load, tmp_path) -> None:

@@ -56,6 +56,8 @@ class Scores(NamedTuple):
     entropy: Tensor | None
 
 
+ROW_LIMITS = ("max_tokens_per_row", "max_sibling_tokens", "tokens_that_fit")
+"""What a run finds out of the memory at hand, and keeps when it goes on: how long rows are decides bits."""
 Loss = Callable[[Scores, PackedBatch], Tensor]
 
 
@@ -155,12 +157,13 @@ class Learner:
         if self.config.memory_efficient:
             return 1
         with self.precision():
-            return self.config.max_tokens_per_row or default_tokens_per_row(self.base)
+            is_fixed = self.config.deterministic
+            return self.config.max_tokens_per_row or default_tokens_per_row(self.base, is_fixed=is_fixed)
 
     @cached_property
     def max_sibling_tokens(self) -> int:
         """Tokens of a row of siblings that share their prompt: as many as the memory allows, since each one helps."""
-        if self.config.memory_efficient or self.config.max_tokens_per_row:
+        if self.config.memory_efficient or self.config.max_tokens_per_row or self.config.deterministic:
             return self.max_tokens_per_row
         with self.precision():
             return tokens_that_fit(self.base)
@@ -310,7 +313,7 @@ class Learner:
                     "random": random_state(),
                     "skipped": (self.guard.in_a_row, self.guard.num_skipped),
                     "scaler": self.scaler.state_dict(),
-                    "tokens_that_fit": self.tokens_that_fit,
+                    "rows": {name: vars(self).get(name) for name in ROW_LIMITS},
                 }
                 try:
                     with (draft / STATE_FILE).open("wb") as file:
@@ -342,7 +345,7 @@ class Learner:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             step, moments, saved = (state[name] for name in ("step", "optimizer", "trained"))
-            random, skipped, scaler, fits = (state[name] for name in ("random", "skipped", "scaler", "tokens_that_fit"))
+            random, skipped, scaler, limits = (state[name] for name in ("random", "skipped", "scaler", "rows"))
         except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: no usable state; resume from another checkpoint ({error})") from error
         if saved.get("start") != self.start:
@@ -356,7 +359,8 @@ class Learner:
             group |= settings
         self.step = step
         self.guard.in_a_row, self.guard.num_skipped = skipped
-        self.tokens_that_fit = fits
+        if self.config.max_tokens_per_row is None and not self.config.memory_efficient:
+            vars(self).update({name: limit for name, limit in limits.items() if limit is not None})
         if scaler:  # of a run in fp16
             self.scaler.load_state_dict(scaler)
         restore_random_state(random)

@@ -15,13 +15,16 @@ from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
 HELPFUL = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a longer row is no faster, on a CPU by `benchmarks/sft.py`: `speed_of_rows`."""
+FIXED = 4096
+"""Tokens of a row at the most where runs are to be alike, whatever memory is free when they start."""
 SHARE = 0.5
 """Of the free memory that a row's activations may take: gradients, the optimizer and chunks of logits need room."""
 
 
-def default_tokens_per_row(model: Ovis2_5ForConditionalGeneration) -> int:
-    """Tokens of a row that fit and help."""
-    return min(HELPFUL.get(model.device.type, HELPFUL["cpu"]), tokens_that_fit(model))
+def default_tokens_per_row(model: Ovis2_5ForConditionalGeneration, *, is_fixed: bool = False) -> int:
+    """Tokens of a row that fit and help; with `is_fixed` as many in each run."""
+    helpful = HELPFUL.get(model.device.type, HELPFUL["cpu"])
+    return min(helpful, FIXED) if is_fixed else min(helpful, tokens_that_fit(model))
 
 
 def tokens_that_fit(model: Ovis2_5ForConditionalGeneration) -> int:
