@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from tests.model.mixer import Mixer
 from torch.nn import functional as F
 
 from looktwice.errors import ConfigError
 from looktwice.model import attention
 from looktwice.model.attention import packed_attention, packed_inputs, pick_attention
+from looktwice.processing.packing import pack
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -99,7 +102,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ("cuda", True, True, [(9, 0), (9, 0)], "flash_attention_2"),
         ("cuda:1", True, True, [(7, 5), (8, 0)], "flash_attention_2"),
         ("auto", True, True, [(9, 0), (8, 0)], "flash_attention_2"),
-        ("cuda", True, False, [(9, 0), (9, 0)], "sdpa"),
+        ("cuda", True, False, [(9, 0), (9, 0)], "packed_varlen"),
+        ("auto", True, False, [(9, 0), (7, 5)], "sdpa"),
         ("cuda", False, True, [(9, 0), (9, 0)], "sdpa"),
         ("cuda:1", True, True, [(9, 0), (7, 5)], "sdpa"),
         ("auto", True, True, [(9, 0), (7, 5)], "sdpa"),
@@ -125,3 +129,37 @@ def test_flash_attention_is_refused_where_it_was_asked_for_and_cannot_run(device
 def test_flash_attention_that_can_run_is_what_was_asked_for(gpus) -> None:
     gpus((9, 0))
     assert pick_attention("flash_attention_2", "cuda", is_bf16=True) == "flash_attention_2"
+
+
+def varlen_by_sdpa(query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa):
+    """What `torch.nn.attention.varlen.varlen_attn` is for half precision on a GPU, by its documentation."""
+    assert starts.dtype == torch.int32 and starts is key_starts and longest == longest_key == int(starts.diff().max())
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    queries, keys, values = (each.transpose(0, 1)[None] for each in (query, key, value))
+    assert window_size in ((-1, 0), (-1, -1)) and enable_gqa == (query.shape[1] != key.shape[1])
+    is_causal = window_size == (-1, 0)
+    out = packed_attention(queries, keys, values, starts.tolist(), scale=scale, is_causal=is_causal)
+    return out[0].transpose(0, 1)
+
+
+def test_varlen_attention_gives_what_the_loop_gives_in_both_towers(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_sdpa)
+    mixer = Mixer(model.config, 0)
+    inputs = pack([mixer.example(2), mixer.example(0), mixer.example(1)]).model_inputs()
+    other = copy.deepcopy(model)
+    other.set_attn_implementation(attention.PACKED_VARLEN)
+    padded = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[0, 1, 1]])}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(other(**inputs).logprobs, model(**inputs).logprobs, atol=0.05, rtol=0.02)
+        torch.testing.assert_close(other(**padded).logits, model(**padded).logits)
+
+
+def test_a_packed_row_is_computed_without_waiting_for_the_device(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the meta device have no values, so whatever reads one fails."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # the device has none
+    mixer = Mixer(model.config, 0)
+    batch = pack([mixer.example(2), mixer.example(1)])
+    far = copy.deepcopy(model).to("meta")
+    total = far(**batch.model_inputs("meta"), summed=True).logprobs.sum()
+    total.backward()
+    assert total.device.type == "meta" and far.lm_head.weight.grad is not None

@@ -8,6 +8,7 @@ sees besides itself, or -1.
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from looktwice.config import AttnImplementation
 from looktwice.errors import ConfigError
 
 PACKED_SDPA = "packed_sdpa"
+PACKED_VARLEN = "packed_varlen"
 
 
 class PackedAttentionModel(PreTrainedModel):
@@ -38,7 +40,8 @@ class PackedAttentionModel(PreTrainedModel):
 def pick_attention(name: AttnImplementation, device: str, *, is_bf16: bool) -> str:
     """The implementation of a setting, for a device of `pick_device`.
 
-    `auto` is flash-attention where it can run: installed, on CUDA GPUs of compute capability 8 or above, in bfloat16.
+    `auto` is flash-attention where it can run: installed, on CUDA GPUs of compute capability 8 or above, in bfloat16;
+    where it is not installed, torch's own copy of it.
     Raises ConfigError where it was asked for and cannot run, whatever is installed.
     """
     can_run = is_gpu(device) and is_bf16 and _least_capability(device) >= (8, 0)
@@ -49,7 +52,18 @@ def pick_attention(name: AttnImplementation, device: str, *, is_bf16: bool) -> s
         )
     if name != "auto":
         return name
-    return "flash_attention_2" if can_run and is_flash_attn_2_available() else "sdpa"
+    if not can_run:
+        return "sdpa"
+    return "flash_attention_2" if is_flash_attn_2_available() else PACKED_VARLEN if has_varlen() else "sdpa"
+
+
+def has_varlen() -> bool:
+    """Whether this torch has attention over sequences of any lengths, with fewer key heads than query heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _least_capability(device: str) -> tuple[int, int]:
@@ -76,8 +90,10 @@ def packed_inputs(
         return {"attention_mask": None, "cu_seq_lens_q": cu_seqlens, "parents": parents}
     if parents is not None and not shares_prompts(implementation):
         raise ValueError(f'"{implementation}" cannot share prompts; pack without, or choose "sdpa"')
-    if is_flash_attention_requested(requested_attention_implementation=implementation):
-        starts = torch.tensor(cu_seqlens, dtype=torch.int32, device=like.device)
+    is_flash = is_flash_attention_requested(requested_attention_implementation=implementation)
+    if is_flash or implementation == PACKED_VARLEN:
+        # by `to`, which unlike `tensor` does not wait for the device
+        starts = torch.tensor(cu_seqlens, dtype=torch.int32).to(like.device, non_blocking=True)
         longest = max(end - start for start, end in pairwise(cu_seqlens))
         lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
         return {"attention_mask": None, **lengths}
@@ -147,7 +163,7 @@ def packed_attention(
     """Attention within each sequence of a packed row: [1, H, T, D], [1, K, T, D], [1, K, T, D] -> [1, H, T, D].
 
     A loop of SDPA over sequences: on CPU 2 to 13 times faster than padding or a block-diagonal mask, and it has no
-    mask to get wrong. On a GPU choose `flash_attention_2`, which takes the same `cu_seqlens`.
+    mask to get wrong. On a GPU `auto` chooses kernels that take the `cu_seqlens` instead.
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     grouped = query.shape[1] != key.shape[1]
@@ -198,5 +214,46 @@ def _packed_sdpa(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _packed_varlen(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same by torch's flash-attention over sequences, in half precision on a CUDA GPU. Not yet run on one."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    from torch.nn.attention import varlen  # not in every torch that is taken
+
+    device = query.device.type
+    # autocast does not know it; a norm's float32 weight leaves queries in float32
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    queries, keys, values = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
+    out: Any = varlen.varlen_attn(
+        queries,
+        keys,
+        values,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1, 0) if (module.is_causal if is_causal is None else is_causal) else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None], None
+
+
 AttentionInterface.register(PACKED_SDPA, _packed_sdpa)
 AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+AttentionInterface.register(PACKED_VARLEN, _packed_varlen)
+AttentionMaskInterface.register(PACKED_VARLEN, sdpa_mask)

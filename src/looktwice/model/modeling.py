@@ -90,7 +90,8 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
     def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
         """Ids [B, T] -> vectors [B, T, D]: text ids looked up, indicators from the table, atoms from the pictures.
 
-        Merged out of place, so that frozen embeddings with input gradients work.
+        Merged out of place, so that frozen embeddings with input gradients work. Ids on the host, as packed rows have
+        them, keep a GPU from waiting.
         Raises ValueError when the number of atoms differs from the number of vectors.
         """
         config = self.config
@@ -99,18 +100,17 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         if int(is_atom.sum()) != num_features:
             raise ValueError(f"{int(is_atom.sum())} visual tokens in input_ids, {num_features} in the pictures")
         is_indicator = torch.isin(input_ids, input_ids.new_tensor(config.indicator_token_ids))
-        embeds = self.language_model.embed_tokens(input_ids.masked_fill(is_atom | is_indicator, 0))
-        # the parts of the model may be on several GPUs
-        input_ids, is_atom, is_indicator = (each.to(embeds.device) for each in (input_ids, is_atom, is_indicator))
+        words = input_ids.masked_fill(is_atom | is_indicator, 0)
+        embeds = self.language_model.embed_tokens(_copied(words, self.language_model.embed_tokens.weight))
         if is_indicator.any():
             rows = torch.zeros_like(input_ids)
             for number, token_id in enumerate(config.indicator_token_ids):
                 rows = rows.masked_fill(input_ids == token_id, number)
-            first = config.visual_vocab_size - NUM_INDICATORS
-            indicators = self.vte(first + rows[is_indicator]).to(embeds)
-            embeds = embeds.masked_scatter(is_indicator[..., None], indicators)
+            numbers = config.visual_vocab_size - NUM_INDICATORS + rows[is_indicator]
+            indicators = self.vte(_copied(numbers, self.vte.weight)).to(embeds)
+            embeds = embeds.masked_scatter(_copied(is_indicator, embeds)[..., None], indicators)
         if image_features is not None:
-            embeds = embeds.masked_scatter(is_atom[..., None], image_features.to(embeds))
+            embeds = embeds.masked_scatter(_copied(is_atom, embeds)[..., None], image_features.to(embeds))
         return embeds
 
     def forward(
@@ -262,8 +262,8 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
         if loss_mask is not None:
             # the token at t is predicted by the state at t - 1
             places = loss_mask[0].nonzero()[:, 0]
-            rows = hidden[0, (places - 1).to(hidden.device)].to(weight.device)
-            targets = input_ids[0, places.to(input_ids.device)].to(weight.device)  # type: ignore[index,union-attr]
+            rows = hidden[0, _copied(places - 1, hidden)].to(weight.device)
+            targets = _copied(input_ids[0, places.to(input_ids.device)], weight)  # type: ignore[index,union-attr]
             if summed:
                 return Ovis2_5Output(logprobs=logprob_sum(rows, weight, targets, temperature=temperature)[None])
             logprobs, entropy = chunked_logprobs(
@@ -322,6 +322,11 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
                 num_left -= counts[row[-1]]
             rows.append(row)
         return rows
+
+
+def _copied(tensor: Tensor, like: Tensor) -> Tensor:
+    """On the device of another, which the parts of a model may differ in, without waiting for it."""
+    return tensor.to(like.device, non_blocking=True)
 
 
 def check_loss_mask(loss_mask: Tensor, input_ids: Tensor | None, cu_seqlens: Tensor | None) -> None:

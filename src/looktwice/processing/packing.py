@@ -57,10 +57,13 @@ class PackedBatch:
         return torch.repeat_interleave(segments, self.cu_seqlens.diff().long())[self.loss_mask[0]]
 
     def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Keyword arguments of the model's forward, on `device`; from pinned memory the copy does not wait."""
+        """Keyword arguments of the model's forward: patches and positions on `device`, to which the copy from pinned
+        memory does not wait; all that decides shapes stays on the host, where reading it does not wait either."""
         others = ("examples", "num_shown", "where")
-        tensors = {name: value for name, value in vars(self).items() if name not in others}
-        return {name: None if value is None else value.to(device, non_blocking=True) for name, value in tensors.items()}
+        inputs = {name: value for name, value in vars(self).items() if name not in others}
+        for name in ("pixel_values", "position_ids"):
+            inputs[name] = None if inputs[name] is None else inputs[name].to(device, non_blocking=True)
+        return inputs
 
     def halves(self) -> list[PackedBatch]:
         """The sequences, of which there are several, in two rows: of about as many tokens, or of siblings."""

@@ -268,19 +268,19 @@ class Learner:
         """The losses of the rows, their gradients being left in the parameters; None, and none, when memory ran out."""
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses: list[float] = []
+        losses: list[Tensor] = []
         try:
             for row in rows:
                 with activations_on_host(self.model) if self.config.offload_activations else nullcontext():
                     row_loss = loss(row)
                 self.scaler.scale(row_loss).backward()
-                losses.append(row_loss.item())
+                losses.append(row_loss.detach())
         except torch.OutOfMemoryError:
             self.optimizer.zero_grad(set_to_none=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return None
-        return losses
+        return torch.stack(losses).tolist()  # read once for all rows, which is what waits for a GPU
 
     def schedule(self) -> float:
         """Share of the peak learning rates at the coming update: linear warm-up, then cosine to zero or constant."""
