@@ -30,9 +30,10 @@ from looktwice.config import ModelConfig, SFTConfig
 from looktwice.geometry import Size
 from looktwice.model.configuration import IGNORE_INDEX, Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+from looktwice.model.vision_cache import VisionCache
 from looktwice.model.weights import TINY, locate, save_model
 from looktwice.processing.images import PatchedImage
-from looktwice.processing.packing import pack
+from looktwice.processing.packing import pack, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.training.learner import Learner
 from looktwice.training.sft import train_step
@@ -48,9 +49,27 @@ GOALS = {
     "max_loss_difference": "at most 1e-5",
     "max_gradient_difference": "at most 1e-5",
 }
-NUM_STEPS, BATCH = 3, 4
+NUM_STEPS, BATCH = 2, 4
 REPEATS = {"tiny": 7, "body": 1}
+ROW_SIZES = (1, 512, 1024, 2048)
 LORA = {"use_lora": True, "lora_r": 16, "lora_alpha": 32, "freeze_vision": True}
+
+
+def attention_flops(query: Any, key: Any, *given: Any, out_shape: Any = None, **more: Any) -> int:
+    """Two products; torch counts those of a GPU's kernels alone."""
+    batch, heads, length, width = query
+    return 4 * batch * heads * length * key[2] * width
+
+
+def attention_backward_flops(_: Any, query: Any, key: Any, *given: Any, **more: Any) -> int:
+    """Five products: the scores once more, and four gradients."""
+    return attention_flops(query, key) * 5 // 2
+
+
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
 
 
 class Case(NamedTuple):
@@ -91,15 +110,18 @@ def figures_of(name: str, ways: Ways) -> dict[str, float]:
     seconds = interleaved(steps, repeats=REPEATS.get(name, 2), clock=time.process_time)
     packed = statistics.median(seconds["packed"])
     needed = sum(map(ways.needed_flops, ways.batches))
-    with FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counted:
         ways.packed()
     figures = {
         "trained_tokens_per_s": ways.num_trained / packed,
         "flops_vs_needed": counted.get_total_flops() / needed,
         "matmul_rate_share": needed / packed / matmul_rate(),
     }
+    figures |= speed_of_rows(ways)
     if name == "body":
         return figures
+    if name == "large_lora":
+        figures["second_epoch_vs_first"] = ways.epochs()
     figures |= {f"packed_vs_{other}": median_ratio(seconds[other], seconds["packed"]) for other in list(steps)[1:]}
     figures |= ways.differences()
     peaks = {way: peak_bytes(step) for way, step in steps.items()}
@@ -110,10 +132,27 @@ def figures_of(name: str, ways: Ways) -> dict[str, float]:
     return figures
 
 
+def speed_of_rows(ways: Ways) -> dict[str, float]:
+    """How fast rows of at most so many tokens are, over one sample a row."""
+
+    def by(size: int) -> Callable[[], None]:
+        def steps() -> None:
+            for batch in ways.batches:
+                train_step(ways.learner, pack_rows(batch, size))
+
+        return steps
+
+    ways_of = {str(size): by(size) for size in ROW_SIZES}
+    seconds = interleaved(ways_of, repeats=2 * REPEATS.get(ways.name, 1), clock=time.process_time)
+    alone = seconds.pop("1")
+    return {f"speed_of_rows_{size}": median_ratio(alone, found) for size, found in seconds.items()}
+
+
 class Ways:
     """The ways to take NUM_STEPS optimizer steps on the same batches."""
 
     def __init__(self, case: Case, folder: Path) -> None:
+        self.name = case.model
         config = config_of(case.model) if case.model != TINY else Ovis2_5Config.from_pretrained(locate(TINY))
         config.llm_config.max_position_embeddings = 4096
         if config.visual_vocab_size > 1000:
@@ -136,6 +175,13 @@ class Ways:
         """(a) As shipped."""
         for batch in self.batches:
             train_step(self.learner, self.learner.rows(batch))
+
+    def epochs(self) -> float:
+        """Processor seconds of an epoch that fills the vision cache, over those of one that reads it."""
+        self.learner.vision_cache = VisionCache(self.learner.base, max_bytes=10**10)
+        seconds = interleaved({"epoch": self.packed}, repeats=3, clock=time.process_time)["epoch"]
+        self.learner.vision_cache = None
+        return seconds[0] / statistics.median(seconds[1:])
 
     def padded(self) -> None:
         """(b) The same head and optimizer over a batch padded to its longest sample."""
@@ -230,7 +276,8 @@ class Ways:
 
         A matrix of a trained part is met three times (its product, the gradients of its input and of itself), that of a
         frozen one under adapters twice, that of a frozen tower once; attention of n tokens takes 4 * n^2 * width, and
-        backward twice that. Logits of trained tokens alone. Elementwise work counts as nothing.
+        backward twice that (the kernels, and the count, take 2.5 times: they compute the scores once more). Logits of
+        trained tokens alone. Elementwise work counts as nothing.
         """
         is_lora = self.learner.config.use_lora
         llm, vit = self.config.llm_config, self.config.vit_config

@@ -49,7 +49,7 @@ SourceFormat = Literal["auto", DataFormat]
 LengthPolicy = Literal["error", "drop", "shrink_images"]
 DEFAULT_MODEL = "AIDC-AI/Ovis2.5-9B"
 LENGTH_POLICY_HELP = "what to do with a longer sample: stop, leave it out, or shrink its pictures"
-ATTENTION_HELP = "attention of both towers; auto: flash-attn or varlen where it can run, else sdpa"
+ATTENTION_HELP = "attention of both towers; auto: flash-attn or varlen if it can run, else sdpa"
 DEVICE_HELP = "torch device; auto: spread over all; default: cuda if there is one, else cpu"
 
 
