@@ -231,6 +231,17 @@ def test_under_fp16_the_loss_is_scaled_and_an_overflow_leaves_the_update_out(loa
     assert any(not torch.equal(old, new) for old, new in zip(before, learner.parameters))
 
 
+def test_layers_share_their_input_with_their_adapters_under_bf16(load, examples) -> None:
+    learner = load(bf16=True, use_lora=True, lora_r=2)
+    layer = learner.base.model.language_model.layers[0].self_attn
+    kept: list[torch.Tensor] = []
+    with learner.precision(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        x = torch.randn(1, 5, learner.base.config.hidden_size, dtype=torch.bfloat16)
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
+            projection(x)
+    assert len({each.data_ptr() for each in kept if each.shape[-2:] == x.shape[-2:]}) == 1
+
+
 def test_frozen_vision_is_kept_in_the_compute_dtype_where_that_is_lossless(load, model, tmp_path) -> None:
     halved = copy.deepcopy(model).bfloat16().float()
     halved.model.vte.weight.data += 1e-4

@@ -100,6 +100,14 @@ def with_adapter(model: Ovis2_5ForConditionalGeneration, config: PeftConfig) -> 
     return adapted
 
 
+def cast_by_autocast(model: nn.Module) -> None:
+    """Leave it to autocast to cast what adapters are given, from now on: PEFT would make a float32 copy for each, which
+    autocast casts back, and backward keeps a copy of every layer's input in place of the one that layers share."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
+
+
 def for_inference(model: nn.Module) -> Ovis2_5ForConditionalGeneration:
     """The network with its adapters in place; parts that were trained whole in the dtype of the base, so that it runs
     without autocast."""

@@ -20,6 +20,7 @@ from looktwice.errors import CheckpointError, ConfigError, TrainingError
 from looktwice.model.adapters import (
     add_lora,
     base_of,
+    cast_by_autocast,
     check_same_adapter,
     freeze,
     part_of,
@@ -128,6 +129,8 @@ class Learner:
         elif config.use_lora:
             model = add_lora(base_of(model), **lora_settings(config))
         freeze(model, config.frozen_parts)
+        if compute_dtype(config) != torch.float32:
+            cast_by_autocast(model)
         if not has_adapter:
             halve_frozen(model, compute_dtype(config))
         towers = "all" if config.memory_efficient else config.gradient_checkpointing
