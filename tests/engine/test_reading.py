@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from looktwice.engine import attention, reading
+from looktwice.engine import reading
 from looktwice.engine.attention import Reader
 from looktwice.engine.cache import Cache
 from looktwice.engine.reading import Reading, reading_order
@@ -132,7 +132,7 @@ def varlen_attn(
 
 
 def test_paged_attention_of_torch_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     world = World()
     one = Reading(page_size=PAGE, num_keys=NUM_KEYS, device=torch.device("cpu"))
     torch.testing.assert_close(world.read([one._varlen(world.feeds)]), world.expected())

@@ -132,20 +132,38 @@ def test_flash_attention_that_can_run_is_what_was_asked_for(gpus) -> None:
 
 
 def varlen_by_sdpa(query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa):
-    """What `torch.nn.attention.varlen.varlen_attn` is for half precision on a GPU, by its documentation."""
-    assert starts.dtype == torch.int32 and starts is key_starts and longest == longest_key == int(starts.diff().max())
+    """What `torch.nn.attention.varlen.varlen_attn` is for half precision on a GPU, by its documentation: causal from
+    the end of the keys."""
+    lengths, key_lengths = starts.diff().tolist(), key_starts.diff().tolist()
+    assert (starts.dtype, key_starts.dtype, longest, longest_key) == (
+        *[torch.int32] * 2,
+        max(lengths),
+        max(key_lengths),
+    )
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16
-    queries, keys, values = (each.transpose(0, 1)[None] for each in (query, key, value))
     assert window_size in ((-1, 0), (-1, -1)) and enable_gqa == (query.shape[1] != key.shape[1])
-    is_causal = window_size == (-1, 0)
-    out = packed_attention(queries, keys, values, starts.tolist(), scale=scale, is_causal=is_causal)
-    return out[0].transpose(0, 1)
+    parts = []
+    for q, k, v in zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths)):
+        seen = torch.ones(len(q), len(k), dtype=torch.bool)
+        if window_size == (-1, 0):
+            seen = seen.tril(len(k) - len(q))
+        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def test_varlen_attention_gives_what_the_loop_gives_in_both_towers(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_sdpa)
     mixer = Mixer(model.config, 0)
-    inputs = pack([mixer.example(2), mixer.example(0), mixer.example(1)]).model_inputs()
+    prompt, end = mixer.example(1), int(min(model.config.visual_token_ids)) - 1
+    prompt.append([end], is_trained=False)
+    prompt.loss_mask = [False] * len(prompt)
+    siblings = [prompt.sibling(), prompt.sibling()]
+    for one, ids in zip(siblings, ([5, 6], [7, 8, 9])):
+        one.append(ids, is_trained=True)
+    inputs = pack([mixer.example(2), *siblings, mixer.example(0)], share_prompts=True).model_inputs()
+    assert inputs["parents"].tolist() == [-1, -1, 1, 1, -1]
     other = copy.deepcopy(model)
     other.set_attn_implementation(attention.PACKED_VARLEN)
     padded = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[0, 1, 1]])}

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -200,8 +199,10 @@ class Varlen:
     longest: int
 
     def read(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        from torch.nn.attention import varlen  # not in every torch that is taken
+
         device = query.device
-        out = varlen_attn(
+        out = varlen.varlen_attn(
             query,
             keys.transpose(1, 2),
             values.transpose(1, 2),

@@ -16,6 +16,7 @@ from torch import Tensor
 from looktwice.engine.attention import HIDDEN, Alone, Chunk, Prompts, Reader, Rows, Singles, Varlen
 from looktwice.engine.scheduler import Feed
 from looktwice.engine.state import Sequence
+from looktwice.model.attention import has_varlen
 from looktwice.model.exact import is_exact
 
 PAGED_TOKENS = 256
@@ -35,7 +36,10 @@ class Reading:
         self.device = device
         is_gpu = device.type == "cuda"
         self.has_paged_attention = (
-            is_gpu and torch.cuda.get_device_capability(device) >= (8, 0) and not page_size % PAGED_TOKENS
+            is_gpu
+            and has_varlen("block_table")
+            and torch.cuda.get_device_capability(device) >= (8, 0)
+            and not page_size % PAGED_TOKENS
         )
 
     def readers(self, feeds: list[Feed], dtype: torch.dtype) -> list[Reader]:

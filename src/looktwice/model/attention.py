@@ -9,7 +9,7 @@ sees besides itself, or -1.
 from __future__ import annotations
 
 from inspect import signature
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -57,13 +57,13 @@ def pick_attention(name: AttnImplementation, device: str, *, is_bf16: bool) -> s
     return "flash_attention_2" if is_flash_attn_2_available() else PACKED_VARLEN if has_varlen() else "sdpa"
 
 
-def has_varlen() -> bool:
-    """Whether this torch has attention over sequences of any lengths, with fewer key heads than query heads."""
+def has_varlen(option: str = "enable_gqa") -> bool:
+    """Whether this torch has attention over sequences of any lengths, with this option."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return "enable_gqa" in signature(varlen_attn).parameters
+    return option in signature(varlen_attn).parameters
 
 
 def _least_capability(device: str) -> tuple[int, int]:
@@ -95,8 +95,8 @@ def packed_inputs(
         # by `to`, which unlike `tensor` does not wait for the device
         starts = torch.tensor(cu_seqlens, dtype=torch.int32).to(like.device, non_blocking=True)
         longest = max(end - start for start, end in pairwise(cu_seqlens))
-        lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-        return {"attention_mask": None, **lengths}
+        inputs = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+        return {"attention_mask": None, **inputs, **_keys_of_segments(cu_seqlens, parents, like.device)}
     if implementation == "eager":
         return {"attention_mask": _additive_mask(cu_seqlens, parents, is_causal=is_causal, like=like)}
     if implementation == "flex_attention":
@@ -108,7 +108,24 @@ def packed_inputs(
 
 def shares_prompts(implementation: str) -> bool:
     """Whether siblings of a row may have their prompt in it once."""
-    return implementation in (PACKED_SDPA, "eager", "flex_attention")
+    return implementation in (PACKED_SDPA, PACKED_VARLEN, "eager", "flex_attention")
+
+
+def _keys_of_segments(cu_seqlens: list[int], parents: list[int] | None, device: torch.device) -> dict[str, Any]:
+    """For varlen attention: the places `seen` [N] of the keys of each segment, those of its parent before its own, and
+    where each begins. Nothing where none has a parent."""
+    if parents is None:
+        return {}
+    spans = [*pairwise(cu_seqlens)]
+    seen = [[spans[parent], own] if parent >= 0 else [own] for own, parent in zip(spans, parents)]
+    lengths = [sum(end - start for start, end in both) for both in seen]
+    places = torch.cat([torch.arange(start, end) for both in seen for start, end in both])
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return {
+        "seen": places.to(device, non_blocking=True),
+        "cu_seq_lens_k": starts.to(device, non_blocking=True),
+        "max_length_k": max(lengths),
+    }
 
 
 def _owners(cu_seqlens: list[int], device: torch.device) -> Tensor:
@@ -224,7 +241,10 @@ def _packed_varlen(
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int = 0,
+    max_length_k: int = 0,
+    seen: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The same by torch's flash-attention over sequences, in half precision on a CUDA GPU. Not yet run on one."""
@@ -238,14 +258,16 @@ def _packed_varlen(
     # autocast does not know it; a norm's float32 weight leaves queries in float32
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     queries, keys, values = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
+    if seen is not None:
+        keys, values = keys.index_select(0, seen), values.index_select(0, seen)
     out: Any = varlen.varlen_attn(
         queries,
         keys,
         values,
         cu_seq_lens_q,
-        cu_seq_lens_q,
+        cu_seq_lens_k,
         max_length_q,
-        max_length_q,
+        max_length_k,
         scale=scaling,
         window_size=(-1, 0) if (module.is_causal if is_causal is None else is_causal) else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
