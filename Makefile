@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/rollout.py
-	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/numerics.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
