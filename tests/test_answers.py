@@ -10,9 +10,7 @@ from looktwice.answers import (
     MAX_ANSWER_CHARS,
     answers_match,
     extract_answer,
-    extract_choice,
     find_answer_block,
-    normalise_answer,
     split_thinking,
     strip_tool_text,
     unwrapped,
@@ -56,9 +54,13 @@ def test_thinking_ends_at_the_first_closing_tag(text, thinking, rest):
         ("<think>x</think><tool_call>[1, 2, 3, 4]</tool_call>STOP", "STOP"),
         ("<think>still thinking", None),
         ("", None),
+        ("<think>draft <answer>a</answer></think>STOP", "STOP"),
+        ("<think>cut <answer>a</answer>", None),
+        ("<think>x</think><answer>STOP</answer><think><answer>a</answer></think>", "STOP"),
+        ("<think>x</think><answer>STOP</answer><think><answer>a</answer>", "STOP"),
     ],
 )
-def test_answer_is_the_last_complete_block_or_what_follows_the_thinking(text, answer):
+def test_answer_is_the_last_complete_block_after_the_thinking_or_what_follows_it(text, answer):
     assert extract_answer(text) == answer
 
 
@@ -71,7 +73,7 @@ def test_answer_block_is_given_whole():
 def test_no_text_breaks_the_extraction(text):
     answer = extract_answer(text)
     assert answer is None or answer == answer.strip() != ""
-    extract_choice(text, ["red", "blue"])
+    find_answer_block(text)
 
 
 @given(st.text(st.characters(exclude_characters="<\\")), st.text(st.characters(exclude_characters="<")))
@@ -119,107 +121,10 @@ def test_tool_text_is_removed_call_by_call():
 def test_repeated_marks_take_linear_time(text):
     start = time.perf_counter()
     extract_answer(text * 4000)
-    extract_choice(text * 4000, ["red", "blue"])
+    answers_match(text * 90, text * 80 + "B")
     strip_tool_text(text * 4000)
     unwrapped(text * 4000)
     assert time.perf_counter() - start < 1.0
-
-
-@pytest.mark.parametrize(
-    ("prediction", "solution"),
-    [
-        ("STOP", "STOP"),
-        ("  the\n stop sign. ", "Stop sign"),
-        ("\u201cred\u201d", "red"),
-        ("**Red**", "red"),
-        ("?", "?"),
-        ("Pepsi", "Dr. Pepper/Pepsi"),
-        ("Dr. Pepper/Pepsi", "Dr. Pepper/Pepsi"),
-        ("five", "5/five"),
-        ("12/05/2020", "12/05/2020"),
-        ("km/h", "km/h"),
-        ("N/A", "N/A"),
-        ("7.0", "7"),
-        ("7", "7.0"),
-        ("seven", "7"),
-        ("1,234,567", "1234567"),
-        ("-3", "\u22123.00"),
-        (".5", "1/2"),
-        ("1/2", "0.5"),
-        ("50 %", "50%"),
-        ("$5.00", "$5"),
-        ("Yes, it is.", "yes"),
-        ("No", "no"),
-        ("(B)", "B"),
-        ("b.", "B"),
-        ("B. red", "B"),
-        ("The answer is (B)", "B"),
-        ("B", "(B) red"),
-        ("red", "(B) red"),
-        ("B", "B. red"),
-        ("B) red", "(B) red"),
-        ("0.00001", "1e-05"),
-        ("1 \\times 10^{-5}", "1e-05"),
-        ("1.2 x 10^3", "1200"),
-        ("2.5E3", "2,500"),
-        ("0.1", "0.10000000149011612"),
-        ("0.3", "0.30000000000000004"),
-        ("12.34", "12.3400001526"),
-        ("10000.1", "10000.099609375"),
-        ("R&B", "R&amp;B"),
-        ("red", "red\u200b"),
-        ("5%", "5\\%"),
-        ("1/2", "\\frac{1}{2}"),
-        ("1,234", "1{,}234"),
-        ("$7$", "7"),
-        ("7", "$7$/seven"),
-    ],
-)
-def test_right_answer_in_another_writing_matches(prediction, solution):
-    assert answers_match(prediction, solution)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "solution"),
-    [
-        (None, "STOP"),
-        ("", "STOP"),
-        ("", ""),
-        ("!", ""),
-        ("STOP or GO", "STOP"),
-        ("2020", "12/05/2020"),
-        ("h", "km/h"),
-        ("A", "N/A"),
-        ("3", "3/4"),
-        ("70", "7"),
-        ("7 apples", "7"),
-        ("1,2", "12"),
-        ("50", "50%"),
-        ("1/0", "0"),
-        ("yes and no", "yes"),
-        ("nothing", "no"),
-        ("Yes, " + "x" * 60, "yes"),
-        ("A or B", "B"),
-        ("a or b", "B"),
-        ("C", "B"),
-        ("(A) B", "B"),
-        ("a bus", "A"),
-        ("blue", "(B) red"),
-        ("cat", "a"),
-        ("a", "a cat"),
-        ("B", "A B"),
-        ("vitamin", "vitamin a"),
-        ("0.11", "0.10000000149011612"),
-        ("16777216", "16777217"),
-        ("1234567.9", "1234567.891"),
-        ("0.1", "1e-05"),
-        ("1e-05", "1e-06"),
-        ("red", "red <answer>blue</answer>"),
-        ("STOP " + "x" * MAX_ANSWER_CHARS, "STOP"),
-    ],
-)
-def test_wrong_or_hedged_answer_does_not_match(prediction, solution):
-    assert not answers_match(prediction, solution)
 
 
 def test_answer_that_is_too_long_never_matches():
@@ -241,57 +146,3 @@ def test_no_pair_breaks_the_judge(prediction, solution):
 @given(st.integers(), st.integers(0, 99))
 def test_numbers_match_with_and_without_separators(whole, hundredths):
     assert answers_match(f"{whole:,}.{hundredths:02}", f"{whole}.{hundredths:02}0")
-
-
-def test_normalised_answer_keeps_lone_letters_and_signs():
-    assert normalise_answer(" The  Cat's \u201chat\u201d. ") == "cat's \"hat"
-    assert normalise_answer("A") == "a"
-    assert normalise_answer("...") == "..."
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("<answer>B</answer> or rather A", "B"),  # 1 answer block
-        ("(A) at first, then \\boxed{C}", "C"),  # 2 boxed
-        ("\\boxed{\\text{B}}", "B"),
-        ("(A) is tempting. The answer is c.", "C"),  # 3 stated
-        ("The answer is A. No, the answer is B.", "B"),
-        ("Final answer: option D", "D"),
-        ("The answer is a blue one", "B"),
-        ("I would pick (b).", "B"),  # 4 in parentheses
-        ("The object(s) at f(a) are (B)", "B"),
-        ("B. A red bus", "B"),  # 5 at the start
-        ("B. Neither A nor C", "B"),
-        ("b) red", "B"),
-        ("It must be D", "D"),  # 6 lone letter
-        ("A", "A"),
-        ("a", "A"),
-        ("B, a red bus", "B"),
-        ("I think C", "C"),
-        ("Option A", "A"),
-        ("it is the red one", "A"),  # 7 only option text contained
-        ("dark blue", "C"),
-        ("(A) or (B)", None),  # several letters
-        ("A or B", None),
-        ("B and C", None),
-        ("a red or blue bus", None),
-        ("A bus", None),
-        ("(E)", None),  # not an option
-        ("The answer is E", None),
-        ("reddish", None),
-        ("scarred", None),
-        ("<think>B", None),
-        ("", None),
-    ],
-)
-def test_choice_follows_the_order_of_the_harnesses(text, letter):
-    assert extract_choice(text, ["red", "blue", "dark blue", "green"]) == letter
-
-
-@pytest.mark.parametrize(
-    ("prediction", "solution"), [("7", "\uff17"), ("7", r"\fbox{7}"), (r"\fbox{\text{cup}}", "cup")]
-)
-def test_full_width_digits_and_another_box_of_latex_are_read(prediction: str, solution: str) -> None:
-    assert answers_match(prediction, solution)
-    assert answers_match(solution, prediction)

@@ -29,7 +29,7 @@ LAYERS = (
     ("config", "messages", "calls", "model.configuration", "model.location"),
     ("processing",),
     ("model", "serving.modeling_ovis2_5"),
-    ("engine", "rollout", "answers", "grounding", "rewards", "custom_reward"),
+    ("engine", "rollout", "judging", "answers", "grounding", "rewards", "custom_reward"),
     ("data",),
     ("formats",),
     ("checking",),

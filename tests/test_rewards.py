@@ -193,7 +193,7 @@ def test_every_rollout_is_paid_within_the_bounds(text, calls, solution, name):
         ("<think>Hm.</think><answer>$7$</answer>", True),
         ("x" * 1000, True),
         ("x" * 1001, False),
-        (f"cup / {'x' * 1001}", True),
+        (("cup", "x" * 1001), True),
         ("<answer>a cup", False),
         ("a cup</answer>", False),
     ],

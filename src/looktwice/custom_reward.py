@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
+from looktwice.answers import Solution
 from looktwice.config import check_reward
 from looktwice.errors import ConfigError, nearest, short
 from looktwice.rewards import REWARD_PRESETS, PresetReward, Reward, RewardFunction
@@ -23,7 +24,8 @@ from looktwice.rollout.trajectory import Trajectory
 
 class CustomReward:
     """Calls a function with (trajectory, solution), which gives a finite number, or a mapping of named ones that are
-    added up (`accuracy` among them is what groups are filtered by).
+    added up (`accuracy` among them is what groups are filtered by). The solution is a text, or a tuple of texts where
+    the data lists several right answers.
 
     An `async` function is awaited for all rollouts of a step at once. One whose first parameter is `trajectories` gets
     lists of both and gives a list. What raises, gives anything else or takes longer than `seconds` is tried `retries`
@@ -35,7 +37,7 @@ class CustomReward:
         self.seconds = seconds
         self.retries = retries
 
-    def __call__(self, rollouts: Sequence[tuple[Trajectory, str]]) -> list[Reward]:
+    def __call__(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
         """The reward of each rollout and its gold answer."""
         if _first_parameter(self.function) == "trajectories":
             return self._of_all(rollouts)
@@ -53,7 +55,7 @@ class CustomReward:
                 failure = error
         return failed(failure)
 
-    def _of_all(self, rollouts: Sequence[tuple[Trajectory, str]]) -> list[Reward]:
+    def _of_all(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
         trajectories, solutions = [[*column] for column in zip(*rollouts)] or [[], []]
 
         def call() -> list[Any]:
@@ -73,10 +75,10 @@ class CustomReward:
                 return [_rewarded(value) for value in values]
         return [failed(failure) for _ in rollouts]
 
-    async def _at_once(self, rollouts: Sequence[tuple[Trajectory, str]]) -> list[Reward]:
+    async def _at_once(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
         return await asyncio.gather(*(self._awaited(*pair) for pair in rollouts))
 
-    async def _awaited(self, trajectory: Trajectory, solution: str) -> Reward:
+    async def _awaited(self, trajectory: Trajectory, solution: Solution) -> Reward:
         failure: BaseException | None = None
         for _ in range(1 + self.retries):
             try:

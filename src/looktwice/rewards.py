@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from looktwice.answers import alternatives, answers_match, extract_answer, split_thinking, strip_tool_text
+from looktwice.answers import Solution, answers_match, extract_answer, golds, split_thinking, strip_tool_text
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 from looktwice.processing.chat_template import EARLY_STOP
@@ -72,7 +72,7 @@ class Reward:
         return self.parts.get("accuracy", self.total)
 
 
-def score(trajectory: Trajectory, solution: str, preset: RewardPreset = ROBUST) -> Reward:
+def score(trajectory: Trajectory, solution: Solution, preset: RewardPreset = ROBUST) -> Reward:
     """The four terms of one rollout: accuracy by rules, format, length of reasoning, region use."""
     text = trajectory.text
     is_right = answers_match(extract_answer(text), solution)
@@ -94,7 +94,7 @@ def score(trajectory: Trajectory, solution: str, preset: RewardPreset = ROBUST) 
     return Reward(total=sum(parts.values()), parts=parts)
 
 
-RewardFunction = Callable[[Sequence[tuple[Trajectory, str]]], list[Reward]]
+RewardFunction = Callable[[Sequence[tuple[Trajectory, Solution]]], list[Reward]]
 """The rewards of rollouts with their gold answers."""
 
 
@@ -104,14 +104,14 @@ class PresetReward:
 
     preset: RewardPreset = ROBUST
 
-    def __call__(self, rollouts: Sequence[tuple[Trajectory, str]]) -> list[Reward]:
+    def __call__(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
         return [score(trajectory, solution, self.preset) for trajectory, solution in rollouts]
 
 
-def can_be_earned(solution: str) -> bool:
-    """Whether any answer is right for this gold answer: one that says it, or one of its alternatives, as models do."""
+def can_be_earned(solution: Solution) -> bool:
+    """Whether any answer is right for this gold answer: one that says it, or one of several, as models do."""
     thinking = f"{THINK_OPEN}{THINK_CLOSE}\n\n"
-    written = (f"{thinking}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}" for answer in alternatives(solution))
+    written = (f"{thinking}{ANSWER_OPEN}{answer}{ANSWER_CLOSE}" for answer in golds(solution))
     return any(score(Trajectory(prompt_ids=[], text=text), solution).accuracy for text in written)
 
 

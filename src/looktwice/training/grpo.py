@@ -15,6 +15,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from looktwice.answers import Solution
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.custom_reward import load_reward
 from looktwice.data.examples import processor_for
@@ -238,7 +239,7 @@ def sample_episodes(learner: Learner, groups: Sequence[Sequence[Episode]], confi
         return learner.numerics() if config.exact else {}
 
 
-def rewarded(played: Sequence[tuple[Trajectory, str]], pay: RewardFunction) -> list[Reward]:
+def rewarded(played: Sequence[tuple[Trajectory, Solution]], pay: RewardFunction) -> list[Reward]:
     """The rewards of finished rollouts with their gold answers; failed where the rollout did, by no fault of the
     policy."""
     failures = [failure_of(trajectory) for trajectory, _ in played]

@@ -1,0 +1,163 @@
+"""Units of measurement: which names mean the same one, and how large it is."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Unit(NamedTuple):
+    """What is measured, and how many basic units one of these is: kilometres are Unit("length", Fraction(1000))."""
+
+    dimension: str
+    scale: Fraction
+
+
+_PREFIXES = {
+    "T": ("tera", 12),
+    "G": ("giga", 9),
+    "M": ("mega", 6),
+    "k": ("kilo", 3),
+    "h": ("hecto", 2),
+    "": ("", 0),
+    "d": ("deci", -1),
+    "c": ("centi", -2),
+    "m": ("milli", -3),
+    "μ": ("micro", -6),
+    "n": ("nano", -9),
+}
+
+_METRIC = (
+    # dimension, prefixes in use (a blank for none), symbols, names, value
+    ("length", "k dcmμn", ("m",), ("meter", "metre"), 1),
+    ("mass", "k mμ", ("g",), ("gram", "gramme"), 1),
+    ("volume", "h dcmμ", ("L", "l"), ("liter", "litre"), Fraction(1, 1000)),
+    ("time", " mμn", ("s",), ("second",), 1),
+    ("power", "TGMk mμ", ("W",), ("watt",), 1),
+    ("energy", "GMk m", ("J",), ("joule",), 1),
+    ("energy", "TGMk ", ("Wh",), ("watt hour", "watthour"), 3600),
+    ("voltage", "Mk mμ", ("V",), ("volt",), 1),
+    ("current", "k mμn", ("A",), ("ampere", "amp"), 1),
+    ("charge", "k m", ("Ah",), ("amp hour",), 3600),
+    ("resistance", "GMk m", ("Ω",), ("ohm",), 1),
+    ("frequency", "TGMk ", ("Hz",), ("hertz",), 1),
+    ("force", "Mk m", ("N",), ("newton",), 1),
+    ("pressure", "GMkh ", ("Pa",), ("pascal",), 1),
+    ("pressure", " m", ("bar",), ("bar",), 100_000),
+    ("data", "TGMk ", ("B",), ("byte",), 8),
+    ("data", "TGMk ", ("b", "bit"), ("bit",), 1),
+    ("food energy", "k ", ("cal",), ("calorie",), 1),
+    ("temperature", " ", ("K",), ("kelvin",), 1),
+)
+
+_OTHERS = (
+    # dimension, value, what it is called in lower case
+    ("percent", 1, "%", "percent", "per cent", "pct"),
+    ("angle", 1, "°", "deg", "degree"),
+    ("celsius", 1, "°c", "degree celsius", "degrees celsius", "celsius", "degree centigrade", "degrees centigrade"),
+    ("fahrenheit", 1, "°f", "degree fahrenheit", "degrees fahrenheit", "fahrenheit"),
+    ("time", 60, "min", "minute"),
+    ("time", 3600, "h", "hr", "hour"),
+    ("time", 86_400, "day"),
+    ("time", 604_800, "week"),
+    ("year", 1, "year", "yr"),
+    ("month", 1, "month"),
+    ("mass", 1_000_000, "t", "tonne", "metric ton"),
+    ("mass", Fraction(45359237, 100_000), "lb", "lbs", "pound"),
+    ("mass", Fraction(45359237, 1_600_000), "oz", "ounce"),
+    ("length", Fraction(254, 10_000), "in", "inch", "inches"),
+    ("length", Fraction(3048, 10_000), "ft", "foot", "feet"),
+    ("length", Fraction(9144, 10_000), "yd", "yard"),
+    ("length", Fraction(1_609_344, 1000), "mi", "mile"),
+    ("volume", Fraction(3_785_411_784, 10**12), "gal", "gallon"),
+    ("speed", Fraction(1_609_344, 3_600_000), "mph"),
+    ("speed", Fraction(1000, 3600), "kph", "kmh"),
+    ("data", 8 * 1024, "kib"),
+    ("data", 8 * 1024**2, "mib"),
+    ("data", 8 * 1024**3, "gib"),
+    ("data", 8_000, "kb"),
+    ("data", 8_000_000, "mb"),
+    ("data", 8_000_000_000, "gb"),
+    ("data rate", 1_000, "kbps"),
+    ("data rate", 1_000_000, "mbps"),
+    ("data rate", 1_000_000_000, "gbps"),
+    ("ordinal", 1, "st", "nd", "rd", "th"),
+    ("dollar", 1, "$", "us$", "usd", "dollar", "us dollar"),
+    ("dollar", Fraction(1, 100), "¢", "cent"),
+    ("euro", 1, "€", "eur", "euro"),
+    ("pound sterling", 1, "£", "gbp", "pound sterling", "pounds sterling"),
+    ("yen", 1, "¥", "jpy", "yen", "円"),
+    ("yuan", 1, "cny", "rmb", "yuan", "元"),
+    ("rupee", 1, "₹", "rs", "rs.", "inr", "rupee"),
+    ("franc", 1, "chf"),
+    ("won", 1, "₩", "krw", "won"),
+    ("year", 1, "年"),
+)
+CURRENCIES = ("us$", "$", "€", "£", "¥", "₹", "₩", "usd", "eur", "gbp", "jpy", "cny", "rmb", "inr", "chf", "rs.", "rs")
+"""What may stand before a number."""
+
+_QUOTIENTS = {"length/time": "speed", "data/time": "data rate"}
+_POWERS = {"length^3": "volume"}
+_POWER = re.compile(r"(.*?[^\W\d])\^?([23])")
+_POWER_WORDS = re.compile(r"(square|sq\.?|cubic|cu\.?) (.+)", re.IGNORECASE)
+
+
+def unit_of(text: str) -> Unit | None:
+    """The unit that a plain text names, or None. Case tells mW from MW, and is passed over where it tells nothing.
+
+    Known are metric and the usual imperial units, currencies, percent, powers (`m^2`, "square metres") and one
+    division (`km/h`, "metres per second").
+    """
+    above, *below = (_raised(part) for part in re.split(r"\s*/\s*|\s+per\s+", text))
+    if above is None or not below:
+        return above
+    if len(below) > 1 or below[0] is None:
+        return None
+    dimension = f"{above.dimension}/{below[0].dimension}"
+    return Unit(_QUOTIENTS.get(dimension, dimension), above.scale / below[0].scale)
+
+
+def _raised(text: str) -> Unit | None:
+    """A unit without a division, perhaps raised to the second or third power."""
+    if unit := _simple(text):
+        return unit
+    if named := _POWER_WORDS.fullmatch(text):
+        unit, power = _simple(named[2]), 2 if named[1].casefold().startswith("sq") else 3
+    elif raised := _POWER.fullmatch(text):
+        unit, power = _simple(raised[1]), int(raised[2])
+    if unit is None:
+        return None
+    dimension = f"{unit.dimension}^{power}"
+    return Unit(_POWERS.get(dimension, dimension), unit.scale**power)
+
+
+def _simple(text: str) -> Unit | None:
+    exact, folded = _tables()
+    if text in exact or (len(text) == 1 and text.isupper()):
+        return exact.get(text)
+    is_about_case = len(text) < 4 and text[:1] in ("M", "m") and not (text.isupper() or text.islower())
+    return None if is_about_case else folded.get(text.casefold().rstrip("."))
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[dict[str, Unit], dict[str, Unit]]:
+    """Units by what they are called: by the symbols in which case matters, and by anything in lower case."""
+    symbols_of: dict[str, Unit] = {}
+    folded: dict[str, Unit] = {}
+    for dimension, prefixes, symbols, names, value in _METRIC:
+        for prefix in map(str.strip, prefixes):
+            name_of_prefix, power = _PREFIXES[prefix]
+            unit = Unit(dimension, Fraction(10) ** power * value)
+            symbols_of.update({prefix + symbol: unit for symbol in symbols})
+            folded.update({name_of_prefix + name + plural: unit for name in names for plural in ("", "s")})
+    for dimension, value, *called in _OTHERS:
+        folded.update({name + plural: Unit(dimension, Fraction(value)) for name in called for plural in ("", "s")})
+    meanings: dict[str, set[Unit]] = {}
+    for symbol, unit in symbols_of.items():
+        meanings.setdefault(symbol.casefold(), set()).add(unit)
+    for symbol, units in meanings.items():
+        if len(units) == 1:
+            folded.setdefault(symbol, *units)
+    return symbols_of, folded

@@ -1,0 +1,161 @@
+"""The verdict: whether an answer says what the gold answer says, by the kind of the gold answer."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import lru_cache
+
+from looktwice.judging.choices import picked, read_choice
+from looktwice.judging.mathematics import equal_in_mathematics, is_mathematics, without_spaces
+from looktwice.judging.moments import read_moment
+from looktwice.judging.quantities import read_quantity
+from looktwice.judging.wording import bare, plain, words
+
+Judge = Callable[[str], bool]
+"""Whether a plain text says what one gold answer says."""
+Kind = Callable[[str], Judge | None]
+"""The judge of a gold answer that is of this kind, else None."""
+
+_STATEMENT = re.compile(
+    r"(?:(?:it|this|that|he|she|they|these|those|there)(?: is|'s| are|'re) )?(?:the )?", re.IGNORECASE
+)
+"""What an answer may begin with before it says something: "It's the"."""
+_OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+_SUBJECT = "(?:it|they|he|she|there|this|that|i|we|you)"
+_YES_NO = re.compile(rf"(yes|no|true|false)(?:(?:\s*[,.;:!-]\s*|\s+(?={_SUBJECT}\b))(?![\s\d])(.+))?")
+_PLAIN_YES_NO = re.compile(rf"(yes|no|true|false)(?:,? {_SUBJECT} \w+(?: not|n't)?)?")
+_HEDGES = {"but", "however", "maybe", "perhaps", "unless", "except", "or"}
+_NEGATIONS = {"not", "never", "isn't", "aren't", "doesn't", "don't", "cannot", "can't", "wasn't", "weren't"}
+_MAX_YES_NO_CHARS = 48
+_SEPARATOR = re.compile(r"\s*(?:[;\n]|,(?![0-9]{3}(?![0-9]))|,\s+)\s*(?:and\s+|&\s*)?|\s+(?:and|&)\s+")
+_COMMA = re.compile(r"\s*,\s*")
+_BRACKETS = {"[": "]", "(": ")", "{": "}"}
+
+
+def says_the_same(prediction: str, gold: str) -> bool:
+    """Whether a short answer says what the gold answer says.
+
+    Equal to the letter is right. Else the gold answer alone decides how it is judged, as the first it can be read as:
+    an option, yes or no, a date or time, a quantity, mathematics, a list; and as words otherwise.
+    """
+    return _says(prediction, gold, _ALL_KINDS)
+
+
+def _says(prediction: str, gold: str, kinds: tuple[Kind, ...]) -> bool:
+    if _tidy(prediction) == _tidy(gold):
+        return bool(_tidy(prediction))
+    said = plain(prediction)
+    judge = _judge_of(plain(gold), kinds)
+    start = _STATEMENT.match(said)
+    return judge(said) or bool(start and start.end() and judge(said[start.end() :]))
+
+
+@lru_cache(maxsize=1024)
+def _judge_of(gold: str, kinds: tuple[Kind, ...]) -> Judge:
+    """How answers to one question are judged, from its gold answer as a plain text."""
+    for kind in kinds:
+        if judge := kind(gold):
+            return judge
+    return _words(gold)
+
+
+def _tidy(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _words(gold: str) -> Judge:
+    wanted = words(gold)
+    return lambda said: words(said) == wanted
+
+
+def _choice(gold: str) -> Judge | None:
+    option = read_choice(gold)
+    if option is None:
+        return None
+
+    def judge(said: str) -> bool:
+        pick = picked(said)
+        if pick is None:
+            is_text = option.is_either and option.text and _says(said, option.text, _KINDS_OF_OPTIONS)
+            return bool(is_text) or words(said) == words(gold)
+        if pick.letter != option.letter:
+            return False
+        if pick.text and option.text:
+            return _says(pick.text, option.text, _KINDS_OF_OPTIONS)
+        return option.is_either
+
+    return judge
+
+
+def _yes_or_no(gold: str) -> Judge | None:
+    stated_gold = _PLAIN_YES_NO.fullmatch(bare(gold).casefold())
+    if stated_gold is None:
+        return None
+    wanted = stated_gold[1]
+
+    def judge(said: str) -> bool:
+        said = bare(said).casefold()
+        stated = _YES_NO.fullmatch(said)
+        if stated is None or stated[1] != wanted or len(said) >= _MAX_YES_NO_CHARS:
+            return False
+        rest = set(re.findall(r"[\w']+", stated[2] or ""))
+        is_denied = wanted in ("yes", "true") and rest & _NEGATIONS
+        return not (is_denied or rest & _HEDGES or _OPPOSITES[wanted] in rest)
+
+    return judge
+
+
+def _moment(gold: str) -> Judge | None:
+    wanted = read_moment(gold)
+    return wanted and (lambda said: read_moment(said) == wanted)
+
+
+def _quantity(gold: str) -> Judge | None:
+    wanted = read_quantity(gold)
+    if wanted is None:
+        return None
+
+    def judge(said: str) -> bool:
+        quantity = read_quantity(said)
+        return quantity is not None and wanted.equals(quantity)
+
+    return judge
+
+
+def _mathematics(gold: str) -> Judge | None:
+    if not is_mathematics(gold):
+        return None
+    return lambda said: without_spaces(said) == without_spaces(gold) or equal_in_mathematics(said, gold)
+
+
+def _list(gold: str) -> Judge | None:
+    opened, wanted = _parts(gold, _SEPARATOR)
+    if len(wanted) < 2:
+        return None
+
+    def judge(said: str) -> bool:
+        if words(_SEPARATOR.sub(" ", said)) == words(_SEPARATOR.sub(" ", gold)):
+            return True
+        for separator in (_SEPARATOR, _COMMA):
+            opened_by, parts = _parts(said, separator)
+            if len(parts) == len(wanted) and (not opened or not opened_by or opened == opened_by):
+                return all(_says(part, one, _KINDS_OF_PARTS) for part, one in zip(parts, wanted))
+        return False
+
+    return judge
+
+
+def _parts(text: str, separator: re.Pattern[str]) -> tuple[str, list[str]]:
+    """(the bracket around a list, "" without one; what stands between its separators)."""
+    text = bare(text)
+    opened = text[:1] if _BRACKETS.get(text[:1]) == text[-1:] else ""
+    parts = separator.split(text[1:-1] if opened else text)
+    return opened, [bare(part) for part in parts if part.strip()]
+
+
+_SINGLE = (_yes_or_no, _moment, _quantity, _mathematics)
+_KINDS_OF_PARTS: tuple[Kind, ...] = (_choice, *_SINGLE)
+_KINDS_OF_OPTIONS: tuple[Kind, ...] = (*_SINGLE, _list)
+_ALL_KINDS: tuple[Kind, ...] = (_choice, *_SINGLE, _list)
