@@ -120,12 +120,12 @@ def answers_match(prediction: str | None, solution: Solution) -> bool:
     """Whether an extracted answer is right by rules: whether it says the same as one of the gold answers.
 
     Both are unwrapped first; then `judging/verdict.py` decides by the kind of the gold answer (docs/answers.md has
-    examples). An answer of more than 1,000 characters is wrong.
+    examples). An answer of more than 1,000 characters is wrong, and one to a gold answer that long.
     """
     if prediction is None or len(prediction) > MAX_ANSWER_CHARS:
         return False
     prediction = unwrapped(prediction) or prediction
-    return any(says_the_same(prediction, gold) for gold in golds(solution))
+    return any(len(gold) <= MAX_ANSWER_CHARS and says_the_same(prediction, gold) for gold in golds(solution))
 
 
 def _last_boxed(text: str) -> str | None:

@@ -77,7 +77,7 @@ def samples(messages: st.SearchStrategy) -> st.SearchStrategy[Sample]:
         Sample,
         conversation=messages.map(lambda some: Conversation(messages=tuple(some))),
         box_frame=st.sampled_from([None, *BOX_FRAMES]),
-        solution=st.sampled_from(["red", "<image>", "a/b"]),
+        solution=st.sampled_from(["red", "<image>", "a/b", ("cup", "mug")]),
         gold_box=st.one_of(st.none(), BOXES),
         where=st.just("d:1"),
         field=st.just(""),

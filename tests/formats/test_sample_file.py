@@ -202,8 +202,12 @@ def test_one_leading_image_mark_is_taken_off_the_question(
         ({"image_path": "x", "QnA": [{**GOOD, "answer": True}]}, "QnA[0].answer: true or false where a text belongs"),
         ({"image_path": "x", "QnA": [{**GOOD, "answer": True}]}, 'belongs; write "yes" or "no"'),
         (
-            {"image_path": "x", "QnA": [{**GOOD, "answer": ["a", "b"]}]},
-            'belongs; write one text, "cup / mug" for either',
+            {"image_path": "x", "QnA": [{**GOOD, "answer": {"a": "b"}}]},
+            'answer: an object where a text belongs; write one text, or ["cup", "mug"] for either',
+        ),
+        (
+            {"image_path": "x", "QnA": [{**GOOD, "answer": ["a", None]}]},
+            "QnA[0].answer.1: null where a text belongs; write one text",
         ),
         ({"image_path": "x", "QnA": [{**GOOD, "answer": "<answer> </answer>"}]}, "QnA[0].answer: nothing in <answer>"),
         (
@@ -313,6 +317,12 @@ def test_values_that_are_missing_in_a_table_are_absent_and_numbers_stay_numbers(
     assert [sample.solution for sample in samples] == ["0.1", "a cup", "a cup"]
     assert [sample.gold_box for sample in samples] == [Box(1, 2, 3, 4), None, None]
     assert [sample.extra for sample in samples] == [{"score": 1.0}, {}, {}]
+
+
+def test_several_gold_answers_are_a_list_and_one_in_a_list_is_one(tmp_path: Path) -> None:
+    row = {"image_path": "x", "QnA": [{**GOOD, "answer": value} for value in (["cup", 2, "cup"], ["mug"])]}
+    samples = read_samples(write(tmp_path / "d.jsonl", row), "")
+    assert [sample.solution for sample in samples] == [("cup", "2"), "mug"]
 
 
 def test_the_gold_answer_of_ms_swift_is_read_and_ours_goes_before_it(tmp_path: Path) -> None:

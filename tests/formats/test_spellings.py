@@ -110,8 +110,8 @@ def test_of_two_questions_the_one_that_is_not_read_is_named(read, caplog) -> Non
         ({"instruction": "Q", "output": "A", "images": []}, "images: a row of alpaca without a picture"),
         ({"question": "Q", "answer": "A"}, "images: a row of VQA without a picture"),
         (
-            {"prompt": asked("<image>Q"), "images": ["a"], "reward_model": {"ground_truth": ["a", "b"]}},
-            "reward_model.ground_truth: a list where a text belongs",
+            {"prompt": asked("<image>Q"), "images": ["a"], "reward_model": {"ground_truth": ["a", ["b"]]}},
+            "reward_model.ground_truth.1: a list where a text belongs",
         ),
         ({"query": ["Q"], "images": ["a"]}, "query: a list where a text belongs; give one text"),
         ({"instruction": "Q", "input": 3, "images": ["a"]}, "input: a number where a text belongs; write it in quotes"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from looktwice.answers import find_answer_block, unwrapped
+from looktwice.answers import find_answer_block, golds
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, format_call, parse_call, split_calls
 from looktwice.config import SampleConfig, Stage
 from looktwice.data.image_files import ImageFacts, Source, decoded, inspect_all, measured
@@ -41,8 +41,12 @@ PLACEHOLDERS = (*(token for token in VISUAL_TOKENS if "_" not in token), "<audio
 """What formats write in a text for something that is shown, and this one may not."""
 _TOOL_TEXT = re.compile(r"</?\s?(?:tool|function)[_ -]?(?:response|result|output)s?\s?>|</?observation>", re.IGNORECASE)
 """The tags around what a tool says."""
-_MISSING = re.compile(r"nan|NaN|NAN|NaT|<NA>|#N/A|null|NULL|None|undefined|-?inf|-?Infinity")
-"""What programs write for a value that is not there."""
+_NOT_A_NUMBER = re.compile(r"nan|NaN|NAN|NaT|<NA>|#N/A")
+"""What programs write for a value that is not there, and nobody else does."""
+_MISSING = re.compile(r"null|NULL|None|undefined|-?inf|-?Infinity")
+"""What programs write for such a value, and people for others."""
+_SLASH = re.compile(r"[^\W\d_]\s+/\s+[^\W\d_]")
+"""How several answers were written into one text."""
 _COLLECTION = re.compile(r"[\[{].*[\"'].*[\]}]", re.DOTALL)
 _TOLD_BY_READERS = (
     *(BOX_REASONS[reason] for reason in ("no_box", "wrong_length", "not_a_number", "reversed")),
@@ -267,18 +271,22 @@ def turn_problems(sample: Sample, stage: Stage, view: View) -> Iterator[Problem]
 
 
 def gold_answer_problems(sample: Sample, view: View) -> Iterator[Problem]:
-    """What keeps a gold answer, judged as the reward judges it, from ever being given."""
-    gold = unwrapped(sample.solution)
+    """What keeps a gold answer, judged as the reward judges it, from ever being given, or is not what was meant."""
     tags = (TOOL_CALL_OPEN, TOOL_CALL_CLOSE, THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
-    tokens = [token for token in (*view.special_texts, *tags) if token in gold]
-    if tokens or not can_be_earned(sample.solution):
-        reason, what = "gold_unreachable", f"it has {', '.join(tokens)}" if tokens else f"{len(gold):,} characters"
-    elif _MISSING.fullmatch(gold) or _COLLECTION.fullmatch(gold):
-        reason, what = "gold_unlikely", "no answer in words or numbers"
-    else:
-        return
-    what = f'the gold answer "{short(gold)}": {what}'
-    yield Problem(reason=reason, where=sample.where, field=question_field(sample), what=what)
+    for gold in golds(sample.solution):
+        tokens = [token for token in (*view.special_texts, *tags) if token in gold]
+        if tokens or not can_be_earned(gold):
+            reason, what = "gold_unreachable", f"it has {', '.join(tokens)}" if tokens else f"{len(gold):,} characters"
+        elif _NOT_A_NUMBER.fullmatch(gold):
+            reason, what = "gold_missing", "what programs write for a value that is not there"
+        elif _MISSING.fullmatch(gold) or _COLLECTION.fullmatch(gold):
+            reason, what = "gold_unlikely", "no answer in words or numbers"
+        elif _SLASH.search(gold):
+            reason, what = "gold_slash", "one answer, slash and all"
+        else:
+            continue
+        what = f'the gold answer "{short(gold)}": {what}'
+        yield Problem(reason=reason, where=sample.where, field=question_field(sample), what=what)
 
 
 def text_problems(sample: Sample, message: Message, view: View) -> Iterator[Problem]:

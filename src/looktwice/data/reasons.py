@@ -55,12 +55,16 @@ REASONS: dict[str, Reason] = {
     # answers
     "no_target": _fatal("no assistant turn to train on", "add the answer, or use the row for R-GRPO"),
     "no_gold_answer": _fatal("no gold answer to judge rollouts by", 'add <answer>…</answer> or the field "answer"'),
-    "gold_unreachable": _note(
+    "gold_unreachable": _fatal(
         "a gold answer that no answer equals by the rules of the reward",
         "write the short answer alone, in at most 1,000 characters",
     ),
+    "gold_missing": _fatal("a gold answer that is NaN in words", "write the answer, or remove the row"),
+    "gold_slash": _note(
+        "a gold answer with a slash between words, which is one answer", 'write ["cup", "mug"] where either is right'
+    ),
     "gold_unlikely": _note(
-        "a gold answer that reads like a missing value, a list or an object",
+        "a gold answer that reads like null, infinity, a list or an object",
         "write it as a model would say it, or remove it",
     ),
     "no_answer_block": _note("an answer without <answer>", "add <answer>…</answer>; R-GRPO and evaluation need it"),

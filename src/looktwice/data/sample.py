@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from looktwice.answers import Solution
 from looktwice.geometry import Box, BoxFrame, PixelPolicy
 from looktwice.messages import Conversation, ImagePart, Message, TextPart
 
@@ -20,16 +21,17 @@ class Sample:
 
     Assistant texts hold their crop calls as `<tool_call>[x1, y1, x2, y2]</tool_call>`, the numbers as they were
     written, in `box_frame`; None means that nothing was said: the frame of the model. A call refers to the picture
-    that it names, else to the first. A picture is a path, or a `data:` URL that holds the picture itself. `solution` is
-    the short gold answer, "" without one; `gold_box` is in original pixels of the first picture. `where` is "file:line"
-    and `field` the place of the last answer in that row, such as "QnA[1].A3". `policy` are pixel bounds of its own,
-    where those of all would make it too long. `image_folder` is where relative paths of pictures were taken from.
-    `extra` are the fields of the row that mean nothing here; they go along when a file is converted.
+    that it names, else to the first. A picture is a path, or a `data:` URL that holds the picture itself. `solution`
+    is the short gold answer, "" without one, or several of which each is right; `gold_box` is in original pixels of
+    the first picture. `where` is "file:line" and `field` the place of the last answer in that row, such as
+    "QnA[1].A3". `policy` are pixel bounds of its own, where those of all would make it too long. `image_folder` is
+    where relative paths of pictures were taken from. `extra` are the fields of the row that mean nothing here; they
+    go along when a file is converted.
     """
 
     conversation: Conversation
     box_frame: BoxFrame | None = None
-    solution: str = ""
+    solution: Solution = ""
     gold_box: Box | None = None
     where: str
     field: str

@@ -12,7 +12,7 @@ from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
-from looktwice.answers import find_answer_block, unwrapped
+from looktwice.answers import Solution, after_thinking, find_answer_block, unwrapped
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, parse_call, split_calls
 from looktwice.data.problems import Partial, Problem, Tally
 from looktwice.data.reasons import BOX_REASONS
@@ -272,17 +272,19 @@ def _conversation(row: Fields, messages: Iterable[Message], answer_field: str) -
     return conversation
 
 
-def _solution(row: Fields, reading: Reading, conversation: Conversation, answer_field: str) -> str:
-    """The gold answer: its own field, else the last answer block."""
+def _solution(row: Fields, reading: Reading, conversation: Conversation, answer_field: str) -> Solution:
+    """The gold answer, or several: their own field, else the last answer block."""
     given = [name for name in ANSWER_FIELDS if _is_answer(row.values.get(name))]
     for name in given[1:]:
         if row.values[name] != row.values[given[0]]:
             reading.ignored.add(f'"{name}", because there is "{given[0]}"', row.where)
     if given:
-        return _gold_answer(row, given[0])
+        return _gold_answers(row, given[0])
     response = response_of(conversation)
     solution = find_answer_block(response)
-    if (solution is not None and not unwrapped(solution)) or (solution is None and ANSWER_OPEN in response):
+    if (solution is not None and not unwrapped(solution)) or (
+        solution is None and ANSWER_OPEN in after_thinking(response)
+    ):
         row.note(
             answer_field,
             "answer_block",
@@ -296,13 +298,27 @@ def _is_answer(value: object) -> bool:
     return value is not None and not (isinstance(value, (float, Decimal)) and not math.isfinite(value))
 
 
+def _gold_answers(row: Fields, name: str) -> Solution:
+    """The field of the gold answer: one, or in a list several; "" where a problem was noted."""
+    value = row.values[name]
+    if not isinstance(value, list) or not value:
+        return _gold_answer(row, name)
+    each = row.inside(dict(zip(map(str, range(len(value))), value)), known=(), path=f"{name}.")
+    answers = tuple(dict.fromkeys(_gold_answer(each, place) for place in each.values))
+    if not each.is_good:
+        return ""
+    return answers if len(answers) > 1 else answers[0]
+
+
 def _gold_answer(row: Fields, name: str) -> str:
-    """The field of a gold answer as a text, "" where a problem was noted."""
+    """One gold answer as a text, "" where a problem was noted."""
     value = row.values[name]
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return number_text(value)
-    if isinstance(value, (bool, list, dict)):
-        mend = 'write "yes" or "no"' if isinstance(value, bool) else 'write one text, "cup / mug" for either of two'
+    if value is None or isinstance(value, (bool, list, dict)):
+        mend = (
+            'write "yes" or "no"' if isinstance(value, bool) else 'write one text, or ["cup", "mug"] for either of two'
+        )
         row.note(name, "wrong_type", f"{kind_of(value)} where a text belongs; {mend}")
         return ""
     answer = (row.text(name) or "").strip()

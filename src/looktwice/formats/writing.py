@@ -56,7 +56,7 @@ class Writing:
         fields: dict[str, object] = {}
         found = find_answer_block(sample.response)
         if sample.solution and (sample.solution != found):
-            fields["answer"] = sample.solution
+            fields["answer"] = sample.solution if isinstance(sample.solution, str) else list(sample.solution)
         elif not sample.solution and (found is not None or ANSWER_OPEN in sample.response):
             self.lose(sample, "that the answer block is not the gold answer")
         if sample.gold_box:

@@ -5,28 +5,27 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from looktwice.judging.wording import plain
+from looktwice.judging.wording import bare, plain
 
 _OPTION = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])([.):]))\s+(\S.*)", re.DOTALL)
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:)]?")
 LAST_OF_SEVERAL = "H"
 """The last letter that stands before the text of an option: "T. Rex" is none."""
 _SURE_LETTERS = "ABCD"
-"""Options of "X. text" that a letter alone may stand for. E is one too, but not in "E. coli"."""
-_ONE_LOWER_WORD = re.compile(r"[a-z]+")
+"""Options of "X. text" whatever the text is; later letters are none in "E. coli" and "H. pylori"."""
 
 _CARRIERS = (
     *("so", "thus", "hence", "therefore", "the", "my", "final", "correct", "right", "best", "answer", "option"),
     *("choice", "letter", "is", "it", "it's", "i", "think", "believe", "choose", "pick", "select", "say", "go", "with"),
     *("would", "will", "must", "should", "be", "that", "this"),
 )
-_CARRIED = rf"(?:(?:{'|'.join(_CARRIERS)})(?:\s*[,:]\s*|\s+)|(?:答案|正确|选项|选择|应该|选|应|是|为)\s*[:,]?\s*)*"
+_CARRIED = rf"(?:(?:{'|'.join(_CARRIERS)})(?:\s*[,:]\s*|\s+)|(?:答案|正确|选项|选择|应该|我|选|应|是|为)\s*[:,]?\s*)*"
 _ONE_LETTER = re.compile(
     rf"{_CARRIED}[(\[]?([A-Za-z])[)\]]?[.:)]?(?:\s+is(?:\s+(?:the|correct|right|best|answer|option|choice))+)?[.!]?",
     re.IGNORECASE,
 )
 _LETTER_AND_TEXT = re.compile(
-    rf"{_CARRIED}(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])(?:[.):]|\s+-|(?=\s\()))\s+(\S.*)", re.IGNORECASE | re.DOTALL
+    rf"{_CARRIED}(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])([.):]|\s+-|(?=\s\()))\s+(\S.*)", re.IGNORECASE | re.DOTALL
 )
 _REVISED = re.compile(r"\b(?:actually|wait|instead|rather|sorry|no|not|wrong|incorrect)\b", re.IGNORECASE)
 _LONE_LETTER = re.compile(r"(?<![\w'.-])[A-Z](?![\w'-])")
@@ -53,8 +52,7 @@ def read_choice(text: str) -> Choice | None:
     if option is None or _ANOTHER_OPTION.fullmatch(option[4]):
         return None
     letter, mark, said = (option[1] or option[2]).upper(), option[3], option[4]
-    is_sure = mark != "." or letter in _SURE_LETTERS or (letter == "E" and not _ONE_LOWER_WORD.fullmatch(said))
-    return Choice(letter, said, is_sure and mark != ":" and letter <= LAST_OF_SEVERAL)
+    return Choice(letter, said, mark != ":" and _is_option(letter, mark, said))
 
 
 def picked(text: str) -> Choice | None:
@@ -63,12 +61,17 @@ def picked(text: str) -> Choice | None:
     Around its letter only words may stand that say no more than that it is the answer: "Vitamin C", "Not B", "A or B"
     pick nothing. The text after "B." or "(B)" is that of the option.
     """
-    text = plain(text).strip("\"'`* ")
+    text = bare(plain(text))
     if pick := _ONE_LETTER.fullmatch(text):
         return Choice(pick[1].upper())
     pick = _LETTER_AND_TEXT.fullmatch(text)
     if pick is None:
         return None
-    letter, said = (pick[1] or pick[2]).upper(), pick[3]
+    letter, said = (pick[1] or pick[2]).upper(), pick[4]
     is_unclear = _ANOTHER_OPTION.fullmatch(said) or (_REVISED.search(said) and _LONE_LETTER.search(said))
-    return None if is_unclear or letter > LAST_OF_SEVERAL else Choice(letter, said)
+    return None if is_unclear or not _is_option(letter, pick[3], said) else Choice(letter, said)
+
+
+def _is_option(letter: str, mark: str | None, text: str) -> bool:
+    """Whether a letter, the mark after it and a text are those of an option, and not an initial and a name."""
+    return letter in _SURE_LETTERS or (letter <= LAST_OF_SEVERAL and not (mark == "." and text[0].islower()))

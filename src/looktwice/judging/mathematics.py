@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from threading import Lock, Timer
 
@@ -26,8 +27,8 @@ _FUNCTIONS = {"sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi"}
 _PLAIN_EXPRESSION = re.compile(r"[A-Za-z0-9 .,+\-*/^=(){}<>≤≥√π×·]+")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _NAMED_VALUE = re.compile(r"\s*[A-Za-z]\s*=\s*(?=[^=]+$)")
-_MARKS = re.compile(r"[%$€£¥₹°\"']|(?<![A-Za-z\\])[A-Za-z]{2,}")
-"""Units, currencies and words, which mathematics would pass over."""
+_MARKS = re.compile(r"[%$€£¥₹°\"']|(?<![A-Za-z\\])[A-Za-z]+")
+"""Names, units, currencies and words, of which mathematics would pass over some."""
 _TO_LATEX = (
     (re.compile(r"sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w)"), r"\\sqrt{\1\2\3}"),
     (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])"), r"\\\1 "),
@@ -72,7 +73,7 @@ def equal_in_mathematics(prediction: str, gold: str) -> bool:
     if max(len(prediction), len(gold)) > MAX_CHARS or not is_installed():
         return False
     said, wanted = _latex(prediction), _latex(gold)
-    return _MARKS.findall(said) == _MARKS.findall(wanted) and _compare(said, wanted)
+    return set(_MARKS.findall(said)) == set(_MARKS.findall(wanted)) and _compare(said, wanted)
 
 
 @lru_cache(maxsize=1)
@@ -95,7 +96,8 @@ def _compare(said: str, wanted: str) -> bool:
 class _Worker:
     """The process that compares, started with the first question and anew after one that took too long."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
         self._lock = Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
@@ -107,8 +109,7 @@ class _Worker:
             return self._ask(json.dumps([said, wanted]), LIMIT_S) == "true"
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "looktwice.judging.math_worker"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._owner = os.getpid()
         self._ask("", START_LIMIT_S)
 
@@ -120,11 +121,15 @@ class _Worker:
         try:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-            return self._process.stdout.readline().strip()
+            answer = self._process.stdout.readline()
         except OSError:
-            return ""
+            answer = ""
         finally:
             timer.cancel()
+        if not answer:
+            self._process.kill()
+            self._process.wait()
+        return answer.strip()
 
 
-_WORKER = _Worker()
+_WORKER = _Worker([sys.executable, "-m", "looktwice.judging.math_worker"])

@@ -29,13 +29,16 @@ _LETTER_MULTIPLIERS = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "b": 10*
 _COUNTED = re.compile(r"[^\W\d_]+(?:[ -][^\W\d_]+){0,3}")
 """What is counted, in words: "red apples"."""
 
+_FIRST_CJK = "⺀"
+"""From here on a word follows its number without a space."""
+
 _SMALL = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 )
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _NUMBER_WORDS = {
-    **{word: number for number, word in enumerate(_SMALL)},
+    **{word: number for number, word in enumerate(_SMALL, 1)},
     **{word: 10 * number for number, word in enumerate(_TENS, 2)},
 }
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -96,11 +99,11 @@ def _measured(value: Fraction, currency: str, rest: str, *, is_stored: bool = Fa
     named = unit_of(rest.strip(" -")) if rest.strip(" -") else unit
     if unit and named != unit:
         return None
-    if named:
+    if named and not (named.dimension == "ordinal" and rest.startswith(" ")):
         return Quantity(value * factor * named.scale, named.dimension, is_stored)
     if not rest:
         return Quantity(value * factor, is_stored=is_stored)
-    if rest.startswith(" ") and _COUNTED.fullmatch(rest.strip()):
+    if (rest.startswith(" ") or rest[0] >= _FIRST_CJK) and _COUNTED.fullmatch(rest.strip()):
         return Quantity(value * factor, f"counted {words(rest).removesuffix('s')}")
     return None
 
@@ -126,7 +129,7 @@ def _spelled(text: str) -> Quantity | None:
     if text in _ORDINALS:
         return Quantity(Fraction(_ORDINALS.index(text) + 1), _ORDINAL.dimension)
     tokens = text.split()
-    value, num_read = _number_in_words(tokens)
+    value, num_read = (0, 1) if tokens[:1] == ["zero"] else _number_in_words(tokens)
     if not num_read:
         return None
     return _measured(Fraction(value), "", "".join(f" {token}" for token in tokens[num_read:]))
@@ -137,13 +140,14 @@ def _number_in_words(tokens: list[str]) -> tuple[int, int]:
     total = current = num_read = 0
     for place, token in enumerate(tokens):
         if token in _NUMBER_WORDS:
-            if (current % 10 and _NUMBER_WORDS[token]) or (current % 100 and _NUMBER_WORDS[token] > 9):
+            below_100 = current % 100
+            if below_100 and (below_100 < 20 or below_100 % 10 or _NUMBER_WORDS[token] > 9):
                 return 0, 0
             current += _NUMBER_WORDS[token]
-        elif token == "hundred" and current:
-            current *= 100
-        elif token in _MULTIPLIERS and len(token) > 1 and current:
-            total, current = total + current * _MULTIPLIERS[token], 0
+        elif token == "hundred" and (current or not place):
+            current = max(current, 1) * 100
+        elif token in _MULTIPLIERS and len(token) > 1 and (current or not place):
+            total, current = total + max(current, 1) * _MULTIPLIERS[token], 0
         elif token == "and" and num_read and tokens[place - 1] in ("hundred", *_MULTIPLIERS):
             continue
         else:

@@ -50,14 +50,21 @@ _METRIC = (
     ("data", "TGMk ", ("b", "bit"), ("bit",), 1),
     ("food energy", "k ", ("cal",), ("calorie",), 1),
     ("temperature", " ", ("K",), ("kelvin",), 1),
+    ("celsius", " ", ("C", "°C"), ("celsius", "degree celsius", "degrees celsius", "degrees c", "deg c"), 1),
+    (
+        "fahrenheit",
+        " ",
+        ("F", "°F"),
+        ("fahrenheit", "degree fahrenheit", "degrees fahrenheit", "degrees f", "deg f"),
+        1,
+    ),
 )
 
 _OTHERS = (
     # dimension, value, what it is called in lower case
     ("percent", 1, "%", "percent", "per cent", "pct"),
     ("angle", 1, "°", "deg", "degree"),
-    ("celsius", 1, "°c", "degree celsius", "degrees celsius", "celsius", "degree centigrade", "degrees centigrade"),
-    ("fahrenheit", 1, "°f", "degree fahrenheit", "degrees fahrenheit", "fahrenheit"),
+    ("time", 1, "sec"),
     ("time", 60, "min", "minute"),
     ("time", 3600, "h", "hr", "hour"),
     ("time", 86_400, "day"),
@@ -67,8 +74,8 @@ _OTHERS = (
     ("mass", 1_000_000, "t", "tonne", "metric ton"),
     ("mass", Fraction(45359237, 100_000), "lb", "lbs", "pound"),
     ("mass", Fraction(45359237, 1_600_000), "oz", "ounce"),
-    ("length", Fraction(254, 10_000), "in", "inch", "inches"),
-    ("length", Fraction(3048, 10_000), "ft", "foot", "feet"),
+    ("length", Fraction(254, 10_000), "in", "inch", "inches", '"'),
+    ("length", Fraction(3048, 10_000), "ft", "foot", "feet", "'"),
     ("length", Fraction(9144, 10_000), "yd", "yard"),
     ("length", Fraction(1_609_344, 1000), "mi", "mile"),
     ("volume", Fraction(3_785_411_784, 10**12), "gal", "gallon"),
@@ -127,7 +134,7 @@ def _raised(text: str) -> Unit | None:
         unit, power = _simple(named[2]), 2 if named[1].casefold().startswith("sq") else 3
     elif raised := _POWER.fullmatch(text):
         unit, power = _simple(raised[1]), int(raised[2])
-    if unit is None:
+    if unit is None or unit.dimension not in ("length", "time"):
         return None
     dimension = f"{unit.dimension}^{power}"
     return Unit(_POWERS.get(dimension, dimension), unit.scale**power)

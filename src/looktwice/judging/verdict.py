@@ -22,6 +22,7 @@ _STATEMENT = re.compile(
     r"(?:(?:it|this|that|he|she|they|these|those|there)(?: is|'s| are|'re) )?(?:the )?", re.IGNORECASE
 )
 """What an answer may begin with before it says something: "It's the"."""
+_NAME = re.compile(r"^[A-Za-z] ?= ?")
 _OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _SUBJECT = "(?:it|they|he|she|there|this|that|i|we|you)"
 _YES_NO = re.compile(rf"(yes|no|true|false)(?:(?:\s*[,.;:!-]\s*|\s+(?={_SUBJECT}\b))(?![\s\d])(.+))?")
@@ -118,7 +119,7 @@ def _quantity(gold: str) -> Judge | None:
         return None
 
     def judge(said: str) -> bool:
-        quantity = read_quantity(said)
+        quantity = read_quantity(_NAME.sub("", said))
         return quantity is not None and wanted.equals(quantity)
 
     return judge
@@ -127,7 +128,9 @@ def _quantity(gold: str) -> Judge | None:
 def _mathematics(gold: str) -> Judge | None:
     if not is_mathematics(gold):
         return None
-    return lambda said: without_spaces(said) == without_spaces(gold) or equal_in_mathematics(said, gold)
+    is_code = not re.search(r"[\\^=+]", gold)  # "b-52" may be one, in which case tells nothing
+    wanted = words(gold) if is_code else without_spaces(gold)
+    return lambda said: (words(said) if is_code else without_spaces(said)) == wanted or equal_in_mathematics(said, gold)
 
 
 def _list(gold: str) -> Judge | None:

@@ -21,7 +21,7 @@ _SIGNS = str.maketrans(
 )
 _LATEX = (
     (re.compile(r"\$([^$]*\\[a-zA-Z][^$]*)\$"), r"\1"),
-    (re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|\\[,;:! ]"), " "),
+    (re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|(?<!\\)\\[,;:! ]"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![a-zA-Z])|\\degree(?![a-zA-Z])"), "°"),
     (re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}"), r"\1"),
@@ -39,8 +39,8 @@ _RANGE = re.compile(r"(?<=\w) ?- ?(?=\w)|(?<=\d) to (?=\d)")
 _BY = re.compile(r"(?<=\d) ?([x×:]) ?(?=\d)")
 _APART = re.compile(r"(?<=\d) (?=%|[ap]m\b)")
 _HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
-_OPENING_MARKS = re.compile(r"^[\"'`*\s]+")
-_CLOSING_MARKS = re.compile(r"(?:[\"'`*.,;:?\s]|(?<!\d)!)+$")
+_CLOSING_MARKS = re.compile(r"(?:[.,;:?\s]|(?<!\d)!)+$")
+_QUOTED = re.compile(r"([\"'`*]+)(.*?)\1")
 _ARTICLE = re.compile(r"\b(?:an|the) (?=\w)")
 _ARTICLE_A = re.compile(r"(^|\b(?:of|in|on|at|by|to|for|from|with|and|or|is|like) )a (?=[^\W\d_]{2})")
 """The letter in "hepatitis a virus" is none."""
@@ -64,7 +64,10 @@ def plain(text: str) -> str:
 
 def bare(text: str) -> str:
     """A plain text without enclosing quotes and closing punctuation; one of nothing else ("?" on a sign) stays."""
-    return _CLOSING_MARKS.sub("", _OPENING_MARKS.sub("", text)) or text
+    inside = _CLOSING_MARKS.sub("", text).strip()
+    while quoted := _QUOTED.fullmatch(inside):
+        inside = _CLOSING_MARKS.sub("", quoted[2]).strip()
+    return inside or text
 
 
 @lru_cache(maxsize=4096)

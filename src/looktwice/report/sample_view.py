@@ -216,7 +216,7 @@ def view_sample(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig)
         place=sample.field,
         turns=turns,
         gold_box=sample.gold_box,
-        solution=sample.solution,
+        solution=sample.solution if isinstance(sample.solution, str) else " or ".join(sample.solution),
         note=note,
     )
 

@@ -1,0 +1,54 @@
+"""Numbers in any writing, with their units."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from looktwice.judging.quantities import Quantity, read_quantity
+from looktwice.judging.units import unit_of
+
+
+@pytest.mark.parametrize(
+    ("text", "quantity"),
+    [
+        ("1,234.5", Quantity(Fraction(2469, 2))),
+        ("-1 1/2", Quantity(Fraction(-3, 2))),
+        ("$2.5M", Quantity(Fraction(2_500_000), "dollar")),
+        ("5 cm", Quantity(Fraction(1, 20), "length")),
+        ("two hundred and five", Quantity(Fraction(205))),
+        ("3rd", Quantity(Fraction(3), "ordinal")),
+        ("7 red apples", Quantity(Fraction(7), "counted red apple")),
+        ("zero", Quantity(Fraction(0))),
+        ("ten five", None),
+        ("two zero", Quantity(Fraction(2), "counted zero")),
+        ("007", None),
+        ("1/0", None),
+        ("12A3", None),
+        ("10-20", None),
+        ("$5 €", None),
+        ("red", None),
+    ],
+)
+def test_a_quantity_is_a_value_of_something(text: str, quantity: Quantity | None) -> None:
+    assert read_quantity(text) == quantity
+
+
+@given(st.fractions(min_value=-(10**9), max_value=10**9, max_denominator=999))
+def test_a_fraction_is_read_as_its_value(value: Fraction) -> None:
+    assert read_quantity(f"{value.numerator}/{value.denominator}") == Quantity(value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("mW", "MW"), ("Mb", "MB"), ("m", "min"), ("m", "m^2"), ("°C", "°F"), ("kW", "kWh"), ("m", "M")]
+)
+def test_units_that_look_alike_are_others(one: str, other: str) -> None:
+    assert unit_of(one) != unit_of(other)
+
+
+@pytest.mark.parametrize("name", ["KM", "km", "Km", "kilometers", "Kilometre"])
+def test_case_that_tells_nothing_is_passed_over(name: str) -> None:
+    assert unit_of(name) == unit_of("km") is not None
