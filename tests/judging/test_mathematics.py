@@ -43,6 +43,7 @@ for line in sys.stdin:
 
 def test_what_takes_for_ever_is_wrong_and_the_next_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mathematics, "LIMIT_S", 1.0)
+    assert not equal_in_mathematics("9^{9^{9}}", "\\sqrt{2}")
     worker = mathematics._Worker([sys.executable, "-c", FIRST_NEVER_ENDS])
     assert not worker.compare("never", "x")
     monkeypatch.undo()

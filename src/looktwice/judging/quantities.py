@@ -15,7 +15,7 @@ _STORED_ERROR = Fraction(1, 2**24)
 """By which share a float32 is off at the most."""
 
 _GROUPED = r"[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+|(?:'[0-9]{3})+)|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}"
-_DIGITS = rf"(?:(?:{_GROUPED}|0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?![0-9])"
+_DIGITS = rf"(?:(?:{_GROUPED}|0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)"
 """A number in digits. 007 is none: it is a code."""
 _POWER_OF_TEN = r"(?:[eE]([+-]?[0-9]{1,3})(?![\w])| ?(?:[x×*·]|\\cdot) ?10 ?\^ ?\{?([+-]?[0-9]{1,3})\}?)"
 _CURRENCY = "|".join(re.escape(currency) for currency in CURRENCIES)
