@@ -11,12 +11,15 @@ import sys
 
 from math_verify import LatexExtractionConfig, parse, verify
 
+DIGITS = 12
+"""After the point, up to which numbers must agree: 3.141593 is not pi."""
+
 
 def are_equal(said: str, wanted: str) -> bool:
     """Whether two expressions in LaTeX are equal. What cannot be read is equal to nothing."""
     gold, answer = (_expression(text) for text in (wanted, said))
     # an expression that cannot be read comes back as the text alone
-    return len(gold) > 1 and len(answer) > 1 and verify(gold, answer, timeout_seconds=None)
+    return len(gold) > 1 and len(answer) > 1 and verify(gold, answer, float_rounding=DIGITS, timeout_seconds=None)
 
 
 def _expression(latex: str) -> list[object]:
