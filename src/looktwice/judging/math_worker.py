@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 
 from math_verify import LatexExtractionConfig, parse, verify
 
 DIGITS = 12
 """After the point, up to which numbers must agree: 3.141593 is not pi."""
+
+ORPHAN_LIMIT_S = 60
 
 
 def are_equal(said: str, wanted: str) -> bool:
@@ -29,10 +32,14 @@ def _expression(latex: str) -> list[object]:
 def main() -> None:
     logging.disable()
     for line in sys.stdin:
+        if hasattr(signal, "alarm"):  # ends an orphan: who asked may be gone, and with it the limit
+            signal.alarm(ORPHAN_LIMIT_S)
         try:
             verdict = bool(line.strip()) and are_equal(*json.loads(line))
         except Exception:  # whatever the library meets in an expression: then it is not equal
             verdict = False
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
         print(json.dumps(verdict), flush=True)
 
 
