@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import looktwice
-from looktwice import cli
+from looktwice import cli, launch
 from looktwice.cli import main
 from looktwice.cli.train import command_of, train_configs
 from looktwice.errors import short
@@ -258,10 +258,55 @@ def test_the_stages_do_not_share_a_run_folder(command, refusal, tmp_path) -> Non
     assert message == "DIR/run: the run folder of both stages; give each its own"
 
 
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_one_of_several_processes_is_refused(variable, command, refusal, monkeypatch) -> None:
-    monkeypatch.setenv(variable, "2")
-    assert f"started as one of 2 processes ({variable}); looktwice trains in one" in refusal(command())
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "told"),
+    [
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            {},
+            "one of 2 processes (OMPI_COMM_WORLD_SIZE); start them with torchrun",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, {}, "(WORLD_SIZE) without LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start them"),
+        ({"WORLD_SIZE": "two"}, {}, "WORLD_SIZE is 'two'; it must be a number"),
+        ({}, {"distributed": "fsdp"}, "distributed is fsdp, and one process has nobody to share the model with"),
+        (TORCHRUN, {"stage": "grpo"}, "started as one of 2 processes; R-GRPO trains in one"),
+        (TORCHRUN, {"stage": "both"}, "started as one of 2 processes; R-GRPO trains in one"),
+        (TORCHRUN, {"device": "auto"}, "device is auto, and of several processes each takes the GPU of its local rank"),
+        (
+            TORCHRUN,
+            {"distributed": "fsdp", "quantization": "nf4", "use_lora": True},
+            "quantization nf4 does not go with fsdp; use --distributed ddp, or leave it out",
+        ),
+    ],
+)
+def test_several_processes_are_those_of_torchrun_and_do_stage_1(
+    variables, settings, told, command, refusal, monkeypatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert told in refusal(command(**settings))
+
+
+def test_several_processes_go_on_by_the_command_of_torchrun(monkeypatch) -> None:
+    words = ["--stage", "sft", "--overwrite"]
+    assert command_of(words) == "looktwice train --stage sft"
+    for name, value in (TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}).items():
+        monkeypatch.setenv(name, value)
+    assert command_of(words) == "torchrun --nproc_per_node 4 -m looktwice train --stage sft"
+
+
+def test_an_error_that_all_processes_have_is_told_by_rank_0(command, monkeypatch, capsys) -> None:
+    for name, value in (TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    waited: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)  # in which torchrun ends it
+    assert main(command(stage="grpo")) == 1
+    assert waited == [launch.SECONDS_BEFORE_RANK_0]
+    told = capsys.readouterr()
+    assert told.err.startswith("looktwice: rank 1: started as one of 2 processes") and told.out == ""
 
 
 def test_a_run_without_steps_is_refused(command, refusal) -> None:
@@ -698,7 +743,8 @@ def test_the_package_is_a_command_wherever_one_stands(folder) -> None:
         (["train", "--per_device_train_batch_size=4"], "--per_device_train_batch_size. Here it is --batch_size."),
         (["train", "--model-name-or-path", "x"], "--model_name_or_path. Here it is --model_name."),
         (["train", "--output_dir", "x"], "--output_dir. Here it is --sft_output_dir or --grpo_output_dir."),
-        (["train", "--deepspeed", "x"], "--deepspeed. There is none here: one process trains; for less memory see "),
+        (["train", "--deepspeed", "x"], "--deepspeed. Here it is --distributed."),
+        (["train", "--nnodes", "2"], "--nnodes. There is none here: torchrun says how many processes train, see docs/"),
         (["train", "data.train_files=x"], "data.train_files. Here it is --train_data."),
         (["ask", "a.png", "Q", "--model", "tiny"], "--model. Here it is --model_path."),
         (["ask", "a.png", "Q", "--deepseed"], "--deepseed. See looktwice ask --help."),
@@ -710,8 +756,8 @@ def test_a_flag_of_another_trainer_names_what_does_it_here(words, message, refus
 
 
 def test_all_unknown_flags_are_told_at_once(refusal) -> None:
-    told = refusal(["train", "--lr", "1e-4", "--fp16", "--foo", "--lora_rank", "8"]).splitlines()
-    assert [line.split()[2] for line in told] == ["--lr.", "--fp16.", "--foo.", "--lora_rank."]
+    told = refusal(["train", "--lr", "1e-4", "--half", "--foo", "--lora_rank", "8"]).splitlines()
+    assert [line.split()[2] for line in told] == ["--lr.", "--half.", "--foo.", "--lora_rank."]
 
 
 def test_the_last_of_a_flag_that_is_given_twice_holds() -> None:

@@ -17,6 +17,7 @@ LAYERS = (
     (
         "errors",
         "drafts",
+        "launch",
         "neighbours",
         "paths",
         "geometry",

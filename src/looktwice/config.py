@@ -369,6 +369,8 @@ class SFTConfig(StageConfig):
     output_dir: Place = knob(Path("outputs/sft"), "run folder", flag="sft_output_dir")
     num_workers: NonNegativeInt | None = knob(None, "processes preparing samples; default: up to 4 on a GPU, else 0")
     num_train_epochs: Epochs = knob(3.0, "passes over the training data", flag="num_epochs")
+    distributed: Literal["ddp", "fsdp"] = knob("ddp", "each process of torchrun has the whole model, or a share (fsdp)")
+    process_timeout: Annotated[Number, Field(gt=0)] = knob(600.0, "seconds to wait for a process that is late")
 
 
 REWARDS = ("robust", "paper", "code")

@@ -13,6 +13,7 @@ CALLED_HERE = {
     "bf16": "torch_dtype dtype compute_dtype precision mixed_precision bfloat16 use_bf16",
     "deterministic": "full_determinism use_deterministic deterministic_mode",
     "device": "device_map gpu gpus cuda",
+    "distributed": "deepspeed deepspeed_config zero_stage fsdp fsdp_config use_fsdp ddp ddp_backend strategy",
     "epsilon": "clip_range cliprange clip_ratio clip_ratio_low epsilon_low",
     "epsilon_high": "clip_ratio_high cliprange_high",
     "eval_steps": "eval_strategy evaluation_strategy eval_interval eval_freq test_freq val_check_interval",
@@ -55,6 +56,7 @@ CALLED_HERE = {
     "output_json": "output out output_file result_path save_path",
     "overwrite": "overwrite_output_dir force force_overwrite",
     "part_learning_rates": "vit_lr vision_lr mm_projector_lr mm_vision_tower_lr aligner_lr projector_lr",
+    "process_timeout": "ddp_timeout dist_timeout nccl_timeout",
     "quantization": """load_in_4bit load_in_8bit quantization_bit quant_bits quant_method bits use_qlora qlora
         quantization_method bnb_4bit_quant_type""",
     "question": "prompt query text instruction",
@@ -83,11 +85,11 @@ CALLED_HERE = {
 """Names here, and what the same is called elsewhere."""
 
 NOT_HERE = {
-    "one process trains; for less memory see --use_lora, --quantization, --memory_efficient and --device auto": """
-        deepspeed deepspeed_config zero_stage fsdp fsdp_config use_fsdp accelerate_config ddp ddp_backend
-        ddp_find_unused_parameters ddp_timeout local_rank nproc_per_node n_gpus_per_node n_gpus nnodes num_gpus
-        num_processes world_size tensor_parallel_size tensor_model_parallel_size pipeline_parallel_size
-        sequence_parallel_size context_parallel_size tp pp offload cpu_offload optimizer_offload offload_optimizer""",
+    "torchrun says how many processes train, see docs/scaling.md": """accelerate_config local_rank nproc_per_node
+        n_gpus_per_node n_gpus nnodes num_gpus num_processes world_size ddp_find_unused_parameters""",
+    "models are shared out by --distributed fsdp alone; see also --use_lora, --quantization and --memory_efficient": """
+        tensor_parallel_size tensor_model_parallel_size pipeline_parallel_size sequence_parallel_size
+        context_parallel_size tp pp offload cpu_offload optimizer_offload offload_optimizer""",
     "evaluation computes as training does; use --fp16": "half float16 use_fp16 fp16_full_eval",
     "the built-in engine samples, or --vllm_servers do": """use_vllm vllm vllm_mode vllm_gpu_memory_utilization
         gpu_memory_utilization vllm_server_host vllm_server_port vllm_tensor_parallel_size use_sglang rollout_engine

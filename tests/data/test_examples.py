@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from looktwice.data.examples import encode_sample
-from looktwice.data.order import BatchOrder
+from looktwice.data.order import BatchOrder, balanced
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, ImageError
 from looktwice.geometry import BoxFrame
@@ -235,11 +235,23 @@ def test_the_permutation_of_an_epoch_is_made_once(monkeypatch: pytest.MonkeyPatc
     assert len(made) == 1
 
 
-@settings(max_examples=30, deadline=None)
-@given(step=st.integers(0, 20), world_size=st.integers(1, 5))
-def test_the_shares_of_all_ranks_are_exactly_the_step(step: int, world_size: int) -> None:
-    steps = order(num_epochs=7)
-    shares = [steps.share(step, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert sorted(number for share in shares for number in share) == sorted(steps[step])
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert steps.share(step, rank=0, world_size=1) == steps[step]
+# -- balanced
+
+
+def test_shares_have_about_the_same_sum() -> None:
+    assert balanced([5, 3, 4, 2], 2) == [[0, 3], [1, 2]]
+    assert balanced([9, 1, 1, 1], 2) == [[0], [1, 2, 3]]
+
+
+def test_equal_costs_are_dealt_out_and_some_shares_may_be_empty() -> None:
+    assert balanced([1, 1, 1, 1, 1], 2) == [[0, 2, 4], [1, 3]]
+    assert balanced([0, 0], 3) == [[0], [1], []]
+
+
+@settings(max_examples=50, deadline=None)
+@given(costs=st.lists(st.integers(0, 1000), max_size=12), num_shares=st.integers(1, 5))
+def test_all_shares_together_have_each_place_once(costs: list[int], num_shares: int) -> None:
+    shares = balanced(costs, num_shares)
+    assert sorted(place for share in shares for place in share) == list(range(len(costs)))
+    sums = [sum(costs[place] for place in share) for share in shares]
+    assert max(sums) - min(sums) <= max(costs, default=0)

@@ -13,6 +13,7 @@ from looktwice.config import SFTConfig
 from looktwice.data.order import BatchOrder
 from looktwice.training import checkpoints as checkpoints_module
 from looktwice.training.checkpoints import Checkpoints, best_of
+from looktwice.training.distributed import World
 
 Run = Callable[..., list[int]]
 
@@ -23,7 +24,7 @@ def run(tmp_path: Path) -> Run:
 
     def go(*, steps: int = 12, losses: dict[int, float] | None = None, start: int = 0, **settings: Any) -> list[int]:
         config = SFTConfig(output_dir=tmp_path, **settings)
-        learner = SimpleNamespace(config=config, step=start, total_steps=12)
+        learner = SimpleNamespace(config=config, step=start, total_steps=12, world=World())
         learner.save = lambda folder, record, with_optimizer: folder.mkdir()
         order = BatchOrder(8, samples_per_step=2, num_epochs=3, max_steps=None, seed=0)
         saves = Checkpoints(learner, None, order)  # type: ignore[arg-type]

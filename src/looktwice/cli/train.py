@@ -11,8 +11,9 @@ from typing import Any
 from looktwice.cli.arguments import Parser, add_flags, written_flags
 from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
 from looktwice.errors import CheckpointError, ConfigError
+from looktwice.launch import launched, speaking_once
 from looktwice.training.folder import FINAL_MODEL, check_place, checkpoints
-from looktwice.training.start import check_request
+from looktwice.training.start import check_processes, check_request
 from looktwice.training.stopping import Interrupted
 
 FILE_FLAGS: dict[str, type[Config]] = {
@@ -39,6 +40,7 @@ NO_STAGE_1 = "no such model folder; run stage 1 first, or name the model to star
 PATHS_MEND = "put it there, or name your data: --train_data FILE --image_base_path FOLDER, and --val_data FILE if any"
 
 
+@speaking_once()
 def run(words: Sequence[str]) -> None:
     """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
     stage, model, data, sft, grpo = train_configs(words)
@@ -67,6 +69,7 @@ def run(words: Sequence[str]) -> None:
 
 def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GRPOConfig) -> None:
     """Refuse what stage 2 cannot use, which should not wait for stage 1 to end."""
+    check_processes(model, grpo)
     check_reward(grpo.reward)
     if grpo.output_dir.absolute() == sft.output_dir.absolute():
         raise ConfigError(f"{grpo.output_dir}: the run folder of both stages; give each its own")
@@ -106,7 +109,10 @@ def command_of(words: Sequence[str]) -> str:
             is_value = word in ("--resume", "--resume_from_checkpoint")
         if not (is_value or word.startswith(("--resume=", "--resume_from_checkpoint=")) or word == "--overwrite"):
             kept.append(word)
-    return shlex.join(["looktwice", "train", *kept])
+    start = ["looktwice"]
+    if (here := launched()).size > 1:
+        start = ["torchrun", "--nproc_per_node", str(here.local_size), "-m", "looktwice"]
+    return shlex.join([*start, "train", *kept])
 
 
 def command_of_stage_2(model: ModelConfig, data: DataConfig, grpo: GRPOConfig) -> str:
@@ -194,7 +200,8 @@ def refuse_idle_flags(stage: str, flags: Mapping[str, Any]) -> None:
     of_stage_2 += [f"grpo_{flag_of(GRPOConfig, name)}" for name in SHARED]
     idle = {
         "sft": dict.fromkeys(of_stage_2, "it belongs to stage 2"),
-        "grpo": {"sft_output_dir": "it belongs to stage 1", "model_name": "stage 2 starts from --sft_checkpoint"},
+        "grpo": {"sft_output_dir": "it belongs to stage 1", "model_name": "stage 2 starts from --sft_checkpoint"}
+        | dict.fromkeys(("distributed", "process_timeout"), "R-GRPO trains in one process"),
         "both": {"sft_checkpoint": "stage 2 starts from the model of stage 1"},
     }[stage]
     for flag, reason in idle.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -16,7 +17,7 @@ class BatchOrder:
 
     Each epoch is a fresh permutation cut into steps; its last step may be short. The number of the step is all the
     state there is: to go on at step k costs the one permutation of k's epoch, as to start does. `samples_per_step` are
-    those of all processes together, so the steps stay the same on any number of them; see `share`.
+    those of all processes together, so the steps stay the same on any number of them; see `balanced`.
     """
 
     def __init__(
@@ -45,22 +46,24 @@ class BatchOrder:
         epoch, place = divmod(step, self.steps_per_epoch)
         return self._of_epoch(epoch)[place * self.samples_per_step : (place + 1) * self.samples_per_step].tolist()
 
-    def batches(self, step: int, batch_size: int) -> list[list[int]]:
-        """The samples of the step in batches, of which only the last may be short."""
-        samples = self[step]
-        return [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
-
-    def share(self, step: int, *, rank: int, world_size: int) -> list[int]:
-        """The samples of the step that fall to one of `world_size` processes.
-
-        All ranks together have each sample of the step once, and none has two more than another; in a short step a
-        rank may have none.
-        """
-        return self[step][rank::world_size]
-
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
         return step / self.steps_per_epoch
+
+
+def balanced(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Places of the costs in shares of about the same sum, in order: the largest first, to the share with the least.
+
+    The largest sum is at most 4/3 of the best there is (Graham 1969). With fewer costs than shares some are empty.
+    Example: balanced([5, 3, 4, 2], 2) == [[0, 3], [1, 2]]
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    sums = [0.0] * num_shares
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        least = min(range(num_shares), key=lambda share: (sums[share], len(shares[share])))
+        shares[least].append(place)
+        sums[least] += costs[place]
+    return [sorted(share) for share in shares]
 
 
 def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:

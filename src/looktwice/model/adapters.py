@@ -44,6 +44,8 @@ PART_PREFIXES: dict[Part, tuple[str, ...]] = {
 }
 WHOLE_MODULES: dict[WholePart, str] = {"visual_head": "model.visual_tokenizer.head", "visual_table": "model.vte"}
 INSIDE_ADAPTER = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module)(\.|$)")
+ADAPTER_TENSOR = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+"""What an adapter's file holds."""
 UNUSED_COPY = re.compile(r"\.original_module(\.|$)")
 """What PEFT keeps of a part that is trained whole, as it was."""
 PEFT_PREFIX = "base_model.model."

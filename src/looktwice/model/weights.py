@@ -49,6 +49,7 @@ from looktwice.model.location import (
     locate,
 )
 from looktwice.model.modeling import RELEASED_PREFIXES, Ovis2_5ForConditionalGeneration
+from looktwice.model.placement import placed_as
 from looktwice.model.quantization import quantization_config, quantization_of
 
 CHANGES_BASE_FOR_GOOD = ("pissa_niter", "corda", "loftq")
@@ -255,9 +256,11 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """
     if isinstance(model, PeftModel):
         try:
-            set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+            tensors = load_file(folder / ADAPTER_WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: cannot be read ({error})") from error
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+            tensor.copy_(placed_as(tensors[name], tensor))
         return
     files = tensor_files(folder)
     parameters = {released_name(name): parameter for name, parameter in trained_parameters(model)}
@@ -266,7 +269,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     for path in sorted(set(files.values())):
         with safe_open(path, "pt") as file, torch.no_grad():
             for name in parameters.keys() & file.keys():
-                parameters[name].copy_(file.get_tensor(name))
+                parameters[name].copy_(placed_as(file.get_tensor(name), parameters[name]))
 
 
 def save_model(model: nn.Module, folder: str | Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> None:
@@ -278,14 +281,20 @@ def save_model(model: nn.Module, folder: str | Path, *, max_shard_size: str = MA
         write_model(model, draft, max_shard_size=max_shard_size)
 
 
-def write_model(model: nn.Module, folder: Path, *, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """What `save_model` does, into a folder without weights."""
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """What `save_model` does, into a folder without weights; `weights` stand for the model's where given."""
     base = base_of(model)
     if isinstance(model, PeftModel):
-        _write_adapter(model, base, folder)
+        _write_adapter(model, base, folder, weights)
     else:
         with _bars(are_shown=False):  # a checkpoint is written while the bar of the run moves
-            base.save_pretrained(folder, max_shard_size=max_shard_size)
+            base.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=weights)
     _open_to_readers(folder)
 
 
@@ -311,11 +320,13 @@ def _open_to_readers(folder: Path) -> None:
         path.chmod(mode)
 
 
-def _write_adapter(model: PeftModel, base: Ovis2_5ForConditionalGeneration, folder: Path) -> None:
+def _write_adapter(
+    model: PeftModel, base: Ovis2_5ForConditionalGeneration, folder: Path, weights: dict[str, Tensor] | None
+) -> None:
     for adapter in model.peft_config.values():
         adapter.base_model_name_or_path = str(base.name_or_path)
         adapter.inference_mode = True
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
     base.config.save_pretrained(folder)
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))

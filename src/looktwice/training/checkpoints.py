@@ -42,7 +42,7 @@ class Checkpoints:
         """Write the checkpoint of this step, then remove those that are too many."""
         folder = self.folder / f"checkpoint-{self.learner.step}"
         self.learner.save(folder, self.record, with_optimizer=True)
-        for old in self._too_many():
+        for old in self._too_many() if self.learner.world.is_main else ():
             # under its own name half of it could be taken for a checkpoint
             gone = old.with_name(f".{old.name}{UNFINISHED}")
             remove(gone)

@@ -52,6 +52,7 @@ from looktwice.training.losses import (
 from looktwice.training.overview import show_overview
 from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
 from looktwice.training.sets import LengthReport, load_sets
+from looktwice.training.start import check_processes
 from looktwice.training.stopping import stop_requests
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
@@ -82,6 +83,7 @@ class Rollout:
 
 def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path:
     """Run R-GRPO from the SFT checkpoint and give back the folder of the final model."""
+    check_processes(model, config)
     start = str(config.sft_checkpoint_path)
     processor = load_processor(start, data)
     samples, held_out, refits, sizes = load_sets(data, processor, "grpo")

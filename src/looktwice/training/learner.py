@@ -35,16 +35,19 @@ from looktwice.model.numerics import numerics_of
 from looktwice.model.offload import activations_on_host
 from looktwice.model.quantization import quantization_of
 from looktwice.model.vision_cache import VisionCache, is_trained
-from looktwice.model.weights import load_model, load_trained, pick_device, write_model, written_whole
+from looktwice.model.weights import load_model, load_trained, write_model
 from looktwice.processing.packing import PackedBatch, pack_rows, split_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
+from looktwice.training.distributed import World
 from looktwice.training.folder import STATE_FILE
-from looktwice.training.nonfinite import NonfiniteGuard
+from looktwice.training.moments import placed_moments, read_moments
+from looktwice.training.nonfinite import NonfiniteGuard, Origin
 from looktwice.training.optimizers import make_optimizer
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
 from looktwice.training.rows import default_tokens_per_row, tokens_that_fit, what_helps
 from looktwice.training.start import check_attention, check_start
+from looktwice.training.watchdog import SAVING
 
 KEPT_BYTES = 2 * 2**30
 """Of the vectors of a step's pictures: 130,000 visual tokens of the 9B model in float32."""
@@ -75,11 +78,20 @@ class Update:
 class Learner:
     """Trains one model under one stage's settings."""
 
-    def __init__(self, model: nn.Module, processor: Ovis2_5Processor, config: StageConfig, *, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Ovis2_5Processor,
+        config: StageConfig,
+        *,
+        total_steps: int,
+        world: World | None = None,
+    ) -> None:
         self.model = model
         self.processor = processor
         self.config = config
         self.total_steps = total_steps
+        self.world = world or World()
         self.step = 0
         self.start: str | None = None
         self.is_exact = False
@@ -103,13 +115,15 @@ class Learner:
         *,
         total_steps: int,
         is_exact: bool = False,
+        world: World | None = None,
     ) -> Learner:
         """Load the model and make the parts trainable that the settings name; an adapter folder keeps its adapter.
 
         Raises ConfigError for settings that the start does not allow or that would do nothing.
         """
         torch.manual_seed(config.seed)
-        device = pick_device(model_config.device)
+        world = world or World()
+        device = world.device(model_config.device)
         adapter = adapter_folder(locate(name))
         has_adapter = config.use_lora or adapter is not None
         check_start(name, adapter, model_config, config)
@@ -120,7 +134,7 @@ class Learner:
         model = load_model(
             name,
             dtype=compute_dtype(config) if has_adapter else torch.float32,
-            device=device,
+            device=world.loads_on(device),
             attn_implementation=pick_attention(model_config.attn_implementation, device, is_bf16=config.bf16),
             quantization=model_config.quantization,
         )
@@ -145,7 +159,8 @@ class Learner:
             check_exact(model, is_bf16=config.bf16)
             if dropped := without_dropout(model):
                 print(f"exact mode: the adapter goes on without its dropout of {dropped}")
-        learner = cls(model, processor, config, total_steps=total_steps)
+        model = world.prepared(model, device)
+        learner = cls(model, processor, config, total_steps=total_steps, world=world)
         learner.is_exact = is_exact
         learner.start = learner.base.weights_fingerprint if adapter is None else weights_fingerprint(name)
         return learner
@@ -153,6 +168,12 @@ class Learner:
     @property
     def base(self) -> Ovis2_5ForConditionalGeneration:
         return base_of(self.model)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the trained parameters in the optimizer's order."""
+        names = {id(parameter): name for name, parameter in trained_parameters(self.model)}
+        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @cached_property
     def max_tokens_per_row(self) -> int:
@@ -222,22 +243,32 @@ class Learner:
             inputs = batch.model_inputs(self.base.device)
             if self.vision_cache and batch.pixel_values is not None and batch.image_grid_thw is not None:
                 inputs |= self.vision_cache.inputs(batch.pixel_values, batch.image_grid_thw) | {"pixel_values": None}
-            output = self.model(**inputs, **options)
+            output = self.base(**inputs, **options)  # adapters are in its layers; under FSDP the root must be called
         return Scores(output.logprobs, output.entropy)
 
     def update(self, rows: Sequence[PackedBatch], loss: Loss, **options: Any) -> Update:
-        """One optimizer step on the sum of the rows' losses; `options` are those of `score`.
+        """One optimizer step on the sum of the losses of all rows of all processes; `rows` are those of this one, and
+        `options` those of `score`.
 
-        When that is no number there is none, and where `skip_nonfinite` does not allow that, TrainingError is raised.
+        When that sum is no number there is no step, and where `skip_nonfinite` does not allow that, TrainingError is
+        raised.
         """
+        world = self.world
         self.model.train()
-        losses, present = self.split_until_it_fits(rows, lambda row: loss(self.score(row, **options), row))
+        present, losses = self.split_until_it_fits(rows, lambda row: loss(self.score(row, **options), row))
+        world.at("gradients", self.step + 1)
+        world.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
-        update = Update(loss=sum(losses), grad_norm=norm, num_splits=len(present) - len(rows))
+        norm = world.clip(self.parameters, self.config.max_grad_norm)
+        total, num_splits = world.sum(sum(losses), len(present) - len(rows))
+        update = Update(loss=total, grad_norm=norm, num_splits=int(num_splits))
         # under fp16 a gradient may overflow: the scaler leaves the update out and takes a smaller scale
-        judged = 0.0 if self.config.fp16 else norm
-        if self.guard.skips(self.step + 1, losses, judged, present):
+        checked = 0.0 if self.config.fp16 else norm
+        origins = [Origin(row.where) for row in present]
+        if not math.isfinite(total + checked):  # and the rows that it comes from may be another process's
+            found = world.gather([*zip(losses, origins)])
+            losses, origins = [loss for loss, _ in found], [origin for _, origin in found]
+        if self.guard.skips(self.step + 1, losses, checked, origins):
             return update
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule() * group["peak_lr"]
@@ -247,33 +278,37 @@ class Learner:
 
     def split_until_it_fits(
         self, rows: Sequence[PackedBatch], loss: Callable[[PackedBatch], Tensor]
-    ) -> tuple[list[float], list[PackedBatch]]:
-        """The losses of the rows, their gradients being left in the parameters, and the rows that it took.
+    ) -> tuple[list[PackedBatch], list[float]]:
+        """The rows as they were taken and the loss of each, their gradients being left in the parameters.
 
         When memory runs out, this and all later steps take rows half as long. Raises TrainingError when it runs out
         again, or rows cannot be split.
         """
         present = split_rows(rows, self.tokens_that_fit)
         losses = self.gradients(present, loss)
-        longest = max(row.num_tokens for row in present)
-        if losses is None:
+        longest = max((row.num_tokens for row in present), default=0)
+        if losses is None and self.world.can_repeat:
             self.tokens_that_fit = longest // 2
             present = split_rows(present, self.tokens_that_fit)
             losses = self.gradients(present, loss)
         if losses is None:
+            shorter = max((row.num_tokens for row in present), default=0)
+            again = f", and again with rows of {shorter:,}" if self.world.can_repeat else ""
             raise TrainingError(
-                f"step {self.step + 1}: out of memory with rows of {longest:,} tokens, and again with rows of "
-                f"{max(row.num_tokens for row in present):,}; {what_helps(self.base, self.config, longest)}"
+                f"step {self.step + 1}: out of memory with rows of {longest:,} tokens{again}; "
+                f"{what_helps(self.base, self.config, longest)}"
             )
-        return losses, present
+        return present, losses
 
     def gradients(self, rows: Sequence[PackedBatch], loss: Callable[[PackedBatch], Tensor]) -> list[float] | None:
-        """The losses of the rows, their gradients being left in the parameters; None, and none, when memory ran out."""
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+        """The loss of each row, with the gradients of their sum in the parameters; None when memory ran out, and no
+        gradients."""
+        world = self.world
+        torch.manual_seed((self.config.seed * 1_000_003 + self.step) * world.size + world.rank)
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
         try:
-            for row in rows:
+            for row in world.even(rows, self.step + 1):
                 with activations_on_host(self.model) if self.config.offload_activations else nullcontext():
                     row_loss = loss(row)
                 self.scaler.scale(row_loss).backward()
@@ -305,13 +340,19 @@ class Learner:
 
         Raises CheckpointError when the folder cannot be written.
         """
-        with written_whole(folder) as draft:
-            write_model(self.model, draft)
+        world = self.world
+        world.at(SAVING, self.step)
+        weights = world.weights(self.model)
+        with world.written_whole(folder) as draft:
+            moments = world.moments(self.optimizer, self.names, draft) if with_optimizer else None
+            if not world.is_main:
+                return
+            write_model(self.model, draft, weights=weights)
             self.processor.save_pretrained(draft)
             if with_optimizer:
                 state = {
                     "step": self.step,
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": moments,
                     "trained": self.trained(),
                     "random": random_state(),
                     "skipped": (self.guard.in_a_row, self.guard.num_skipped),
@@ -355,9 +396,11 @@ class Learner:
             raise CheckpointError(f"{folder}: its run started from another model; name that one to go on")
         if difference := first_difference(saved, self.trained()):
             raise CheckpointError(f"{folder}: {difference}; resume with the same settings")
+        if moments is None:
+            moments = read_moments(folder, self.optimizer, self.names)
         load_trained(self.model, folder)
         present = [{name: group[name] for name in ("peak_lr", "weight_decay")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(moments)
+        self.optimizer.load_state_dict(placed_moments(moments, self.optimizer))
         for group, settings in zip(self.optimizer.param_groups, present):
             group |= settings
         self.step = step

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from looktwice.errors import TrainingError, counted
-from looktwice.processing.packing import PackedBatch
 
 MOST_NAMED = 8
+
+
+class Origin(NamedTuple):
+    """A row, by the samples it was packed from."""
+
+    where: tuple[str, ...]
 
 
 class NonfiniteGuard:
@@ -22,7 +28,7 @@ class NonfiniteGuard:
         self.most_in_a_row = most_in_a_row
         self.in_a_row = self.num_skipped = 0
 
-    def skips(self, step: int, losses: Sequence[float], grad_norm: float, rows: Sequence[PackedBatch]) -> bool:
+    def skips(self, step: int, losses: Sequence[float], grad_norm: float, rows: Sequence[Origin]) -> bool:
         """Whether the update of these rows' losses is to be left out. Raises TrainingError where none may be any more.
 
         `step` counts from 1.
@@ -43,7 +49,7 @@ class NonfiniteGuard:
         return True
 
 
-def blamed(losses: Sequence[float], rows: Sequence[PackedBatch]) -> str:
+def blamed(losses: Sequence[float], rows: Sequence[Origin]) -> str:
     """The samples of the rows whose loss is no number, or of all where each loss is one and the gradient is none."""
     bad = [row for loss, row in zip(losses, rows) if not math.isfinite(loss)] or rows
     places = list(dict.fromkeys(filter(None, chain.from_iterable(row.where for row in bad))))

@@ -26,7 +26,7 @@ def show_overview(console: Console, learner: Learner, order: BatchOrder, model: 
 
 def run_facts(learner: Learner, order: BatchOrder, model: ModelConfig) -> dict[str, str]:
     """What a run is about to do: with which model, on how much in which steps, how it computes, and where it writes."""
-    config, towers = learner.config, towers_of(learner.base)
+    config, world, towers = learner.config, learner.world, towers_of(learner.base)
     attention = {tower.config._attn_implementation.removeprefix("packed_") for tower in towers.values()}
     recomputed = " and ".join(name for name, tower in towers.items() if tower.gradient_checkpointing) or "none"
     is_auto = config.gradient_checkpointing == "auto" and not config.memory_efficient
@@ -35,6 +35,7 @@ def run_facts(learner: Learner, order: BatchOrder, model: ModelConfig) -> dict[s
     # the last step of a pass may be short
     limit = "all " if size == order.num_samples else "up to " * (order.num_samples % size > 0)
     batch = f"batch size {config.train_batch_size} x {config.gradient_accumulation_steps} accumulated"
+    idle = "; some stand idle, as a step has fewer samples: raise --batch_size" * (size < world.size)
     facts = {"stage": "1 (SFT)", "model": model.model_name}
     rollouts = {}
     if isinstance(config, GRPOConfig):
@@ -46,6 +47,7 @@ def run_facts(learner: Learner, order: BatchOrder, model: ModelConfig) -> dict[s
         "samples": f"{order.num_samples:,}",
         "steps": f"{order.total_steps:,}, {epochs:.3g} epoch{'' if epochs == 1 else 's'}",
         "effective batch": f"{limit}{counted(size, 'sample')} ({batch})",
+        **({} if world.size == 1 else {"processes": f"{world.size}, {world.kind}{idle}"}),
         **rollouts,
         "attention": ", ".join(sorted(attention)) + " (auto)" * (model.attn_implementation == "auto"),
         "gradient checkpointing": recomputed + " (auto)" * is_auto,

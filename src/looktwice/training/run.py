@@ -20,7 +20,6 @@ from looktwice.training.folder import FINAL_MODEL, check_final_model, check_run,
 from looktwice.training.learner import Learner
 from looktwice.training.provenance import write_provenance
 from looktwice.training.record import Record, Settings, plain
-from looktwice.training.start import check_one_process
 from looktwice.training.stopping import StopRequest
 
 
@@ -43,7 +42,6 @@ def planned(stage: Stage, settings: Settings, order: BatchOrder, start: str) -> 
     Raises ConfigError and CheckpointError where the run folder, or the checkpoint, is not for this run.
     """
     _, _, config = settings
-    check_one_process()
     check_run(config, start)
     record = Record.of(stage, settings, num_samples=order.num_samples, total_steps=order.total_steps)
     if checkpoint := checkpoint_of(config):
@@ -60,7 +58,9 @@ def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrde
         learner.resume(checkpoint)
         place = f"step {learner.step + 1:,} of {order.total_steps:,}, epoch {order.epoch(learner.step):.2f}"
         print(f"{checkpoint}: going on with {place}", *record.changes_since(saved), sep="; ")
-    make_room(learner.config, checkpoint)
+    learner.world.wait_for_all()  # who reads what is removed has read it
+    if learner.world.is_main:
+        make_room(learner.config, checkpoint)
     return record
 
 
@@ -101,22 +101,26 @@ def is_due(learner: Learner, every: int) -> bool:
 
 
 def close_step(
-    learner: Learner, recorder: Recorder, metrics: dict[str, float], saves: Checkpoints, stop: StopRequest
+    learner: Learner, recorder: Recorder | None, metrics: dict[str, float], saves: Checkpoints, stop: StopRequest
 ) -> None:
     """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due.
 
+    Of several processes only rank 0 has a recorder, and decides what is due; a signal to one of them is one to all.
     Raises Interrupted, with the step saved, where a signal asked the run to stop.
     """
-    config = learner.config
+    config, world = learner.config, learner.world
     if learner.guard.num_skipped:
         metrics["optim/skipped"] = float(learner.guard.num_skipped)
-    recorder.advance(learner.step)
-    has_rare_ones = any(name.startswith(("eval/", "canary/")) for name in metrics)
-    if learner.step == 1 or has_rare_ones or is_due(learner, config.logging_steps):
-        recorder.log(learner.step, metrics)
+    if recorder:
+        recorder.advance(learner.step)
+        has_rare_ones = any(name.startswith(("eval/", "canary/")) for name in metrics)
+        if learner.step == 1 or has_rare_ones or is_due(learner, config.logging_steps):
+            recorder.log(learner.step, metrics)
+    stop.number = max(world.gather([stop.number or 0])) or None
     is_last = learner.step == learner.total_steps
-    if saves.is_due(metrics) or (stop.number and not is_last):
-        recorder.flush()
+    if world.from_main(lambda: saves.is_due(metrics)) or (stop.number and not is_last):
+        if recorder:
+            recorder.flush()
         saves.save()
     if not is_last:
         stop.heed(is_done=False)
@@ -128,7 +132,8 @@ def save_final(learner: Learner, record: Record, stop: StopRequest) -> Path:
     Raises Interrupted afterwards where a signal asked the run to stop.
     """
     folder = learner.config.output_dir / FINAL_MODEL
-    learner.save(folder, record, with_optimizer=False, card=model_card(learner, record))
+    card = model_card(learner, record) if learner.world.is_main else None
+    learner.save(folder, record, with_optimizer=False, card=card)
     stage = "stage 1" if record.stage == "sft" else "stage 2"
     if learner.optimizer.state:
         print(f"{stage} done: {folder}")

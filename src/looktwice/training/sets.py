@@ -19,6 +19,7 @@ from looktwice.errors import DataError, counted
 from looktwice.formats.sample_file import SampleFile
 from looktwice.paths import append_line
 from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.training.distributed import World
 from looktwice.training.folder import LEFT_OUT
 from looktwice.training.start import required
 
@@ -132,9 +133,14 @@ def load_samples(
 
 
 class LengthReport:
-    """What `length_policy` left out or shrank, written into the run folder as it happens, each sample once."""
+    """What `length_policy` left out or shrank, written into the run folder as it happens, each sample once.
 
-    def __init__(self, config: StageConfig) -> None:
+    Of several processes each notes what it meets, and rank 0 writes it down when all `collect`.
+    """
+
+    def __init__(self, config: StageConfig, world: World | None = None) -> None:
+        self.world = world or World()
+        self.met: list[Refit] = []
         self.path = config.output_dir / LEFT_OUT
         self.seen: set[tuple[str, str]] = set()
         whole, _, cut = (self.path.read_text(encoding="utf-8") if self.path.exists() else "").rpartition("\n")
@@ -148,6 +154,18 @@ class LengthReport:
         self.shown: Counter[str] = Counter()
 
     def note(self, refits: Iterable[Refit]) -> None:
+        if self.world.size > 1:
+            self.met += refits
+        else:
+            self._write(refits)
+
+    def collect(self) -> None:
+        """Write down what all processes have noted since the last time; every one of them calls this."""
+        met = self.world.gather(self.met)
+        self._write(met if self.world.is_main else [])
+        self.met.clear()
+
+    def _write(self, refits: Iterable[Refit]) -> None:
         for refit in refits:
             place = (refit.sample.where, refit.sample.field)
             if place not in self.seen:

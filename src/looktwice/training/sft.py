@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
-from itertools import chain, islice
+from contextlib import closing, nullcontext
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 
@@ -21,11 +21,15 @@ from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import load_processor
 from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.determinism import deterministic
+from looktwice.training.distributed import World
 from looktwice.training.folder import claimed
+from looktwice.training.join import joined
 from looktwice.training.learner import Learner
 from looktwice.training.overview import show_overview
+from looktwice.training.record import fingerprint
 from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
 from looktwice.training.sets import LengthReport, load_sets
+from looktwice.training.shares import Shares, own_share
 from looktwice.training.stopping import stop_requests
 
 WORKERS_BESIDE_A_GPU = 4
@@ -33,7 +37,16 @@ SHOWN = ("loss", "eval/loss", "optim/lr", "perf/tokens_per_s")
 
 
 def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
-    """Fine-tune and give back the folder of the final model. Everything a user can get wrong is checked first."""
+    """Fine-tune and give back the folder of the final model. Everything a user can get wrong is checked first.
+
+    Under torchrun every process calls this, and rank 0 alone writes and shows.
+    """
+    with joined(model, config) as world:
+        return train_in(world, model, data, config)
+
+
+def train_in(world: World, model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
+    """`train_sft` as one of the processes of a world."""
     # a CPU has no time to spare for them
     default = 0 if pick_device(model.device) == "cpu" else min(WORKERS_BESIDE_A_GPU, os.cpu_count() or 1)
     workers = default if config.num_workers is None else config.num_workers
@@ -43,38 +56,52 @@ def train_sft(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     train, held_out, refits, sizes = load_sets(data, processor, "sft")
     order = batch_order(sizes, config, data.train_weights)
     settings = (model, data, config)
-    with claimed(config.output_dir), stop_requests() as stop, deterministic(config.deterministic):
-        record = planned("sft", settings, order, model.model_name)
-        learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps)
+    with (
+        claimed(config.output_dir) if world.is_main else nullcontext(),
+        stop_requests() as stop,
+        deterministic(config.deterministic),
+    ):
+        record = world.from_main(lambda: planned("sft", settings, order, model.model_name))
+        learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps, world=world)
+        world.check_alike("the model", lambda: learner.start)
+        world.check_alike("--train_data", lambda: [*map(fingerprint, data.train_data_path)])
         record = begin(learner, record, settings, order)
-        lengths = LengthReport(config)
-        lengths.note(refits)
+        lengths = LengthReport(config, world)
+        lengths.note(refits if world.is_main else [])
+        lengths.collect()
         lengths.show()
         encoder = Encoder(processor=processor, max_length=data.max_length, length_policy=data.length_policy)
+        shares = Shares(train, order, processor, world, batch_size=config.train_batch_size)
         batches = (
             [train[number] for number in batch]
             for step in range(learner.step, order.total_steps)
-            for batch in order.batches(step, config.train_batch_size)
+            for batch in shares.batches(step)
         )
         with (
-            open_recorder(learner, record, settings, sizes, shown=SHOWN, title="SFT") as recorder,
+            open_recorder(learner, record, settings, sizes, shown=SHOWN, title="SFT")
+            if world.is_main
+            else nullcontext() as recorder,
             closing(packed_batches(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
         ):
             saves = Checkpoints(learner, record, order)
-            show_overview(recorder.console, learner, order, model)
+            if recorder:
+                show_overview(recorder.console, learner, order, model)
             eval_every = config.eval_steps or order.steps_per_epoch
             stop.arm()
             while learner.step < order.total_steps:
-                num_batches = len(order.batches(learner.step, config.train_batch_size))
+                world.at("data", learner.step + 1)
+                num_batches = len(shares.batches(learner.step))
                 started = time.perf_counter()
                 rows = [row for batch in islice(rows_of_batches, num_batches) for row in batch]
                 waited = time.perf_counter() - started
-                metrics = train_step(learner, rows) if rows else {}
-                metrics |= timing(rows, waited=waited, seconds=time.perf_counter() - started)
+                metrics = train_step(learner, rows)
+                [num_tokens] = world.sum(sum(row.num_tokens for row in rows))
+                metrics |= timing(num_tokens, waited=waited, seconds=time.perf_counter() - started)
                 learner.step += 1
                 metrics["epoch"] = order.epoch(learner.step)
                 if held_out and is_due(learner, eval_every):
                     metrics["eval/loss"] = evaluation_loss(learner, held_out, encoder, lengths, num_workers=workers)
+                lengths.collect()
                 metrics |= lengths.metrics
                 close_step(learner, recorder, metrics, saves, stop)
         lengths.show()
@@ -106,8 +133,14 @@ def packed_batches(
 
 
 def train_step(learner: Learner, rows: Sequence[PackedBatch]) -> dict[str, float]:
-    """One optimizer step on the mean loss per trained token of all its samples, whatever the rows."""
-    num_loss_tokens = sum(row.num_loss_tokens for row in rows)
+    """One optimizer step on the mean loss per trained token of all its samples, whatever the rows.
+
+    `rows` are those of this process; where no process has any, nothing is done and nothing to log.
+    """
+    num_rows, num_loss_tokens = learner.world.sum(len(rows), sum(row.num_loss_tokens for row in rows))
+    if not num_rows:
+        return {}
+    learner.world.at("rows", learner.step + 1)
     update = learner.update(rows, lambda scores, row: -scores.logprobs.sum() / num_loss_tokens, summed=True)
     splits = {"memory/row_splits": float(update.num_splits)} if update.num_splits else {}
     return splits | {
@@ -117,10 +150,10 @@ def train_step(learner: Learner, rows: Sequence[PackedBatch]) -> dict[str, float
     }
 
 
-def timing(rows: Sequence[PackedBatch], *, waited: float, seconds: float) -> dict[str, float]:
+def timing(num_tokens: float, *, waited: float, seconds: float) -> dict[str, float]:
     """How fast a step was that took `seconds`, of which it `waited` for its rows."""
     return {
-        "perf/tokens_per_s": sum(row.num_tokens for row in rows) / seconds,
+        "perf/tokens_per_s": num_tokens / seconds,
         "time/step_s": seconds,
         "time/data_wait_share": waited / seconds,
     }
@@ -132,11 +165,18 @@ def evaluation_loss(
 ) -> float:
     """Mean negative logprob per trained token over all samples, in eval mode; those too long are noted."""
     learner.model.eval()
-    total, num_tokens = 0.0, 0
-    size = learner.config.train_batch_size
-    batches = (samples[first : first + size] for first in range(0, len(samples), size))
+    world, total, num_tokens = learner.world, 0.0, 0.0
+    size = learner.config.train_batch_size * world.size
+    batches = (
+        own_share(samples[first : first + size], learner.processor, world) for first in range(0, len(samples), size)
+    )
     with closing(packed_batches(learner, batches, encoder, lengths, num_workers=num_workers)) as rows_of_batches:
-        for row in chain.from_iterable(rows_of_batches):
-            total -= float(learner.score(row, summed=True).logprobs)
-            num_tokens += row.num_loss_tokens
+        world.at("data of the evaluation", learner.step)
+        for rows in rows_of_batches:
+            world.at("rows of the evaluation", learner.step)
+            for row in world.even(rows, learner.step):
+                total -= float(learner.score(row, summed=True).logprobs)
+                num_tokens += row.num_loss_tokens
+            world.at("data of the evaluation", learner.step)
+    total, num_tokens = world.sum(total, num_tokens)
     return total / num_tokens

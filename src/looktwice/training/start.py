@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, StageConfig, check_reward
+from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward
 from looktwice.errors import ConfigError
+from looktwice.launch import Launch, launched
 from looktwice.model.location import base_quantization, local_adapter, locate
 from looktwice.paths import check_data_file, check_image_folder
 from looktwice.trackers import check_trackers
@@ -28,8 +28,8 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
     check_image_folder(data.image_base_path)
     if config.vision_cache_dir is not None and config.vision_cache is None:
         raise ConfigError("vision_cache_dir: nothing is kept there; add the most it may hold, --vision_cache 8GB")
-    check_one_process()
-    check_place(config, name)
+    if check_processes(model, config).rank == 0:  # which alone writes there
+        check_place(config, name)
     if isinstance(config, GRPOConfig):
         check_reward(config.reward)
     check_trackers(config.report_to)
@@ -39,14 +39,34 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
         check_start(name, local_adapter(folder), model, config)
 
 
-def check_one_process() -> None:
-    """Raise ConfigError where a launcher has started several processes, each of which would train on everything."""
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
-        if os.environ.get(name, "1") not in ("", "0", "1"):
+def check_processes(model: ModelConfig, config: StageConfig) -> Launch:
+    """Who this process is among those of the run. Raises ConfigError for what several processes, or one, cannot do."""
+    launch = launched()
+    is_sharded = isinstance(config, SFTConfig) and config.distributed == "fsdp"
+    if launch.size == 1:
+        if is_sharded:
             raise ConfigError(
-                f"started as one of {os.environ[name]} processes ({name}); looktwice trains in one: start it by "
-                "itself, without torchrun or another launcher"
+                "distributed is fsdp, and one process has nobody to share the model with; start several with torchrun "
+                "--nproc_per_node N -m looktwice train ..., or leave it out"
             )
+        return launch
+    if not isinstance(config, SFTConfig):
+        raise ConfigError(
+            f"started as one of {launch.size} processes; R-GRPO trains in one: start it by itself, and sample on more "
+            "GPUs with --vllm_servers"
+        )
+    if is_sharded:
+        whole = {"quantization": model.quantization != "none", "fp16": config.fp16}
+        whole["offload_activations"] = config.offload_activations
+        whole["optim"] = config.optim not in ("adamw_torch", "adamw_torch_fused")
+        for name in filter(whole.get, whole):
+            value = model.quantization if name == "quantization" else getattr(config, name)
+            raise ConfigError(f"{name} {value} does not go with fsdp; use --distributed ddp, or leave it out")
+    if model.device not in (None, "cpu", "cuda"):
+        raise ConfigError(
+            f"device is {model.device}, and of several processes each takes the GPU of its local rank; leave it out"
+        )
+    return launch
 
 
 def check_start(name: str, adapter: Path | None, model_config: ModelConfig, config: StageConfig) -> None:

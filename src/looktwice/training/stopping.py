@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from looktwice.launch import launched
+
+SECONDS_OF_ONE = 2.0
+"""A Ctrl-C reaches a process of torchrun twice: from the terminal, and passed on by torchrun."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTED = "\nstopping when this step is finished and saved; Ctrl-C again stops at once\n"
 
@@ -27,6 +32,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self.is_armed = False
+        self.noted_at = -SECONDS_OF_ONE
 
     def arm(self) -> None:
         """From now on there are steps to finish; before, a signal stops at once."""
@@ -34,11 +40,13 @@ class StopRequest:
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
         """What the process does on a signal. Raises Interrupted before `arm`, and for a Ctrl-C after another signal."""
-        if not self.is_armed or (self.number is not None and number == signal.SIGINT):
+        is_repeated = time.monotonic() - self.noted_at < SECONDS_OF_ONE and launched().size > 1
+        if not self.is_armed or (self.number is not None and number == signal.SIGINT and not is_repeated):
             raise Interrupted(number)
-        if self.number is None:
+        if self.number is None and launched().rank == 0:
             os.write(2, NOTED.encode())  # a handler may come in the middle of a print
         self.number = self.number or number
+        self.noted_at = time.monotonic()
 
     def heed(self, *, is_done: bool) -> None:
         """Raise Interrupted where a signal has come."""
