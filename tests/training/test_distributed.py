@@ -32,12 +32,13 @@ from looktwice.data.order import BatchOrder, balanced
 from looktwice.errors import ConfigError
 from looktwice.formats.sample_file import read_samples
 from looktwice.inference import OvisInference
-from looktwice.launch import Launch
+from looktwice.launch import Launch, RankError
 from looktwice.messages import question_about
 from looktwice.metrics import LOG_FILE
 from looktwice.training import distributed
 from looktwice.training.distributed import DistributedError, Replicated, World
 from looktwice.training.folder import checkpoints
+from looktwice.training.join import tell_once
 from looktwice.training.sets import LengthReport
 from looktwice.training.shares import Shares, costs_of
 from looktwice.training.watchdog import Watchdog
@@ -171,6 +172,18 @@ def test_an_error_of_one_process_ends_both_and_is_told_once(both) -> None:
     assert both.codes == [1, 1]
     assert both.errors[1].count("looktwice: rank 1: row 7: broken") == 1
     assert "looktwice: " not in both.errors[0] and "Traceback" not in both.errors[0] + both.errors[1]
+
+
+def test_the_first_error_is_told_with_its_rank_and_those_that_follow_are_not() -> None:
+    store = HashStore()
+    first, second = (Watchdog(store, rank, 2, timeout=60) for rank in range(2))
+    lost = RuntimeError("[/src/pair.cc:1] Connection closed by peer [::1]:2. Look at gloo there.")
+    with pytest.raises(DistributedError, match=r"^rank 0 starting: .* \(Connection closed by peer \[::1\]:2\)"):
+        tell_once(lost, first)
+    with pytest.raises(SystemExit):
+        tell_once(ConfigError("what follows from it"), second)
+    with pytest.raises(RankError, match="^rank 1: a mistake"):
+        tell_once(ConfigError("a mistake"), Watchdog(HashStore(), 1, 2, timeout=60))
 
 
 def test_what_differs_between_machines_is_told(monkeypatch) -> None:

@@ -50,7 +50,7 @@ def joined(model: ModelConfig, config: SFTConfig) -> Iterator[World]:
         try:
             yield KINDS[config.distributed](launch, watchdog)
         except BaseException as error:
-            _tell_once(error, watchdog)
+            tell_once(error, watchdog)
             raise
         finally:
             watchdog.stop()
@@ -69,7 +69,7 @@ def rendezvous(launch: Launch, *, on_gpu: bool, timeout: float) -> dist.Store:
     return dist.PrefixStore(f"looktwice/{next(_joins)}", shared)
 
 
-def _tell_once(error: BaseException, watchdog: Watchdog) -> None:
+def tell_once(error: BaseException, watchdog: Watchdog) -> None:
     """Of the errors that end several processes leave the first to be told, with its rank."""
     atexit.unregister(dist.destroy_process_group)  # it would wait for those that are gone
     if isinstance(error, KeyboardInterrupt | SystemExit):
