@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -249,6 +250,13 @@ def test_frozen_vision_is_kept_in_the_compute_dtype_where_that_is_lossless(load,
     learner = load(name=tmp_path / "model", bf16=True, freeze_vision=True)
     dtypes = {part_of(name): weight.dtype for name, weight in learner.model.named_parameters()}
     assert (dtypes["vit"], dtypes["visual_table"], dtypes["llm"]) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def test_a_frozen_part_of_which_one_weight_is_not_lossless_stays_as_it_is(load, examples) -> None:
+    learner = load(bf16=True, freeze_vision=True)  # norms of ones are lossless, random matrices are not
+    dtypes = {weight.dtype for name, weight in learner.model.named_parameters() if part_of(name) == "vit"}
+    assert dtypes == {torch.float32}
+    assert math.isfinite(update(learner, examples[:1]))
 
 
 def test_matrices_decay_and_vectors_do_not(load, examples) -> None:

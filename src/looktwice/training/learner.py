@@ -455,12 +455,17 @@ def compute_dtype(config: StageConfig) -> torch.dtype:
 
 
 def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parts of the vision side in the compute dtype, where that holds their weights exactly, as it does those of
-    released checkpoints in bfloat16."""
+    """Frozen parts of the vision side in the compute dtype, where that holds all weights of a part exactly, as it does
+    those of released checkpoints in bfloat16; a CPU does not take a part in two dtypes."""
+    parts: dict[Part, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_vision = part_of(name) in VISION_PARTS and not parameter.requires_grad
-        if is_vision and torch.equal(parameter.to(dtype).to(parameter.dtype), parameter):
-            parameter.data = parameter.data.to(dtype)
+        parts.setdefault(part_of(name), []).append(parameter)
+    for part in VISION_PARTS:
+        weights = parts[part]
+        is_frozen = not any(weight.requires_grad for weight in weights)
+        if is_frozen and all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
+            for weight in weights:
+                weight.data = weight.data.to(dtype)
 
 
 def compile_layers(model: Ovis2_5ForConditionalGeneration) -> None:
