@@ -207,6 +207,15 @@ def test_memory_that_runs_out_twice_stops_and_names_what_helps(load, examples, m
         update(learner, examples)
 
 
+def test_rows_that_processes_run_together_are_not_taken_again(load, examples, monkeypatch) -> None:
+    learner = load()
+    monkeypatch.setattr(learner.world, "can_repeat", False, raising=False)
+    tried = failing_above(learner, 0, monkeypatch)
+    with pytest.raises(TrainingError, match=r"step 1: out of memory with rows of \d+ tokens; what helps: "):
+        update(learner, examples)
+    assert len(tried) == 1
+
+
 # -- precision, compiling, and activations on the host
 
 
@@ -241,6 +250,24 @@ def test_layers_share_their_input_with_their_adapters_under_bf16(load, examples)
         for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
             projection(x)
     assert len({each.data_ptr() for each in kept if each.shape[-2:] == x.shape[-2:]}) == 1
+
+
+def test_under_fp16_an_update_that_is_left_out_is_followed_by_others(load, examples) -> None:
+    learner = load(fp16=True, skip_nonfinite=1)
+    learner.update(learner.rows(examples[:1]), lambda scores, row: scores.logprobs.sum() * torch.nan)
+    assert math.isfinite(update(learner, examples[:1]))
+
+
+def test_an_optimizer_of_bitsandbytes_goes_on(load, examples, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    learner, resumed = load(optim="adamw_8bit"), load(optim="adamw_8bit")
+    update(learner, examples[:1])
+    learner.save(tmp_path / "saved", RECORD, with_optimizer=True)
+    resumed.resume(tmp_path / "saved")
+    for each in (learner, resumed):
+        each.step = 1
+        update(each, examples[:1])
+    assert all(map(torch.equal, learner.parameters, resumed.parameters))
 
 
 def test_frozen_vision_is_kept_in_the_compute_dtype_where_that_is_lossless(load, model, tmp_path) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from looktwice.errors import TrainingError
-from looktwice.training.nonfinite import NonfiniteGuard, blamed
+from looktwice.training.nonfinite import NonfiniteGuard, Origin, blamed
 
-ROWS: Any = [SimpleNamespace(where=("a:1", "a:2")), SimpleNamespace(where=("a:3", "a:3"))]
+ROWS = [Origin(("a:1", "a:2")), Origin(("a:3", "a:3"))]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +25,7 @@ def test_the_rows_whose_loss_is_no_number_are_blamed_or_all(losses, named) -> No
 
 
 def test_many_samples_are_counted() -> None:
-    row: Any = SimpleNamespace(where=tuple(f"a:{number}" for number in range(11)))
+    row = Origin(tuple(f"a:{number}" for number in range(11)))
     assert blamed([1.0], [row]).endswith("a:6, a:7 and 3 more")
 
 
@@ -42,3 +40,7 @@ def test_a_good_update_ends_the_row_of_bad_ones() -> None:
     assert (outcomes, guard.num_skipped) == ([True, False, True], 2)
     with pytest.raises(TrainingError, match="step 4: loss nan, gradient norm 1.0 after 1 that were left out; in 1 row"):
         guard.skips(4, [math.nan, 0.0], 1.0, ROWS)
+
+
+def test_of_several_processes_the_one_with_the_row_is_named() -> None:
+    assert blamed([1.0, math.nan], [Origin(("a:1",), 0), Origin(("a:2",), 1)]) == "1 row on rank 1 of a:2"

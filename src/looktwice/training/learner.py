@@ -264,15 +264,14 @@ class Learner:
         update = Update(loss=total, grad_norm=norm, num_splits=int(num_splits))
         # under fp16 a gradient may overflow: the scaler leaves the update out and takes a smaller scale
         checked = 0.0 if self.config.fp16 else norm
-        origins = [Origin(row.where) for row in present]
+        origins = [Origin(row.where, world.rank if world.size > 1 else None) for row in present]
         if not math.isfinite(total + checked):  # and the rows that it comes from may be another process's
             found = world.gather([*zip(losses, origins)])
             losses, origins = [loss for loss, _ in found], [origin for _, origin in found]
-        if self.guard.skips(self.step + 1, losses, checked, origins):
-            return update
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule() * group["peak_lr"]
-        self.scaler.step(self.optimizer)
+        if not self.guard.skips(self.step + 1, losses, checked, origins):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.schedule() * group["peak_lr"]
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         return update
 
@@ -281,8 +280,8 @@ class Learner:
     ) -> tuple[list[PackedBatch], list[float]]:
         """The rows as they were taken and the loss of each, their gradients being left in the parameters.
 
-        When memory runs out, this and all later steps take rows half as long. Raises TrainingError when it runs out
-        again, or rows cannot be split.
+        When memory runs out, this and all later steps of this process take rows half as long, and the others wait where
+        gradients are summed. Raises TrainingError when it runs out again, or where rows cannot be repeated.
         """
         present = split_rows(rows, self.tokens_that_fit)
         losses = self.gradients(present, loss)
@@ -306,6 +305,7 @@ class Learner:
         world = self.world
         torch.manual_seed((self.config.seed * 1_000_003 + self.step) * world.size + world.rank)
         self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(torch.zeros((), device=self.base.device))  # or without a row it would not be ready
         losses: list[Tensor] = []
         try:
             for row in world.even(rows, self.step + 1):
@@ -318,7 +318,8 @@ class Learner:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return None
-        return torch.stack(losses).tolist()  # read once for all rows, which is what waits for a GPU
+        # read once for all rows, which is what waits for a GPU
+        return torch.stack(losses).tolist() if losses else []
 
     def schedule(self) -> float:
         """Share of the peak learning rates at the coming update: linear warm-up, then cosine to zero or constant."""

@@ -61,9 +61,14 @@ def placed_moments(moments: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         number: {
-            key: placed_as(value, parameters[number]) if value.shape == parameters[number].shape else value
+            key: placed_as(value, parameters[number]) if _is_like(value, parameters[number]) else value
             for key, value in values.items()
         }
         for number, values in moments["state"].items()
     }
     return {**moments, "state": state}
+
+
+def _is_like(value: object, parameter: Tensor) -> bool:
+    """Whether it is a moment of the parameter, and not a count of steps, or what bitsandbytes keeps of blocks."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape

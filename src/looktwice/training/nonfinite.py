@@ -13,9 +13,10 @@ MOST_NAMED = 8
 
 
 class Origin(NamedTuple):
-    """A row, by the samples it was packed from."""
+    """A row, by the samples it was packed from, and the process that trained it where there are several."""
 
     where: tuple[str, ...]
+    rank: int | None = None
 
 
 class NonfiniteGuard:
@@ -53,7 +54,9 @@ def blamed(losses: Sequence[float], rows: Sequence[Origin]) -> str:
     """The samples of the rows whose loss is no number, or of all where each loss is one and the gradient is none."""
     bad = [row for loss, row in zip(losses, rows) if not math.isfinite(loss)] or rows
     places = list(dict.fromkeys(filter(None, chain.from_iterable(row.where for row in bad))))
+    ranks = sorted({row.rank for row in bad if row.rank is not None})
+    told = counted(len(bad), "row") + (f" on rank {', '.join(map(str, ranks[:MOST_NAMED]))}" if ranks else "")
     if not places:
-        return counted(len(bad), "row")
+        return told
     more = f" and {len(places) - MOST_NAMED} more" if len(places) > MOST_NAMED else ""
-    return f"{counted(len(bad), 'row')} of {', '.join(places[:MOST_NAMED])}{more}"
+    return f"{told} of {', '.join(places[:MOST_NAMED])}{more}"
