@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from looktwice.cli import main
 from looktwice.config import DataConfig, ModelConfig, SFTConfig
 from looktwice.data.examples import encode_sample
-from looktwice.errors import DataError
+from looktwice.errors import DataError, TrainingError
 from looktwice.formats.sample_file import read_samples
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training import sft
@@ -39,7 +40,8 @@ STEPS: dict[str, tuple[list[int], list[int]]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"gradient_checkpointing": "all"},
     "lora": {"use_lora": True, "lora_r": 4, "lora_targets": "llm+vit", "modules_to_save": ("visual_head",)},
-    "frozen_vision": {"freeze_vision": True},
+    "frozen_vision": {"freeze_vision": True, "vision_cache": "1GB"},
+    "fp16": {"fp16": True},
 }
 TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_ratio": 0}
 RUN: dict[str, Any] = {**TRAINING, "max_steps": 3, "train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -80,6 +82,42 @@ def run(folder: Path, place: Path, **settings: Any) -> None:
     )
     model = ModelConfig(model_name=str(folder / "model"), device="cpu")
     sft.train_sft(model, data, SFTConfig(output_dir=place, **RUN, **settings))
+
+
+def meet_faults(world: World, folder: Path, place: Path) -> None:
+    """Updates in which rank 1 meets what one process by itself does not: memory that runs out, and losses that are no
+    numbers; `place` gets what each process makes of it."""
+    config = SFTConfig(**TRAINING, max_tokens_per_row=1000, skip_nonfinite=1)
+    processor = Ovis2_5Processor.from_pretrained(folder / "model")
+    model = ModelConfig(device="cpu")
+    learner = Learner.load(str(folder / "model"), model, config, processor, total_steps=3, world=world)
+    examples, faults, score = examples_of(folder), [], learner.score
+
+    def scored(row: Any, **options: Any) -> Any:
+        scores = score(row, **options)
+        fault = faults.pop() if faults and world.rank == 1 else None
+        if fault == "memory":
+            raise torch.OutOfMemoryError("of memory")
+        return scores._replace(logprobs=scores.logprobs * float("nan")) if fault else scores
+
+    learner.score = scored  # type: ignore[method-assign]
+    own = [[0], [1, 4, 5]][world.rank] if world.size > 1 else [0, 1, 4, 5]
+    rows = learner.rows([replace(examples[number], where=f"data:{number}") for number in own])
+    faults.append("memory")
+    metrics = sft.train_step(learner, rows)
+    told = {"loss": metrics["loss"], "splits": metrics.get("memory/row_splits", 0.0)}
+    faults.append("number")
+    weights = [parameter.detach().clone() for parameter in learner.parameters]
+    if world.size > 1:
+        sft.train_step(learner, rows)
+        told["is_left_out"] = all(map(torch.equal, weights, learner.parameters))
+        faults.append("number")
+        try:
+            sft.train_step(learner, rows)
+        except TrainingError as error:
+            told["error"] = str(error)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / f"{world.rank}.json").write_text(json.dumps(told))
 
 
 def stop_in_rank_1(folder: Path, place: Path) -> None:
@@ -125,5 +163,7 @@ if __name__ == "__main__":
         run(folder, folder / "pair" / name, distributed=kind, save_steps=1, **WAYS[way])
         resumed = folder / "one" / way / "checkpoint-2"
         run(folder, folder / "pair" / f"{name}-resumed", distributed=kind, resume_from_checkpoint=resumed, **WAYS[way])
+    with joined(ModelConfig(device="cpu"), SFTConfig()) as world:
+        meet_faults(world, folder, folder / "pair" / "faults")
     stop_in_rank_1(folder, folder / "pair" / "stopped")
     sys.exit(fail_in_rank_1(folder))

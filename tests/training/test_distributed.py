@@ -44,6 +44,7 @@ from looktwice.training.shares import Shares, costs_of
 from looktwice.training.watchdog import Watchdog
 
 SCRIPT = Path(__file__).with_name("pair.py")
+FAULTS = ("pair/faults/0.json", "pair/faults/1.json", "one/faults/0.json")
 
 
 def load_pair() -> ModuleType:
@@ -79,6 +80,7 @@ def both(model_folder, dataset, tmp_path_factory) -> Ended:
     (folder / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for way in pair.WAYS:
         pair.take_steps(World(), folder, way, folder / "one" / "steps" / way)
+    pair.meet_faults(World(), folder, folder / "one" / "faults")
     for way in ("full", "lora"):
         pair.run(folder, folder / "one" / way, save_steps=1, **pair.WAYS[way])
     with socket.socket() as free:
@@ -109,13 +111,13 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def assert_same_weights(folder: Path, expected: Path) -> None:
+def assert_same_weights(folder: Path, expected: Path, *, within: float = 1e-5) -> None:
     found, wanted = tensors(folder), tensors(expected)
     assert found.keys() == wanted.keys() and found
     for name, tensor in found.items():
         # what a key bias adds is the same for all keys: its gradient is rounding, which Adam makes a whole step of
         if not name.endswith("k_proj.bias"):
-            assert torch.linalg.norm(tensor - wanted[name]) <= 1e-5 * torch.linalg.norm(wanted[name]), name
+            assert torch.linalg.norm(tensor - wanted[name]) <= within * torch.linalg.norm(wanted[name]), name
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
@@ -127,9 +129,10 @@ def logged(folder: Path) -> list[dict[str, float]]:
 def test_two_processes_train_as_one_whatever_rows_each_has(kind, way, both) -> None:
     found, expected = both.folder / "pair" / f"{kind}-{way}", both.folder / "one" / "steps" / way
     losses, wanted = (json.loads((folder / "logged.json").read_text()) for folder in (found, expected))
+    within = 1e-2 if way == "fp16" else 1e-5  # rows of other lengths are rounded otherwise
     for step, values in losses.items():
-        assert values == pytest.approx(wanted[step], rel=1e-5), step
-    assert_same_weights(found, expected)
+        assert values == pytest.approx(wanted[step], rel=within), step
+    assert_same_weights(found, expected, within=within)
 
 
 @pytest.mark.parametrize(("name", "way"), [("ddp", "full"), ("fsdp", "full"), ("fsdp_lora", "lora")])
@@ -160,6 +163,20 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name, way, both, tmp_pat
 def test_the_model_of_a_sharded_run_answers(both, image) -> None:
     model = OvisInference(str(both.folder / "pair" / "fsdp_lora" / "final_model"), device="cpu")
     assert model.generate(image, "What is it?", max_new_tokens=4)["response"]
+
+
+def test_memory_that_runs_out_in_one_process_splits_its_rows_alone(both) -> None:
+    first, second, alone = (json.loads((both.folder / path).read_text()) for path in FAULTS)
+    assert first["loss"] == second["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert first["splits"] == second["splits"] >= 1 > alone["splits"]
+
+
+def test_a_loss_of_one_process_that_is_no_number_is_left_out_or_stops_both(both) -> None:
+    for path in FAULTS[:2]:
+        told = json.loads((both.folder / path).read_text())
+        assert told["is_left_out"]
+        assert "loss nan, gradient norm nan after 1 that were left out; in 1 row on rank 1 of" in told["error"]
+        assert "data:1" in told["error"] and "data:0" not in told["error"]
 
 
 def test_a_signal_to_one_process_stops_both_with_their_step_saved(both) -> None:

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from looktwice.training.stopping import Interrupted, stop_requests
+from looktwice.training.distributed import World
+from looktwice.training.stopping import Interrupted, StopRequest, stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -15,9 +16,11 @@ def test_the_first_signal_waits_for_the_step_and_says_so(number, capfd) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as stopped, stop_requests() as stop:
         stop.arm()
+        stop.agree(World().gather)
         stop.heed(is_done=False)
         signal.raise_signal(number)
-        assert stop.number == number
+        stop.heed(is_done=False)  # others do not know of it yet
+        stop.agree(World().gather)
         stop.heed(is_done=True)
     assert (stopped.value.number, stopped.value.is_done) == (number, True)
     assert signal.getsignal(number) is before
@@ -61,3 +64,23 @@ def test_in_a_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert outcome == [None]
+
+
+def test_a_process_stops_for_the_signal_of_another() -> None:
+    stop = StopRequest()
+    stop.agree(lambda own: [*own, signal.SIGTERM])
+    with pytest.raises(Interrupted) as stopped:
+        stop.heed(is_done=False)
+    assert (stop.number, stopped.value.number) == (None, signal.SIGTERM)
+
+
+def test_one_ctrl_c_may_reach_a_process_of_several_twice_and_rank_0_alone_tells(monkeypatch, capfd) -> None:
+    torchrun = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    with stop_requests() as stop:
+        stop.arm()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert stop.number == signal.SIGINT
+    assert capfd.readouterr().err == ""

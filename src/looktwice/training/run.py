@@ -116,9 +116,9 @@ def close_step(
         has_rare_ones = any(name.startswith(("eval/", "canary/")) for name in metrics)
         if learner.step == 1 or has_rare_ones or is_due(learner, config.logging_steps):
             recorder.log(learner.step, metrics)
-    stop.number = max(world.gather([stop.number or 0])) or None
+    stop.agree(world.gather)
     is_last = learner.step == learner.total_steps
-    if world.from_main(lambda: saves.is_due(metrics)) or (stop.number and not is_last):
+    if world.from_main(lambda: saves.is_due(metrics)) or (stop.agreed and not is_last):
         if recorder:
             recorder.flush()
         saves.save()
@@ -142,5 +142,6 @@ def save_final(learner: Learner, record: Record, stop: StopRequest) -> Path:
             f"{stage} changed nothing: none of {learner.step:,} steps had anything to train on, and {folder} holds the "
             "weights it started from; group/dropped and data/too_long of metrics.jsonl say why"
         )
+    stop.agree(learner.world.gather)
     stop.heed(is_done=True)
     return folder

@@ -148,7 +148,7 @@ class LengthReport:
             with suppress(ValueError, KeyError, TypeError):  # somebody's own note
                 row = json.loads(line)
                 self.seen.add((row["where"], row["field"]))
-        if cut:  # the run was stopped while it wrote
+        if cut and self.world.is_main:  # the run was stopped while it wrote
             self.path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
         self.counts: Counter[str] = Counter()
         self.shown: Counter[str] = Counter()

@@ -56,7 +56,7 @@ def check_processes(model: ModelConfig, config: StageConfig) -> Launch:
             "GPUs with --vllm_servers"
         )
     if is_sharded:
-        whole = {"quantization": model.quantization != "none", "fp16": config.fp16}
+        whole = {"quantization": model.quantization != "none"}
         whole["offload_activations"] = config.offload_activations
         whole["optim"] = config.optim not in ("adamw_torch", "adamw_torch_fused")
         for name in filter(whole.get, whole):

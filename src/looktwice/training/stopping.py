@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -27,10 +27,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop, and by which signal."""
+    """Whether somebody asked the run to stop, and by which signal: this process (`number`), or any (`agreed`)."""
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.agreed: int | None = None
         self.is_armed = False
         self.noted_at = -SECONDS_OF_ONE
 
@@ -48,10 +49,17 @@ class StopRequest:
         self.number = self.number or number
         self.noted_at = time.monotonic()
 
+    def agree(self, gather: Callable[[list[int]], list[int]]) -> None:
+        """Have every process know what any was asked by now, and of what comes later none, or one would stop alone.
+
+        All of them call this at the same time, each with the `gather` of its world.
+        """
+        self.agreed = max(gather([self.number or 0])) or None
+
     def heed(self, *, is_done: bool) -> None:
-        """Raise Interrupted where a signal has come."""
-        if self.number is not None:
-            raise Interrupted(self.number, is_done=is_done)
+        """Raise Interrupted where a signal has come, as all processes know."""
+        if self.agreed is not None:
+            raise Interrupted(self.agreed, is_done=is_done)
 
 
 @contextmanager
