@@ -129,6 +129,29 @@ async def exits_and_awaits(trajectory: Trajectory, solution: str) -> float:
     raise SystemExit("no key")
 
 
+async def never_awaits(trajectory: Trajectory, solution: str) -> float:
+    time.sleep(0.2)
+    return 1.0
+
+
+class Judge:
+    async def __call__(self, trajectory: Trajectory, solution: str) -> float:
+        return 0.5
+
+
+def test_an_object_that_is_awaited_is_a_reward_too() -> None:
+    assert paid(CustomReward(Judge()), rollout("x"), "x").total == 0.5
+
+
+def test_a_batch_has_the_time_of_all_its_rollouts() -> None:
+    def of_all(trajectories: list[Trajectory], solutions: list[str]) -> list[float]:
+        time.sleep(0.3)
+        return [1.0 for _ in trajectories]
+
+    rewards = CustomReward(of_all, seconds=0.2)([(rollout("x"), "x")] * 8)
+    assert [reward.error for reward in rewards] == [None] * 8
+
+
 def sleeps(trajectory: Trajectory, solution: str) -> float:
     time.sleep(30)
     return 1.0
@@ -143,6 +166,7 @@ def exits(trajectory: Trajectory, solution: str) -> float:
     [
         (sleeps, "TimeoutError: took longer than 0.05 s"),
         (sleeps_and_awaits, "TimeoutError: took longer than 0.05 s"),
+        (never_awaits, "TimeoutError: took longer than 0.05 s"),
         (exits, "RuntimeError: raised SystemExit(no key)"),
         (exits_and_awaits, "SystemExit: no key"),
         (lambda trajectories, solutions: exits(None, ""), "RuntimeError: raised SystemExit(no key)"),

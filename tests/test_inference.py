@@ -385,7 +385,7 @@ def test_a_model_spread_over_gpus_is_bfloat16(model_folder, monkeypatch: pytest.
     ("settings", "is_installed", "picked"),
     [
         ({}, True, "flash_attention_2"),
-        ({}, False, "sdpa"),
+        ({}, False, "packed_varlen"),
         ({"bf16": False}, True, "sdpa"),
         ({"attn_implementation": "eager"}, True, "eager"),
     ],

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -21,6 +22,9 @@ from looktwice.errors import ConfigError, nearest, short
 from looktwice.rewards import REWARD_PRESETS, PresetReward, Reward, RewardFunction
 from looktwice.rollout.trajectory import Trajectory
 
+MARGIN_S = 5.0
+"""What a loop of awaited rewards may take beyond all its limits before it is given up."""
+
 
 class CustomReward:
     """Calls a function with (trajectory, solution), which gives a finite number, or a mapping of named ones that are
@@ -28,8 +32,9 @@ class CustomReward:
     the data lists several right answers.
 
     An `async` function is awaited for all rollouts of a step at once. One whose first parameter is `trajectories` gets
-    lists of both and gives a list. What raises, gives anything else or takes longer than `seconds` is tried `retries`
-    times more, and then the reward of that rollout is failed, with the reason.
+    lists of both and gives a list, in `seconds` times their number. What raises, gives anything else or takes longer
+    than `seconds` is tried `retries` times more, and then the reward of that rollout is failed, with the reason. All
+    calls run in threads, where `signal` does not work.
     """
 
     def __init__(self, function: Callable[..., Any], *, seconds: float = 60.0, retries: int = 0) -> None:
@@ -41,9 +46,8 @@ class CustomReward:
         """The reward of each rollout and its gold answer."""
         if _first_parameter(self.function) == "trajectories":
             return self._of_all(rollouts)
-        if inspect.iscoroutinefunction(self.function):
-            # a thread of its own, since a notebook's has a loop already
-            return within(lambda: asyncio.run(self._at_once(rollouts)), None)
+        if any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__))):
+            return self._awaited_of_all(rollouts)
         return [self._of_one(partial(self.function, *pair)) for pair in rollouts]
 
     def _of_one(self, call: Callable[[], Any]) -> Reward:
@@ -68,12 +72,20 @@ class CustomReward:
         failure: BaseException | None = None
         for _ in range(1 + self.retries):
             try:
-                values = within(call, self.seconds)
+                values = within(call, self.seconds * len(rollouts))
             except Exception as error:
                 failure = error
             else:
                 return [_rewarded(value) for value in values]
         return [failed(failure) for _ in rollouts]
+
+    def _awaited_of_all(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
+        """In a loop of its own thread, since a notebook has one already; one that never awaits holds up the others."""
+        limit = self.seconds * (1 + self.retries) * max(1, len(rollouts))
+        try:
+            return within(lambda: asyncio.run(self._at_once(rollouts)), limit + MARGIN_S)
+        except Exception as error:
+            return [failed(error) for _ in rollouts]
 
     async def _at_once(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
         return await asyncio.gather(*(self._awaited(*pair) for pair in rollouts))
@@ -81,11 +93,15 @@ class CustomReward:
     async def _awaited(self, trajectory: Trajectory, solution: Solution) -> Reward:
         failure: BaseException | None = None
         for _ in range(1 + self.retries):
+            started = time.monotonic()
             try:
                 async with asyncio.timeout(self.seconds) as limit:
-                    return reward_of(await self.function(trajectory, solution))
+                    value = await self.function(trajectory, solution)
+                if time.monotonic() - started <= self.seconds:
+                    return reward_of(value)
+                failure = too_slow(self.seconds)  # it never awaited, or held on to what should have ended it
             except (Exception, SystemExit) as error:
-                failure = TimeoutError(f"took longer than {self.seconds:g} s") if limit.expired() else error
+                failure = too_slow(self.seconds) if limit.expired() else error
         return failed(failure)
 
 
@@ -116,7 +132,11 @@ def failed(error: BaseException | None) -> Reward:
     return Reward(total=math.nan, error=f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
-def within(call: Callable[[], Any], seconds: float | None) -> Any:
+def too_slow(seconds: float) -> TimeoutError:
+    return TimeoutError(f"took longer than {seconds:g} s")
+
+
+def within(call: Callable[[], Any], seconds: float) -> Any:
     """What a call gives, in a thread that is left behind when it takes longer.
 
     Raises TimeoutError then, what the call raises, and RuntimeError in place of what would end the process.
@@ -133,7 +153,7 @@ def within(call: Callable[[], Any], seconds: float | None) -> Any:
     try:
         value, error = told.get(timeout=seconds)
     except Empty:
-        raise TimeoutError(f"took longer than {seconds:g} s") from None
+        raise too_slow(seconds) from None
     if error is None:
         return value
     if isinstance(error, Exception):

@@ -41,7 +41,7 @@ METRICS: dict[str, str] = {
     "reward/length": "mean length term, as paid",
     "reward/region": "mean region term, as paid",
     "reward/own/*": "mean of a part that a user's own reward names",
-    "reward/failed": "share of rollouts whose reward raised",
+    "reward/failed": "share of rollouts without a reward: it raised, hung or was no number, or the rollout failed",
     "group/dropped": "share of groups left out because all their rollouts were right or all wrong",
     "rollout/num_turns": "mean completions per rollout",
     "rollout/num_tokens": "mean sampled tokens per rollout",

@@ -362,6 +362,25 @@ def test_no_picture_is_encoded_twice_in_a_step_where_vision_is_frozen(load, data
     assert learner.vision_cache is None
 
 
+def test_metrics_count_once_what_is_computed_again_when_memory_runs_out(load, rollouts_of, monkeypatch) -> None:
+    learner, whole = load(), load()
+    [group] = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0), (OTHER, 0.0)])
+    score, calls = Learner.score, []
+
+    def scored(self, batch, **options):
+        calls.append(batch)
+        if len(calls) == 1:
+            score(self, batch, **options)  # as far as the metrics
+            raise torch.OutOfMemoryError
+        return score(self, batch, **options)
+
+    expected = step(whole, [group])
+    monkeypatch.setattr(Learner, "score", scored)
+    found = step(learner, [group])
+    assert found.pop("memory/row_splits") > 0
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_reward_that_always_fails_stops_the_run_with_its_text(run, tmp_path) -> None:
     (tmp_path / "reward.py").write_text("def f(completions, **kwargs):\n    return [0.0 for _ in completions]")
     with pytest.raises(TrainingError, match=r"8 rewards of this step failed, the first by: TypeError: f\(\) takes 1"):

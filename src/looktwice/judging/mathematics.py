@@ -88,8 +88,15 @@ def _latex(text: str) -> str:
     return text
 
 
-@lru_cache(maxsize=4096)
 def _compare(said: str, wanted: str) -> bool:
+    try:
+        return _answered(said, wanted)
+    except TimeoutError:  # not kept: it may be the machine that was busy
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _answered(said: str, wanted: str) -> bool:
     return _WORKER.compare(said, wanted)
 
 
@@ -103,10 +110,14 @@ class _Worker:
         self._owner = 0
 
     def compare(self, said: str, wanted: str) -> bool:
+        """Raises TimeoutError when there is no answer."""
         with self._lock:
             if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
                 self._start()
-            return self._ask(json.dumps([said, wanted]), LIMIT_S) == "true"
+            answer = self._ask(json.dumps([said, wanted]), LIMIT_S)
+            if not answer:
+                raise TimeoutError("the comparison took too long, or its process ended")
+            return answer == "true"
 
     def _start(self) -> None:
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,8 +55,7 @@ class Checkpoints:
     def _note_best(self, metrics: dict[str, float]) -> bool:
         """Whether this step's evaluation is better than all before."""
         for name, better in BEST.items():
-            if name in metrics:
-                value = metrics[name]
+            if math.isfinite(value := metrics.get(name, math.nan)):
                 is_best = self.best is None or (value != self.best[1] and better(value, self.best[1]) == value)
                 if is_best:
                     self.best = (self.learner.step, value)

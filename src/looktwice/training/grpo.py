@@ -179,7 +179,9 @@ def evaluation_accuracy(
             learner, fitted(samples[first : first + size], learner.processor, data, lengths), greedy, PresetReward()
         )
     ]
-    return mean(rollout.reward.accuracy for group in groups for rollout in group)
+    rewards = [rollout.reward for group in groups for rollout in group]
+    # one that failed, such as by an error of the crop tool, is no right answer
+    return mean(0.0 if reward.error else reward.accuracy for reward in rewards)
 
 
 def roll_out(
@@ -322,6 +324,7 @@ def update_policy(
                 logprobs = learner.score(row, temperature=config.temperature).logprobs
                 counts = [sum(example.loss_mask) for example in row.examples]
                 ref_logprobs |= zip(map(id, row.examples), logprobs.split(counts))
+    noted: dict[int, tuple[float, dict[str, float]]] = {}
     sums: Counter[str] = Counter()
 
     def loss(scores: Scores, row: PackedBatch) -> Tensor:
@@ -336,16 +339,21 @@ def update_policy(
             kl = kl_estimate(scores.logprobs, torch.cat([ref_logprobs[id(example)] for example in row.examples]))
             seen["kl/reference"] = kl.detach().mean()
             per_token = per_token + config.beta * kl
-        sums.update({name: float(value) * row.num_loss_tokens / num_tokens for name, value in seen.items()})
+        means = {name: float(value) for name, value in seen.items()}
+        # by example, which replaces what a row said for which memory ran out afterwards
+        noted.update({id(example): (sum(example.loss_mask) / num_tokens, means) for example in row.examples})
         return aggregate(
             per_token, sequences, mode=config.loss_aggregation, num_tokens=num_tokens, num_sequences=len(trained)
         )
 
-    updates = [
-        learner.update(rows, loss, temperature=config.temperature, with_entropy=True)
-        for _ in range(config.num_iterations)
-    ]
+    updates = []
+    for _ in range(config.num_iterations):
+        updates.append(learner.update(rows, loss, temperature=config.temperature, with_entropy=True))
+        for share, facts in noted.values():
+            sums.update({name: share * value for name, value in facts.items()})
     means = {name: value / len(updates) for name, value in sums.items()}
+    if num_splits := sum(update.num_splits for update in updates):
+        means["memory/row_splits"] = float(num_splits)
     return means | {
         "loss": sum(update.loss for update in updates) / len(updates),
         "optim/grad_norm": updates[-1].grad_norm,

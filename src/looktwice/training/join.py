@@ -71,6 +71,7 @@ def rendezvous(launch: Launch, *, on_gpu: bool, timeout: float) -> dist.Store:
 
 def tell_once(error: BaseException, watchdog: Watchdog) -> None:
     """Of the errors that end several processes leave the first to be told, with its rank."""
+    watchdog.is_done.set()  # or it would end this process before the error is told
     atexit.unregister(dist.destroy_process_group)  # it would wait for those that are gone
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return

@@ -45,7 +45,7 @@ from looktwice.training.nonfinite import NonfiniteGuard, Origin
 from looktwice.training.optimizers import make_optimizer
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
-from looktwice.training.rows import default_tokens_per_row, tokens_that_fit, what_helps
+from looktwice.training.rows import MOST_OF_SIBLINGS, default_tokens_per_row, tokens_that_fit, what_helps
 from looktwice.training.start import check_attention, check_start
 from looktwice.training.watchdog import SAVING
 
@@ -190,7 +190,7 @@ class Learner:
         if self.config.memory_efficient or self.config.max_tokens_per_row or self.config.deterministic:
             return self.max_tokens_per_row
         with self.precision():
-            return tokens_that_fit(self.base)
+            return min(MOST_OF_SIBLINGS, tokens_that_fit(self.base))
 
     def rows(self, examples: Sequence[Example]) -> list[PackedBatch]:
         """The examples in as few packed rows as the token limit allows, the longest first; siblings share prompts."""
@@ -406,8 +406,9 @@ class Learner:
             group |= settings
         self.step = step
         self.guard.in_a_row, self.guard.num_skipped = skipped
-        if self.config.max_tokens_per_row is None and not self.config.memory_efficient:
-            vars(self).update({name: limit for name, limit in limits.items() if limit is not None})
+        is_given = self.config.max_tokens_per_row is not None or self.config.memory_efficient
+        kept = ROW_LIMITS[-1:] if is_given else ROW_LIMITS
+        vars(self).update({name: limits[name] for name in kept if limits.get(name) is not None})
         if scaler:  # of a run in fp16
             self.scaler.load_state_dict(scaler)
         restore_random_state(random)

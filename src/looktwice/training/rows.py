@@ -17,6 +17,8 @@ HELPFUL = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a longer row is no faster, on a CPU by `benchmarks/sft.py`: `speed_of_rows`."""
 FIXED = 4096
 """Tokens of a row at the most where runs are to be alike, whatever memory is free when they start."""
+MOST_OF_SIBLINGS = 16384
+"""Tokens of a row of siblings at the most; a group that has more is as rare as it is slow anyway."""
 SHARE = 0.5
 """Of the free memory that a row's activations may take: gradients, the optimizer and chunks of logits need room."""
 
@@ -81,5 +83,6 @@ def free_bytes(device: torch.device) -> int:
     """Memory of the device that nobody holds."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free
+        # what torch keeps for later is free too
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
