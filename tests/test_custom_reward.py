@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -192,3 +194,10 @@ def test_a_failed_reward_is_tried_again(is_async) -> None:
     function = flaky_and_awaits if is_async else flaky
     assert paid(CustomReward(function, retries=1), rollout("x"), "x").error == "OSError: busy"
     assert paid(CustomReward(function, retries=1), rollout("x"), "x").total == 1.0
+
+
+def test_the_example_of_the_documentation_pays(tmp_path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "answers.md").read_text(encoding="utf-8")
+    path = write_rewards(tmp_path, re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    reward = paid(load_reward(f"{path}:score"), rollout("<think>a</think> <answer>cup</answer>"), "cup")
+    assert reward.parts == {"accuracy": 1.0, "short": 0.1}
