@@ -159,6 +159,14 @@ def sleeps(trajectory: Trajectory, solution: str) -> float:
     return 1.0
 
 
+def test_after_three_that_hang_the_others_of_a_step_are_not_asked() -> None:
+    rewards = CustomReward(sleeps, seconds=0.05)([(rollout("x"), "x")] * 5)
+    assert [reward.error.split(",")[0] for reward in rewards] == [
+        *["TimeoutError: took longer than 0.05 s"] * 3,
+        *["TimeoutError: not asked"] * 2,
+    ]
+
+
 def exits(trajectory: Trajectory, solution: str) -> float:
     raise SystemExit("no key")
 

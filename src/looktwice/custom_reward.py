@@ -26,6 +26,10 @@ MARGIN_S = 5.0
 """What a loop of awaited rewards may take beyond all its limits before it is given up."""
 
 
+HUNG = 3
+"""Calls in a row that took too long, after which the others of the step are not made."""
+
+
 class CustomReward:
     """Calls a function with (trajectory, solution), which gives a finite number, or a mapping of named ones that are
     added up (`accuracy` among them is what groups are filtered by). The solution is a text, or a tuple of texts where
@@ -48,7 +52,15 @@ class CustomReward:
             return self._of_all(rollouts)
         if any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__))):
             return self._awaited_of_all(rollouts)
-        return [self._of_one(partial(self.function, *pair)) for pair in rollouts]
+        rewards: list[Reward] = []
+        for pair in rollouts:
+            if len(rewards) >= HUNG and all(hung(reward) for reward in rewards[-HUNG:]):
+                rewards.append(
+                    failed(TimeoutError(f"not asked, since {HUNG} before took longer than {self.seconds:g} s"))
+                )
+            else:
+                rewards.append(self._of_one(partial(self.function, *pair)))
+        return rewards
 
     def _of_one(self, call: Callable[[], Any]) -> Reward:
         failure: BaseException | None = None
@@ -130,6 +142,10 @@ def _rewarded(value: Any) -> Reward:
 def failed(error: BaseException | None) -> Reward:
     text = " ".join(str(error).split())
     return Reward(total=math.nan, error=f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def hung(reward: Reward) -> bool:
+    return reward.error is not None and reward.error.startswith(TimeoutError.__name__)
 
 
 def too_slow(seconds: float) -> TimeoutError:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.model.mixer import Mixer
 
-from looktwice.errors import CheckpointError, ConfigError
+from looktwice.errors import ConfigError
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.vision_cache import VisionCache
 from looktwice.processing.packing import PackedBatch, pack
@@ -82,12 +82,26 @@ def test_a_folder_serves_the_next_run_and_only_the_same_weights_and_precision(fr
     assert encoded(lambda: weight.data.mul_(1.5)) == 3
 
 
-def test_a_broken_file_is_named(frozen, batch, tmp_path: Path) -> None:
-    run(VisionCache(frozen, max_bytes=10**9, folder=tmp_path), batch)
+def test_a_broken_file_is_computed_anew(frozen, batch, tmp_path: Path, capsys) -> None:
+    expected = run(VisionCache(frozen, max_bytes=10**9, folder=tmp_path), batch)
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(b"cut")
-    with pytest.raises(CheckpointError, match=r"safetensors: a broken file of the vision cache \(.*remove it"):
-        run(VisionCache(frozen, max_bytes=10**9, folder=tmp_path), batch)
+        path.with_name("notes.safetensors").write_text("of somebody else")
+    torch.testing.assert_close(run(VisionCache(frozen, max_bytes=10**9, folder=tmp_path), batch), expected)
+    assert capsys.readouterr().out.count("a broken file of the vision cache") == 3
+    again = VisionCache(frozen, max_bytes=10**9, folder=tmp_path)
+    run(again, batch)
+    assert again.num_encoded == 0
+
+
+def test_a_full_disk_ends_the_cache_and_not_the_run(frozen, batch, tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(tensors: object, path: Path) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("looktwice.model.vision_cache.save_file", full)
+    cache = VisionCache(frozen, max_bytes=10**9, folder=tmp_path)
+    torch.testing.assert_close(run(cache, batch), frozen(**batch.model_inputs()).logprobs, atol=1e-5, rtol=1e-5)
+    assert capsys.readouterr().out.count("keeps nothing more") == 1
 
 
 def test_a_tower_that_is_trained_is_refused(model: Ovis2_5ForConditionalGeneration) -> None:

@@ -599,6 +599,17 @@ def test_lora_trains_over_a_quantised_language_model(kind, layer, load, examples
 
 
 @pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize(("first", "second"), [("adamw_torch", "adamw_8bit"), ("adamw_8bit", "adamw_torch_fused")])
+def test_a_checkpoint_goes_on_with_its_kind_of_optimizer(first, second, load, examples, tmp_path) -> None:
+    learner = load(optim=first)
+    update(learner, examples)
+    learner.save(tmp_path / "checkpoint-1", Record(stage="sft", order={}, settings={}), with_optimizer=True)
+    load(optim=first).resume(tmp_path / "checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"optim was adamw\w* and is adamw\w*; resume with the same settings"):
+        load(optim=second).resume(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.usefixtures("bitsandbytes")
 def test_what_images_and_words_pass_through_is_not_quantised(load) -> None:
     base = load(quantization="nf4", use_lora=True).base
     vision = [layer for layer in base.model.visual_tokenizer.modules() if isinstance(layer, torch.nn.Linear)]

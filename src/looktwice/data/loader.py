@@ -129,7 +129,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
         return
     held: list[object] = []
     handler = signal.signal(signal.SIGINT, lambda *what: held.append(what))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:

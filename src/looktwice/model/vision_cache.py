@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from looktwice.drafts import UNFINISHED
-from looktwice.errors import CheckpointError, ConfigError
+from looktwice.errors import CheckpointError, ConfigError, one_line
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
 Kind = Literal["tower_features", "image_features"]
+DIGEST_BYTES = 16
 BLOCK = 1024
 """Numbers at the beginning, in the middle and at the end of a tensor that its fingerprint looks at."""
 
@@ -48,20 +49,19 @@ class VisionCache:
     def inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> dict[str, Tensor]:
         """What the model takes in place of these pictures [P, C * p * p], [I, 3], which are on the host.
 
-        Computed in the precision of the caller. Raises CheckpointError for a broken file of the folder.
+        Computed in the precision of the caller, and anew where a file of the folder is broken.
         """
         grids = image_grid_thw.tolist()
         images = pixel_values.split([t * h * w for t, h, w in grids])
         keys = [self._key(image, grid) for image, grid in zip(images, grids)]
-        missing = {key: number for number, key in enumerate(keys) if key not in self.known}
-        found = dict(
-            zip(missing, self._encode([images[n] for n in missing.values()], [grids[n] for n in missing.values()]))
-        )
-        for key, features in found.items():
+        found = {key: features for key in set(keys) if (features := self._read(key)) is not None}
+        missing = {key: number for number, key in enumerate(keys) if key not in found}
+        new = self._encode([images[n] for n in missing.values()], [grids[n] for n in missing.values()])
+        for key, features in zip(missing, new):
             self._keep(key, features)
+            found[key] = features
         device = self.model.device
-        shown = [found[key] if key in found else self._read(key).to(device, non_blocking=True) for key in keys]
-        return {self.kind: torch.cat(shown)}
+        return {self.kind: torch.cat([found[key].to(device, non_blocking=True) for key in keys])}
 
     @torch.no_grad()
     def _encode(self, images: list[Tensor], grids: list[list[int]]) -> list[Tensor]:
@@ -78,7 +78,7 @@ class VisionCache:
         """Of the picture as the tower sees it, after resizing, and the precision that is computed in."""
         device = self.model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
-        digest = blake2b(pixels.contiguous().numpy().data, digest_size=16, key=f"{grid} {dtype}".encode())
+        digest = blake2b(pixels.contiguous().numpy().data, digest_size=DIGEST_BYTES, key=f"{grid} {dtype}".encode())
         return digest.digest()
 
     def _keep(self, key: bytes, features: Tensor) -> None:
@@ -96,17 +96,23 @@ class VisionCache:
             save_file({"features": kept}, draft)
             draft.replace(path)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: the vision cache cannot be written ({error}); make room") from error
+            draft.unlink(missing_ok=True)
+            self.max_bytes = 0
+            print(f"{path}: cannot be written ({one_line(str(error))}); the vision cache keeps nothing more")
+            return
         self.known[key] = path
 
-    def _read(self, key: bytes) -> Tensor:
-        kept = self.known[key]
-        if isinstance(kept, Tensor):
+    def _read(self, key: bytes) -> Tensor | None:
+        """Features that are kept, on the host; None where there are none, or none that can be read."""
+        kept = self.known.get(key)
+        if not isinstance(kept, Path):
             return kept
         try:
             return load_file(kept)["features"]
         except (OSError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{kept}: a broken file of the vision cache ({error}); remove it") from error
+            print(f"{kept}: a broken file of the vision cache ({one_line(str(error))}); it is computed anew")
+            del self.known[key]
+            return None
 
     def _open(self, folder: Path) -> None:
         """Find what earlier runs left for the same weights; that of others is in folders of its own."""
@@ -115,7 +121,7 @@ class VisionCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{folder}: the vision cache cannot be written ({error})") from error
-        for path in self.folder.glob("*.safetensors"):
+        for path in self.folder.glob(f"{'[0-9a-f]' * 2 * DIGEST_BYTES}.safetensors"):
             self.known[bytes.fromhex(path.stem)] = path
             self.num_bytes += path.stat().st_size
 

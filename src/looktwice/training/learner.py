@@ -42,7 +42,7 @@ from looktwice.training.distributed import World
 from looktwice.training.folder import STATE_FILE
 from looktwice.training.moments import placed_moments, read_moments
 from looktwice.training.nonfinite import NonfiniteGuard, Origin
-from looktwice.training.optimizers import make_optimizer
+from looktwice.training.optimizers import BITSANDBYTES, make_optimizer
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
 from looktwice.training.rows import MOST_OF_SIBLINGS, default_tokens_per_row, tokens_that_fit, what_helps
@@ -377,6 +377,7 @@ class Learner:
             adapter: Any = self.model.peft_config[self.model.active_adapter]
             facts |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
         facts["quantization"] = quantization_of(self.base)
+        facts["optim"] = self.config.optim if self.config.optim in BITSANDBYTES else "adamw"
         return facts | {name: list(parameter.shape) for name, parameter in trained_parameters(self.model)}
 
     def resume(self, folder: Path) -> None:

@@ -43,7 +43,8 @@ class NonfiniteGuard:
             after = f" after {self.most_in_a_row} that were left out" if self.most_in_a_row else ""
             raise TrainingError(
                 f"step {step:,}: {what}{after}; in {blamed(losses, rows)}; lower --learning_rate, check these samples, "
-                "or leave such updates out: --skip_nonfinite N"
+                f"or leave {'more ' if after else ''}such updates out: --skip_nonfinite N; --resume goes on from the "
+                "last checkpoint"
             )
         self.num_skipped += 1
         print(f"step {step:,} is left out: {what}, in {blamed(losses, rows)}")

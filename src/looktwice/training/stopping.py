@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step that runs is finished and saved first."""
+"""Ctrl-C, SIGTERM and a closed terminal: the step that runs is finished and saved first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from looktwice.launch import launched
 
 SECONDS_OF_ONE = 2.0
 """A Ctrl-C reaches a process of torchrun twice: from the terminal, and passed on by torchrun."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTED = "\nstopping when this step is finished and saved; Ctrl-C again stops at once\n"
 
 
