@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from live_bytes import LiveBytes
+from live_bytes import peak_bytes
 from measure import interleaved, median_ratio, parser, publish
 from models import LONGEST, config_of
 from recomputing import one_at_a_time
@@ -193,12 +193,6 @@ class Step:
         # a gradient that is zero but for rounding has no relative difference
         kept = [(plain, shared) for plain, shared in pairs if plain.norm() > 1e-6 * largest]
         return max(float((plain - shared).norm() / plain.norm()) for plain, shared in kept)
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    with LiveBytes() as memory:
-        step()
-    return memory.peak
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,3 +42,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.live -= self.sizes.pop(key)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most that is alive at once while a step is taken."""
+    with LiveBytes() as memory:
+        step()
+    return memory.peak

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from live_bytes import LiveBytes
+from live_bytes import peak_bytes
 from measure import interleaved, median_ratio, parser, publish
 from models import REAL_VOCABULARY, config_of
 from torch import Tensor
@@ -381,12 +381,6 @@ def padded_inputs(examples: Sequence[Example], with_labels: bool) -> dict[str, T
         batch = pack(examples)
         inputs |= {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
     return inputs
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    with LiveBytes() as memory:
-        step()
-    return memory.peak
 
 
 def matmul_rate() -> float:

@@ -9,12 +9,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from numbers import Real
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 from looktwice.answers import Solution
 from looktwice.config import check_reward
@@ -22,6 +23,7 @@ from looktwice.errors import ConfigError, nearest, short
 from looktwice.rewards import REWARD_PRESETS, PresetReward, Reward, RewardFunction
 from looktwice.rollout.trajectory import Trajectory
 
+T = TypeVar("T")
 MARGIN_S = 5.0
 """What a loop of awaited rewards may take beyond all its limits before it is given up."""
 
@@ -62,14 +64,18 @@ class CustomReward:
                 rewards.append(self._of_one(partial(self.function, *pair)))
         return rewards
 
+    def _tried(self, call: Callable[[], T]) -> T:
+        """What a call gives in one of its tries. Raises what the last one raises."""
+        for _ in range(self.retries):
+            with suppress(Exception):
+                return call()
+        return call()
+
     def _of_one(self, call: Callable[[], Any]) -> Reward:
-        failure: BaseException | None = None
-        for _ in range(1 + self.retries):
-            try:
-                return reward_of(within(call, self.seconds))
-            except Exception as error:
-                failure = error
-        return failed(failure)
+        try:
+            return self._tried(lambda: reward_of(within(call, self.seconds)))
+        except Exception as error:
+            return failed(error)
 
     def _of_all(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
         trajectories, solutions = [[*column] for column in zip(*rollouts)] or [[], []]
@@ -81,15 +87,11 @@ class CustomReward:
                 raise ValueError(f"gave {len(values)} rewards for {len(rollouts)} trajectories")
             return values
 
-        failure: BaseException | None = None
-        for _ in range(1 + self.retries):
-            try:
-                values = within(call, self.seconds * len(rollouts))
-            except Exception as error:
-                failure = error
-            else:
-                return [_rewarded(value) for value in values]
-        return [failed(failure) for _ in rollouts]
+        try:
+            values = self._tried(lambda: within(call, self.seconds * len(rollouts)))
+        except Exception as error:
+            return [failed(error) for _ in rollouts]
+        return [_rewarded(value) for value in values]
 
     def _awaited_of_all(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
         """In a loop of its own thread, since a notebook has one already; one that never awaits holds up the others."""

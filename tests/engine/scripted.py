@@ -114,6 +114,9 @@ class Shell(torch.nn.Module):
         llm_config=SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=1, _attn_implementation="sdpa"),
     )
 
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        raise AssertionError("the scripted model sees no pictures")
+
 
 def scripted_engine(**settings: object) -> BuiltinEngine:
     """The engine on the scripted model: all its rules, none of its mathematics."""

@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from looktwice.engine.cache import Cache
 from looktwice.model.exact import exact_attention, exact_decode_attention, is_exact
+from looktwice.model.precision import autocast_dtype
 
 PAGED = "looktwice_paged"
 HIDDEN = -1e30
@@ -75,8 +76,7 @@ def paged_attention(
 
 def _in_compute_dtype(heads: Tensor) -> Tensor:
     """What attention is computed in and the cache holds: the dtype of autocast, as SDPA has it in training."""
-    kind = heads.device.type
-    return heads.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and not is_exact() else heads
+    return heads if is_exact() else heads.to(autocast_dtype(heads.device, heads.dtype))
 
 
 class Prompts(NamedTuple):

@@ -96,7 +96,9 @@ class BuiltinEngine:
         self.stats = Stats()
         self.cache = Cache(config.num_hidden_layers, max_tokens=cache_tokens, page_size=page_size)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, max_pass_tokens=max_pass_tokens)
-        self.runner = Runner(model, self.cache, ImageFeatures(encode or self._encode, max_bytes=FEATURE_BYTES))
+        self.runner = Runner(
+            model, self.cache, ImageFeatures(encode or model.get_image_features, max_bytes=FEATURE_BYTES)
+        )
         self._numbers = count()
         self._rows: dict[int, Trajectory] = {}
         self._arrivals: deque[Trajectory] = deque()
@@ -107,10 +109,6 @@ class BuiltinEngine:
         self._timed: set[Trajectory] = set()
         self._news = Event()
         self._is_ready = False
-
-    def _encode(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        device = self.model.device
-        return self.model.get_image_features(pixel_values.to(device), image_grid_thw.to(device))
 
     def submit(self, request: Request) -> list[int]:
         """Queue a request. Raises ValueError when it has no ids, or its pictures do not fit them, ConfigError for stop

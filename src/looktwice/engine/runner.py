@@ -20,6 +20,7 @@ from looktwice.engine.reading import Reading, reading_order
 from looktwice.engine.scheduler import Feed
 from looktwice.engine.state import Sequence
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+from looktwice.model.precision import autocast_dtype
 from looktwice.processing.images import PatchedImage
 
 MOST_PATCHES = 16384
@@ -155,7 +156,5 @@ class Runner:
         pages = [np.array(feed.sequence.pages)[at // size] for feed, at in zip(feeds, places)]
         positions = np.concatenate(places)
         stored = torch.from_numpy(np.stack([np.concatenate(pages), positions % size, positions])).to(device)
-        is_mixed = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_mixed else self.model.dtype
-        readers = self.reading.readers(feeds, dtype)
+        readers = self.reading.readers(feeds, autocast_dtype(device, self.model.dtype))
         return Pass(cache=self.cache, pages=stored[0], offsets=stored[1], readers=readers), stored[2]

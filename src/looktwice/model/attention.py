@@ -24,6 +24,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from looktwice.config import AttnImplementation
 from looktwice.errors import ConfigError
+from looktwice.model.precision import autocast_dtype
 
 PACKED_SDPA = "packed_sdpa"
 PACKED_VARLEN = "packed_varlen"
@@ -254,9 +255,8 @@ def _packed_varlen(
         )
     from torch.nn.attention import varlen  # not in every torch that is taken
 
-    device = query.device.type
     # autocast does not know it; a norm's float32 weight leaves queries in float32
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    dtype = autocast_dtype(query.device, query.dtype)
     queries, keys, values = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
     if seen is not None:
         keys, values = keys.index_select(0, seen), values.index_select(0, seen)

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from looktwice.errors import ConfigError, LooktwiceError
 from looktwice.model.attention import PACKED_SDPA
+from looktwice.model.precision import autocast_dtype
 
 TILES = (256, 32, 16, 8)
 """Rows of a matrix product, the most first. Large ones make long rows cheap, small ones make decoding cheap. A matrix
@@ -118,9 +119,7 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
     """[..., I] by [I, N] in tiles; products of other shapes are no layers of ours and stay as they are."""
     if input.ndim < 2 or other.ndim != 2:
         return torch.matmul(input, other)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, other = input.to(dtype), other.to(dtype)
+    input, other = (each.to(autocast_dtype(input.device, each.dtype)) for each in (input, other))
     return _Product.apply(input.reshape(-1, input.shape[-1]), other).view(*input.shape[:-1], other.shape[1])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from looktwice.model.exact import is_exact
+from looktwice.model.precision import autocast_dtype
 
 LOGPROB_CHUNK = 256
 """Tokens whose logits exist at a time. On a CPU 128 to 512 are equally fast; 256 tokens of 151,936 words are 156 MB."""
@@ -53,11 +54,8 @@ def logprob_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature:
 
 def _cast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of autocast, where it is on: once, and not for each chunk."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype)
+    device = hidden.device
+    return hidden.to(autocast_dtype(device, hidden.dtype)), weight.to(autocast_dtype(device, weight.dtype))
 
 
 class _Chunk(NamedTuple):

@@ -205,7 +205,8 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
         self.lm_head = value
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values, image_grid_thw)
+        """That of `Ovis2_5Model`, of pictures on any device."""
+        return self.model.get_image_features(pixel_values.to(self.device), image_grid_thw.to(self.device))
 
     def forward(
         self,

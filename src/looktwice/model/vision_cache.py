@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from looktwice.drafts import UNFINISHED
 from looktwice.errors import CheckpointError, ConfigError, one_line
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+from looktwice.model.precision import autocast_dtype
 
 Kind = Literal["tower_features", "image_features"]
 DIGEST_BYTES = 16
@@ -76,8 +77,7 @@ class VisionCache:
 
     def _key(self, pixels: Tensor, grid: list[int]) -> bytes:
         """Of the picture as the tower sees it, after resizing, and the precision that is computed in."""
-        device = self.model.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+        dtype = autocast_dtype(self.model.device, self.model.dtype)
         digest = blake2b(pixels.contiguous().numpy().data, digest_size=DIGEST_BYTES, key=f"{grid} {dtype}".encode())
         return digest.digest()
 

@@ -19,7 +19,6 @@ from looktwice.training.overview import what_trains
 from looktwice.training.provenance import read_run
 from looktwice.training.record import Record
 
-CARD_FILE = "README.md"
 STAGES = {"sft": "stage 1, supervised fine-tuning", "grpo": "stage 2, R-GRPO"}
 OF_THE_CARD = ("loss", "eval/", "reward/accuracy", "tool/valid_share", "tool/mean_iou")
 

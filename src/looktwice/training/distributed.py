@@ -54,10 +54,6 @@ class World:
         """Each value summed over all processes."""
         return list(values)
 
-    def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
-        return self.sum(flag)[0] > 0
-
     def gather(self, items: Sequence[T]) -> list[T]:
         """The items of all processes, by rank."""
         return list(items)

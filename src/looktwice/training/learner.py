@@ -228,8 +228,7 @@ class Learner:
         cache = self.vision_cache
         if cache is not None and cache.kind == "image_features":
             return cache.inputs(pixel_values, image_grid_thw)["image_features"]
-        device = self.base.device
-        return self.base.get_image_features(pixel_values.to(device), image_grid_thw.to(device))
+        return self.base.get_image_features(pixel_values, image_grid_thw)
 
     def numerics(self) -> dict[str, str]:
         """What the last bits of the logprobs depend on, as things are now; see `numerics_of`."""

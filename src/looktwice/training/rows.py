@@ -12,6 +12,8 @@ import torch
 
 from looktwice.config import StageConfig
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+from looktwice.model.precision import autocast_dtype
+from looktwice.model.vision_cache import is_trained
 
 HELPFUL = {"cpu": 1024, "cuda": 16384}
 """Tokens beyond which a longer row is no faster, on a CPU by `benchmarks/sft.py`: `speed_of_rows`."""
@@ -60,10 +62,10 @@ def bytes_per_token(model: Ovis2_5ForConditionalGeneration, *, recomputed: bool 
     A layer keeps about 10 D + 4 (H + K) d + 5 M numbers of a token, one that is recomputed its input alone. A visual
     token is s * s patches of the tower, which keeps nothing where it is frozen.
     """
-    size = 2 if torch.is_autocast_enabled(model.device.type) else model.dtype.itemsize
+    size = autocast_dtype(model.device, model.dtype).itemsize
     tower = model.model.visual_tokenizer.vit
     total = _kept(model.model.language_model, size, recomputed)
-    if any(weight.requires_grad for weight in tower.parameters()):
+    if is_trained(tower):
         total += tower.config.hidden_stride**2 * _kept(tower, size, recomputed)
     return total
 

@@ -27,7 +27,23 @@ CHECKED_AT_START = 2000
 """Samples that are read, decoded and measured before the model is loaded; a larger set would keep it waiting."""
 
 
-class LargeSet(Sequence[Sample]):
+class ByPlace(Sequence[Sample]):
+    """Samples, each of which is had by its place."""
+
+    def at(self, place: int) -> Sample:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Sample]: ...
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        if isinstance(place, slice):
+            return [self.at(number) for number in range(*place.indices(len(self)))]
+        return self.at(place)
+
+
+class LargeSet(ByPlace):
     """The samples of a file that is too large to be checked before the start, each read when it is asked for."""
 
     def __init__(self, file: SampleFile) -> None:
@@ -36,17 +52,11 @@ class LargeSet(Sequence[Sample]):
     def __len__(self) -> int:
         return self.file.num_samples
 
-    @overload
-    def __getitem__(self, place: int) -> Sample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Sample]: ...
-    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
-        if isinstance(place, slice):
-            return [self.file.sample(number) for number in range(*place.indices(len(self)))]
+    def at(self, place: int) -> Sample:
         return self.file.sample(place)
 
 
-class Joined(Sequence[Sample]):
+class Joined(ByPlace):
     """The samples of several files, one file after the other."""
 
     def __init__(self, files: Sequence[Sequence[Sample]]) -> None:
@@ -56,13 +66,7 @@ class Joined(Sequence[Sample]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    @overload
-    def __getitem__(self, place: int) -> Sample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Sample]: ...
-    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+    def at(self, place: int) -> Sample:
         file = bisect_right(self.ends, place)
         return self.files[file][place - (self.ends[file - 1] if file else 0)]
 
