@@ -1,0 +1,198 @@
+"""The policy update: which rollouts train, and what an update does to them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.training.scripted import CUT, OTHER, RIGHT, WRONG
+
+from looktwice.config import GRPOConfig
+from looktwice.processing.packing import pack
+from looktwice.rewards import Reward
+from looktwice.training.learner import Learner
+from looktwice.training.policy import improve
+from looktwice.training.rollouts import Rollout
+
+
+def step(learner: Learner, groups: list[list[Rollout]]) -> dict[str, float]:
+    assert isinstance(learner.config, GRPOConfig)
+    return improve(learner, groups, learner.config, None)
+
+
+def gradients(learner: Learner) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
+
+
+def assert_same_gradients(first: Learner, second: Learner) -> None:
+    for one, other in zip(gradients(first), gradients(second), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-3)
+
+
+def mean_logprobs(learner: Learner, groups: list[list[Rollout]]) -> list[float]:
+    with torch.no_grad():
+        return [
+            float(learner.score(pack([rollout.episode.example])).logprobs.mean())
+            for group in groups
+            for rollout in group
+        ]
+
+
+def test_the_better_rollouts_become_likelier_and_the_worse_ones_less_likely(load, rollouts_of) -> None:
+    learner = load(learning_rate=1e-4)
+    groups = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0), (RIGHT, 1.0), (OTHER, 0.0)])
+    before = mean_logprobs(learner, groups)
+    metrics = step(learner, groups)
+    after = mean_logprobs(learner, groups)
+    assert [new > old for old, new in zip(before, after)] == [True, False, True, False]
+    assert [rollout.advantage for rollout in groups[0]] == pytest.approx([0.866, -0.866, 0.866, -0.866], abs=1e-3)
+    assert (metrics["kl/sampling"], metrics["clip/low"], metrics["clip/high"]) == pytest.approx((0, 0, 0), abs=1e-4)
+
+
+def test_only_states_that_predict_a_sampled_id_get_a_gradient(load, rollouts_of) -> None:
+    learner = load()
+    groups = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0), (OTHER, 0.0)])
+    states: list[torch.Tensor] = []
+
+    def keep(module: object, inputs: object, output: object) -> None:
+        output.last_hidden_state.retain_grad()
+        states.append(output.last_hidden_state)
+
+    with learner.base.model.register_forward_hook(keep):
+        step(learner, groups)
+    [state] = states
+    mask = torch.tensor([flag for rollout in groups[0] for flag in rollout.episode.example.loss_mask])
+    predicts_a_sampled_id = mask.roll(-1)
+    has_gradient = state.grad[0].abs().sum(-1) > 0
+    assert torch.equal(has_gradient, predicts_a_sampled_id)
+    num_tool_ids = sum(not flag for flag in groups[0][0].trajectory.is_sampled)
+    assert num_tool_ids == 11 and mask.sum() == sum(sum(rollout.trajectory.is_sampled) for rollout in groups[0])
+
+
+def test_the_pixels_of_a_crop_are_context_of_what_follows_it_and_of_nothing_before(load, rollouts_of) -> None:
+    learner = load()
+    [[rollout]] = rollouts_of(learner, [(RIGHT, 1.0)])
+    example = rollout.episode.example
+    plain = learner.score(pack([example])).logprobs
+    overview, crop = example.images
+    repainted = replace(crop, pixel_values=255 - crop.pixel_values)
+    example.images[:] = [overview, repainted]
+    changed = learner.score(pack([example])).logprobs
+    num_before = rollout.trajectory.is_sampled.index(False)
+    torch.testing.assert_close(changed[:num_before], plain[:num_before])
+    assert (changed[num_before:] - plain[num_before:]).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("loss_aggregation", ["token_mean", "seq_mean_token_mean"])
+def test_an_update_is_the_same_in_one_row_and_in_many(loss_aggregation, load, rollouts_of) -> None:
+    group = [(RIGHT, 1.0), (WRONG, 0.0), (OTHER, 0.5)]
+    packed, split = (load(loss_aggregation=loss_aggregation, max_tokens_per_row=size, beta=0.1) for size in (10_000, 1))
+    for learner in (packed, split):
+        improve(learner, rollouts_of(learner, group), learner.config, learner.freeze_reference())
+    assert_same_gradients(packed, split)
+
+
+def test_the_surrogates_agree_on_rollouts_of_the_policy_itself(load, rollouts_of) -> None:
+    learners = [load(surrogate=name) for name in ("ppo", "gspo", "cispo")]
+    for learner in learners:
+        step(learner, rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0)]))
+    for other in learners[1:]:
+        assert_same_gradients(learners[0], other)
+
+
+def test_the_kl_to_the_reference_is_zero_at_first_and_enters_the_loss_by_its_weight(load, rollouts_of) -> None:
+    learner = load(beta=0.5, learning_rate=1e-3, drop_constant_groups=False)
+    reference = learner.freeze_reference()
+    first, second = (
+        improve(learner, rollouts_of(learner, [(RIGHT, 1.0), (WRONG, total)]), learner.config, reference)
+        for total in (0.0, 1.0)
+    )
+    assert first["kl/reference"] == pytest.approx(0, abs=1e-6)
+    # without advantages the KL is alone in the loss
+    assert second["kl/reference"] > 1e-3
+    assert second["loss"] == pytest.approx(0.5 * second["kl/reference"], rel=1e-3)
+
+
+def test_a_second_update_on_the_same_rollouts_is_clipped(load, rollouts_of) -> None:
+    learner = load(num_iterations=2, learning_rate=1e-2, epsilon=0.01, epsilon_high=0.01)
+    metrics = step(learner, rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0)]))
+    assert metrics["clip/low"] > 0.05 and metrics["clip/high"] > 0.05
+    assert metrics["kl/sampling"] > 0.01
+
+
+def test_groups_that_are_all_right_or_all_wrong_are_dropped_and_counted(load, rollouts_of) -> None:
+    learner, alone = load(), load()
+    mixed = [(RIGHT, 1.0), (WRONG, 0.0)]
+    groups = rollouts_of(learner, mixed, [(RIGHT, 1.0), (OTHER, 1.0)], [(WRONG, 0.0), (OTHER, 0.0)])
+    assert step(learner, groups)["group/dropped"] == pytest.approx(2 / 3)
+    assert step(alone, rollouts_of(alone, mixed))["group/dropped"] == 0
+    assert_same_gradients(learner, alone)
+
+
+def test_without_any_signal_the_weights_stay(load, rollouts_of) -> None:
+    learner = load(learning_rate=1e-2)
+    before = [parameter.clone() for parameter in learner.parameters]
+    metrics = step(learner, rollouts_of(learner, [(RIGHT, 1.0), (OTHER, 1.0)]))
+    assert metrics == {"group/dropped": 1.0, "loss": 0.0}
+    assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
+
+
+def test_a_group_that_differs_in_shaping_alone_trains_only_when_asked(load, rollouts_of) -> None:
+    learner = load()
+    [group] = rollouts_of(learner, [(WRONG, 0.0), (OTHER, 0.0)])
+    group[0].reward = Reward(total=1.0, parts={"accuracy": 0.0, "format": 1.0})
+    group[1].reward = Reward(total=0.0, parts={"accuracy": 0.0, "format": 0.0})
+    assert step(learner, [group])["group/dropped"] == 1
+    assert improve(learner, [group], GRPOConfig(drop_constant_groups=False), None)["group/dropped"] == 0
+    assert group[0].advantage > 0 > group[1].advantage
+
+
+def test_a_failed_reward_changes_neither_the_advantages_nor_the_update(load, rollouts_of) -> None:
+    learner, without = load(), load()
+    group = [(RIGHT, 1.0), (WRONG, 0.0), (OTHER, 0.5)]
+    groups = rollouts_of(learner, [group[0], (OTHER, float("nan")), *group[1:]])
+    expected = rollouts_of(without, group)
+    metrics, wanted = step(learner, groups), step(without, expected)
+    advantages = [rollout.advantage for rollout in groups[0] if rollout.reward.error is None]
+    assert advantages == pytest.approx([rollout.advantage for rollout in expected[0]])
+    assert metrics["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
+    assert_same_gradients(learner, without)
+
+
+def test_a_group_with_one_reward_left_is_dropped(load, rollouts_of) -> None:
+    learner = load(drop_constant_groups=False)
+    groups = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, float("nan"))])
+    assert step(learner, groups) == {"group/dropped": 1.0, "loss": 0.0}
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_truncated_rollout_counts_in_its_group_and_trains_only_when_asked(is_masked, load, rollouts_of) -> None:
+    learner = load(learning_rate=1e-3, mask_truncated_completions=is_masked)
+    groups = rollouts_of(learner, [(RIGHT, 1.0), (CUT, 0.0)])
+    assert groups[0][1].trajectory.stop_reason == "max_tokens"
+    seen: list[int] = []
+    plain = learner.rows
+    learner.rows = lambda examples: seen.append(len(examples)) or plain(examples)
+    step(learner, groups)
+    assert seen == [1 if is_masked else 2]
+    assert groups[0][0].advantage == pytest.approx(0.707, abs=1e-3)
+
+
+def test_metrics_count_once_what_is_computed_again_when_memory_runs_out(load, rollouts_of, monkeypatch) -> None:
+    learner, whole = load(), load()
+    [group] = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0), (OTHER, 0.0)])
+    score, calls = Learner.score, []
+
+    def scored(self, batch, **options):
+        calls.append(batch)
+        if len(calls) == 1:
+            score(self, batch, **options)  # as far as the metrics
+            raise torch.OutOfMemoryError
+        return score(self, batch, **options)
+
+    expected = step(whole, [group])
+    monkeypatch.setattr(Learner, "score", scored)
+    found = step(learner, [group])
+    assert found.pop("memory/row_splits") > 0
+    assert found == pytest.approx(expected, rel=1e-4)
