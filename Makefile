@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench learning clean
 
 demo: $(VENV)/installed
 	$(BIN)/looktwice demo --overwrite
@@ -23,6 +23,9 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/numerics.py
+
+learning: $(VENV)/installed
+	$(BIN)/python benchmarks/learning.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, repeat
 from os import PathLike
 from typing import Any
 
@@ -105,12 +105,12 @@ class OvisInference:
         finished = self._finished(questions, None, self.config.answer(**generation))
         return [report(done.trajectory, *done.prompt.images[:1]) for done in finished]
 
-    def play(self, questions: Iterable[Question], look: Look | None = None) -> list[Trajectory]:
-        """The finished rollouts of the questions; `look` replaces the crop tool."""
-        return [done.trajectory for done in self._finished(questions, look, self.config.answer())]
+    def play(self, questions: Iterable[Question], looks: Iterable[Look] | None = None) -> list[Trajectory]:
+        """The finished rollouts of the questions; `looks`, one for each, stand in the crop tool's place."""
+        return [done.trajectory for done in self._finished(questions, looks, self.config.answer())]
 
     def _finished(
-        self, questions: Iterable[Question], look: Look | None, generation: AnswerConfig
+        self, questions: Iterable[Question], looks: Iterable[Look] | None, generation: AnswerConfig
     ) -> Iterator[Episode]:
         """Episodes at their end, in order: `batch_size` advance together, and only the pictures of a few more are held
         in memory."""
@@ -138,7 +138,10 @@ class OvisInference:
         engine = BuiltinEngine(self.model, max_rows=size, decode=self.processor.decode)
         seeds = seeds_of(generation.seed)
         conversations = (conversation_of(asked, generation.num_frames) for asked in questions)
-        episodes = (start_episodes(prompt, self.processor, rules, look=look)[0] for prompt in conversations)
+        episodes = (
+            start_episodes(prompt, self.processor, rules, look=look)[0]
+            for prompt, look in zip(conversations, repeat(None) if looks is None else looks)
+        )
         begun: deque[Episode] = deque()
         while True:
             num_live = sum(not episode.is_over for episode in begun)

@@ -27,7 +27,7 @@ def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_the_summary_has_every_figure(run: tuple[Path, dict[str, Any]]) -> None:
     _, summary = run
     assert summary["accuracy"].keys() == {"base", "sft", "grpo"}
-    assert summary["controls"].keys() == {"no_crop", "random_crop", "blank_crop"}
+    assert summary["controls"].keys() == {"no_crop", "random_crop", "blank_crop", "gold_crop"}
     assert summary["crop"].keys() == {"valid_share", "mean_iou", "calls_per_answer"}
     assert summary["n_eval"] == 4
     assert summary["seconds"]["total"] >= summary["seconds"]["sft"] > 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from looktwice.errors import DataError
 from looktwice.evaluation.controls import CONTROLS, control_look
 from looktwice.geometry import Box, Size
 from looktwice.rollout.crop_tool import CropTool
@@ -58,7 +59,21 @@ def test_blank_crop_shows_grey_of_the_same_size(processor, image) -> None:
     assert torch.equal(seen.image.pixel_values, grey.pixel_values)
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+def test_gold_crop_shows_the_box_of_the_answer_whatever_is_asked_for(processor, image) -> None:
+    gold = Box(100, 60, 140, 100)
+    right = CropTool(processor).look(CALL, [image])
+    for asked in ("<tool_call>[0, 0, 40, 40]</tool_call>", "<tool_call>there</tool_call>"):
+        seen = control_look("gold_crop", processor, 0, gold)(asked, [image])
+        assert (seen.call.box, seen.call.error) == (gold, None)
+        assert torch.equal(seen.image.pixel_values, right.image.pixel_values)
+
+
+def test_gold_crop_needs_a_gold_box(processor) -> None:
+    with pytest.raises(DataError, match="needs the box that holds the answer"):
+        control_look("gold_crop", processor, 0)
+
+
+@pytest.mark.parametrize("control", CONTROLS[:3])
 def test_a_control_answers_for_the_picture_that_the_call_names(control, processor, image) -> None:
     shown = [image.crop((0, 0, 60, 60)), image]
     seen = control_look(control, processor, 0)("image 2 [100, 60, 140, 100]", shown)
@@ -76,4 +91,4 @@ def test_a_call_that_cannot_be_run_is_refused_as_ever(control, processor, image)
 
 
 def test_there_are_these_controls() -> None:
-    assert CONTROLS == ("no_crop", "random_crop", "blank_crop")
+    assert CONTROLS == ("no_crop", "random_crop", "blank_crop", "gold_crop")

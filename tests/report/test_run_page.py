@@ -13,7 +13,7 @@ from PIL import Image
 from looktwice.report.passages import Passage
 from looktwice.report.run_page import example_of, read_curve, run_tables, scores_of, write_run_page
 
-KEYS = ("base", "sft", "grpo", "no_crop", "random_crop", "blank_crop")
+KEYS = ("base", "sft", "grpo", "no_crop", "random_crop", "blank_crop", "gold_crop")
 CROP = {"box": [8, 8, 24, 24], "requested": [8, 8, 24, 24], "size": [32, 32], "error": None}
 REFUSED = {"box": None, "requested": None, "size": None, "error": "reversed"}
 
@@ -77,7 +77,7 @@ def test_the_page_is_whole_in_one_file_with_its_texts_escaped(html: str) -> None
 def test_scores_have_their_counts_and_intervals_in_order() -> None:
     scores = scores_of(LINES, 0.1)
     assert [(score.kind, score.share) for score in scores] == [
-        ("model", 0.0), ("model", 0.5), ("model", 0.75), *[("control", 0.0)] * 3, ("chance", 0.1)
+        ("model", 0.0), ("model", 0.5), ("model", 0.75), *[("control", 0.0)] * 4, ("chance", 0.1)
     ]  # fmt: skip
     assert scores[0].counts == "0 right, 3 wrong, 1 without an answer"
     low, high = scores[1].interval or (0, 0)
@@ -87,8 +87,8 @@ def test_scores_have_their_counts_and_intervals_in_order() -> None:
 
 def test_the_page_opens_with_a_bar_for_each_score(html: str) -> None:
     widths = re.findall(r'class="bar" style="width:([0-9.]+)%"', html)
-    assert widths == ["0.00", "50.00", "75.00", "10.00", "0.00", "0.00", "0.00"]
-    assert html.count('class="interval"') == 6
+    assert widths == ["0.00", "50.00", "75.00", "10.00", "0.00", "0.00", "0.00", "0.00"]
+    assert html.count('class="interval"') == 7
     assert html.index('class="bar"') < html.index("<img")
 
 

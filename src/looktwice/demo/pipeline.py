@@ -59,6 +59,17 @@ class Demo:
     def data_config(self, train: Path, held_out: Path | None) -> DataConfig:
         return DataConfig(train_data_path=(train,), val_data_path=held_out, image_base_path=train.parent)
 
+    def data(self, folder: Path, *, num_eval: int | None = None) -> DatasetFiles:
+        """Draw the pictures of the demo and write its questions."""
+        return make_dataset(
+            folder,
+            num_train=NUM_TRAIN,
+            num_rl=NUM_RL,
+            num_eval=num_eval or NUM_EVAL,
+            seed=self.seed,
+            show_progress=self.console.is_interactive,
+        )
+
     def sft(self, files: DatasetFiles) -> Path:
         config = SFTConfig(
             output_dir=self.folder / "sft",
@@ -69,22 +80,27 @@ class Demo:
         )
         return train_sft(self.model, self.data_config(files.train, None), config)
 
-    def grpo(self, files: DatasetFiles, start: Path) -> Path:
+    def grpo(self, files: DatasetFiles, start: Path, **settings: Any) -> Path:
+        """R-GRPO by the demo's settings, but for those given."""
         config = GRPOConfig(
-            output_dir=self.folder / "grpo",
-            sft_checkpoint_path=start,
-            max_steps=GRPO_STEPS,
-            train_batch_size=16,
-            num_generations=8,
-            learning_rate=3e-4,
-            # a rollout that rambles on is a failure here, not a long thought
-            mask_truncated_completions=False,
-            max_new_tokens=MAX_NEW_TOKENS,
-            max_turns=3,
-            rollout_batch_size=128,
-            seed=self.seed,
+            **{
+                "output_dir": self.folder / "grpo",
+                "sft_checkpoint_path": start,
+                "max_steps": GRPO_STEPS,
+                "train_batch_size": 16,
+                "num_generations": 8,
+                "learning_rate": 3e-4,
+                # a rollout that rambles on is a failure here, not a long thought
+                "mask_truncated_completions": False,
+                "max_new_tokens": MAX_NEW_TOKENS,
+                "max_turns": 3,
+                "rollout_batch_size": 128,
+                "seed": self.seed,
+                **settings,
+            }
         )
-        return train_grpo(self.model, self.data_config(files.rl, None), config)
+        held_out = files.eval if "eval_steps" in settings else None
+        return train_grpo(self.model, self.data_config(files.rl, held_out), config)
 
     def ask(self, model: str, samples: list[Sample]) -> tuple[OvisInference, Evaluation]:
         config = InferenceConfig(
@@ -115,14 +131,7 @@ def run_phases(folder: Path, *, seed: int) -> dict[str, Any]:
     """The demo in a folder of its own."""
     demo, started = Demo(folder, seed), time.perf_counter()
     with demo.phase("data", f"1/5 Drawing {NUM_TRAIN + NUM_RL + NUM_EVAL} pictures with questions"):
-        files = make_dataset(
-            folder / "data",
-            num_train=NUM_TRAIN,
-            num_rl=NUM_RL,
-            num_eval=NUM_EVAL,
-            seed=seed,
-            show_progress=demo.console.is_interactive,
-        )
+        files = demo.data(folder / "data")
         samples = read_samples(files.eval, files.eval.parent)
     with demo.phase("eval_base", f"2/5 Asking the pretrained tiny model {len(samples)} questions"):
         _, base = demo.ask(TINY, samples)

@@ -9,7 +9,7 @@ from statistics import NormalDist, fmean
 
 from looktwice.answers import answers_match, extract_answer
 from looktwice.data.sample import Sample
-from looktwice.evaluation.controls import Control, control_look
+from looktwice.evaluation.controls import Control, control_looks
 from looktwice.inference import OvisInference
 from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.trajectory import Trajectory, gold_overlaps
@@ -44,9 +44,9 @@ def evaluate(
     inference: OvisInference, samples: Sequence[Sample], *, control: Control | None = None, seed: int = 0
 ) -> Evaluation:
     """Ask every question with the crop tool, or with one of the controls in its place."""
-    look = control_look(control, inference.processor, seed) if control else None
+    looks = control_looks(control, inference.processor, samples, seed) if control else None
     prompts = [in_model_frame(sample.prompt, sample.box_frame, inference.processor) for sample in samples]
-    trajectories = inference.play(prompts, look)
+    trajectories = inference.play(prompts, looks)
     is_right = tuple(
         answers_match(extract_answer(trajectory.text), sample.solution)
         for trajectory, sample in zip(trajectories, samples)

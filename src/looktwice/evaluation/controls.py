@@ -10,28 +10,34 @@ from typing import Literal, get_args
 from PIL import Image
 
 from looktwice.calls import parse_call
-from looktwice.geometry import Box, Size, iou
+from looktwice.data.sample import Sample
+from looktwice.engine.sampling import mixed_seed
+from looktwice.errors import DataError
+from looktwice.geometry import Box, Size, crop_rectangle, iou
 from looktwice.messages import ANSWER_OPEN, THINK_CLOSE
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.crop_tool import CropTool, Observation, refusal
 from looktwice.rollout.episode import Look
 
-Control = Literal["no_crop", "random_crop", "blank_crop"]
+Control = Literal["no_crop", "random_crop", "blank_crop", "gold_crop"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
 GREY = (128, 128, 128)
 ANSWER_NOW = f"\n{THINK_CLOSE}\n\n{ANSWER_OPEN}"
 """Closes thinking and opens the answer, so that a model without its crop guesses instead of calling again."""
 
 
-def control_look(control: Control, processor: Ovis2_5Processor, seed: int) -> Look:
-    """The look of a control.
+def control_look(control: Control, processor: Ovis2_5Processor, seed: int, gold_box: Box | None = None) -> Look:
+    """The look of a control for one question.
 
     no_crop: the call is refused and the model must answer at once. random_crop: the same size, cut elsewhere in the
-    same picture.
-    blank_crop: grey of the same size.
+    same picture. blank_crop: grey of the same size. gold_crop: whatever the call asks for, the box that holds the
+    answer (`gold_box`, in pixels of the original), which is the most that crops can do for this model.
+    Raises DataError for gold_crop without that box.
     """
     tool = CropTool(processor)
     rng = random.Random(seed)
+    if control == "gold_crop" and gold_box is None:
+        raise DataError("a gold crop needs the box that holds the answer; the question has none")
 
     def no_crop(call_text: str, images: Sequence[Image.Image]) -> Observation:
         refused = refusal("switched_off", None)
@@ -52,7 +58,25 @@ def control_look(control: Control, processor: Ovis2_5Processor, seed: int) -> Lo
             return seen
         return Observation(call=seen.call, image=processor.patch(Image.new("RGB", seen.call.size, GREY)), text="")
 
-    return {"no_crop": no_crop, "random_crop": random_crop, "blank_crop": blank_crop}[control]
+    def gold_crop(call_text: str, images: Sequence[Image.Image]) -> Observation:
+        seen = tool.look(call_text, images)
+        if gold_box is None or not images:
+            return seen
+        rectangle = crop_rectangle(gold_box, original=Size(*images[0].size), min_side=processor.factor)
+        cut = tool.cut(rectangle, images[0], None)
+        call = replace(seen.call, box=cut.call.box, size=cut.call.size, error=None, image_number=1)
+        return replace(cut, call=call)
+
+    looks = {"no_crop": no_crop, "random_crop": random_crop, "blank_crop": blank_crop, "gold_crop": gold_crop}
+    return looks[control]
+
+
+def control_looks(control: Control, processor: Ovis2_5Processor, samples: Sequence[Sample], seed: int) -> list[Look]:
+    """The looks of a control, one for each question; chance goes by seed and the question's place."""
+    return [
+        control_look(control, processor, mixed_seed(seed, number), sample.gold_box)
+        for number, sample in enumerate(samples)
+    ]
 
 
 def _elsewhere(box: Box, original: Size, rng: random.Random) -> tuple[int, int, int, int]:

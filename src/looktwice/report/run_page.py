@@ -26,7 +26,12 @@ from looktwice.report.tables import Table, share_text
 
 SUMMARY_FILE, ANSWERS_FILE = "summary.json", "answers.jsonl"
 STAGES = {"base": "pretrained", "sft": "after SFT", "grpo": "after R-GRPO"}
-CONTROL_NAMES = {"no_crop": "no crop, must answer", "random_crop": "crop of another place", "blank_crop": "grey crop"}
+CONTROL_NAMES = {
+    "no_crop": "no crop, must answer",
+    "random_crop": "crop of another place",
+    "blank_crop": "grey crop",
+    "gold_crop": "crop of the right place",
+}
 CURVES = (
     ("sft", "loss", "SFT: loss", "nats a trained token"),
     ("grpo", "reward/accuracy", "R-GRPO: right answers of rollouts", "share"),
