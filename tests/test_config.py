@@ -496,6 +496,7 @@ CONVERT_FLAGS = [
     "--to",
 ]
 TRAIN_FLAGS = [
+    "--alarms",
     "--allow_changes",
     "--answer_key",
     "--as_documented",
@@ -516,6 +517,7 @@ TRAIN_FLAGS = [
     "--epsilon",
     "--epsilon_high",
     "--eval_steps",
+    "--eval_tool_gain",
     "--exact",
     "--fp16",
     "--freeze",
@@ -623,6 +625,7 @@ TRAIN_FLAGS = [
     "--sft_output_dir",
     "--skip_nonfinite",
     "--stage",
+    "--stop_on_alarm",
     "--surrogate",
     "--temperature",
     "--thinking_budget",

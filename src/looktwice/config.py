@@ -374,6 +374,18 @@ class SFTConfig(StageConfig):
 
 
 REWARDS = ("robust", "paper", "code")
+AlarmName = Literal[
+    "no_signal",
+    "no_crops",
+    "whole_picture",
+    "blind_reward",
+    "format_without_accuracy",
+    "length_drift",
+    "entropy_collapse",
+    "engine_gap",
+    "kl_runaway",
+    "failing_rewards",
+]
 
 
 def check_reward(spec: str) -> None:
@@ -422,6 +434,13 @@ class GRPOConfig(StageConfig):
     cache_tokens: Positive | None = knob(None, "tokens that rollouts hold in the cache; default: by the memory")
     vllm_servers: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
         (), "addresses of vLLM servers that sample instead, see docs/vllm.md"
+    )
+    eval_tool_gain: bool = knob(True, "evaluate without the crop tool too: what it gains, what it spoils")
+    alarms: Annotated[dict[AlarmName, NonNegative | Literal["off"]], BeforeValidator(split_pairs)] = knob(
+        {}, "thresholds of alarms, such as no_signal=5,length_drift=off, see docs/method.md"
+    )
+    stop_on_alarm: Annotated[tuple[AlarmName | Literal["all"], ...], BeforeValidator(split_commas)] = knob(
+        (), "alarms that end the run, by name with commas, or all"
     )
     exact: bool = knob(False, "logprobs of rollouts and training alike to the last bit; costs time")
 

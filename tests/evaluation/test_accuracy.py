@@ -9,7 +9,7 @@ import pytest
 
 from looktwice.config import InferenceConfig
 from looktwice.data.sample import Sample
-from looktwice.evaluation.accuracy import evaluate, wilson_interval
+from looktwice.evaluation.accuracy import evaluate, judged, wilson_interval, worth_of
 from looktwice.evaluation.controls import CONTROLS
 from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Box, Size
@@ -70,6 +70,19 @@ def test_without_calls_there_is_no_share_and_no_overlap() -> None:
 def test_crops_without_a_gold_box_have_no_overlap() -> None:
     result = evaluate(Written([said("<answer>7</answer>", HIT)]), [replace(SAMPLE, gold_box=None)])
     assert (result.valid_share, result.mean_iou) == (1, None)
+
+
+def test_the_tool_gains_what_was_wrong_without_it_and_harms_what_was_right() -> None:
+    right, wrong = said("<answer>7</answer>"), said("<answer>8</answer>")
+    with_tool = judged([right, right, right, wrong, wrong], [SAMPLE] * 5)
+    without = judged([wrong, wrong, right, right, wrong], [SAMPLE] * 5)
+    worth = worth_of(with_tool, without)
+    assert (worth.accuracy, worth.accuracy_without, worth.gain, worth.harm) == (0.6, 0.4, 0.4, 0.2)
+
+
+def test_an_answer_that_an_error_ended_is_not_right() -> None:
+    failed = replace(said("<answer>7</answer>"), stop_reason="error")
+    assert judged([failed], [SAMPLE]).is_right == (False,)
 
 
 @pytest.mark.parametrize("control", [None, *CONTROLS])

@@ -21,6 +21,9 @@ def score(trajectory, solution):
     ids = [i for i, sampled in zip(trajectory.completion_ids, trajectory.is_sampled) if sampled]
     return sum(i % 2 == 0 for i in ids) / len(ids)
 
+def nothing(trajectory, solution):
+    return 0.0
+
 def fails_on_odd(trajectory, solution):
     return 1 / (1 - trajectory.completion_ids[0] % 2)
 """

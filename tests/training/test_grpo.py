@@ -16,6 +16,7 @@ from looktwice.formats.sample_file import read_samples
 from looktwice.metrics import METRICS
 from looktwice.model.numerics import NumericsError
 from looktwice.rewards import Reward
+from looktwice.training.alarms import ALARMS
 from looktwice.training.grpo import train_grpo, train_step
 from looktwice.training.policy import improve
 from looktwice.training.rollouts import roll_out
@@ -54,7 +55,16 @@ def test_every_step_is_logged_with_what_the_table_of_metrics_explains(run) -> No
             "kl/reference",
             "clip/low",
             "clip/high",
+            "rollout/trained_tokens",
+            "rollout/right",
             "time/rollout_s",
+            "time/reward_s",
+            "time/reference_s",
+            "time/waiting_s",
+            "time/idle_share",
+            "perf/sampled_tokens_per_s",
+            "perf/trained_tokens_per_s",
+            *(f"alarm/{name}" for name in ALARMS),
             "time/update_s",
             "time/step_s",
         }
@@ -144,14 +154,17 @@ def test_samples_without_a_gold_answer_are_named(model_folder, dataset, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_the_greedy_accuracy_on_validation_questions_is_logged(model_folder, dataset, tmp_path) -> None:
+def test_the_accuracy_with_and_without_the_tool_is_logged(model_folder, dataset, tmp_path) -> None:
     config = GRPOConfig(
         output_dir=tmp_path, sft_checkpoint_path=model_folder, max_steps=1, num_generations=2, max_new_tokens=4
     )
     data = DataConfig(train_data_path=dataset.rl, val_data_path=dataset.eval, image_base_path=dataset.rl.parent)
     train_grpo(ModelConfig(device="cpu"), data, config)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["eval/accuracy"] == 0.0
+    seen = {name: value for name, value in json.loads(line).items() if name.startswith("eval/")}
+    names = ("accuracy", "accuracy_without_tool", "tool_gain", "tool_harm", "calls")
+    assert seen == {f"eval/{name}": 0.0 for name in names}
+    assert json.loads(line)["time/eval_s"] > 0
 
 
 def test_no_picture_is_encoded_twice_in_a_step_where_vision_is_frozen(load, dataset, monkeypatch) -> None:

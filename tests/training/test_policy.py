@@ -134,7 +134,7 @@ def test_without_any_signal_the_weights_stay(load, rollouts_of) -> None:
     learner = load(learning_rate=1e-2)
     before = [parameter.clone() for parameter in learner.parameters]
     metrics = step(learner, rollouts_of(learner, [(RIGHT, 1.0), (OTHER, 1.0)]))
-    assert metrics == {"group/dropped": 1.0, "loss": 0.0}
+    assert metrics == {"group/dropped": 1.0, "loss": 0.0, "rollout/trained_tokens": 0.0}
     assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
 
 
@@ -163,7 +163,7 @@ def test_a_failed_reward_changes_neither_the_advantages_nor_the_update(load, rol
 def test_a_group_with_one_reward_left_is_dropped(load, rollouts_of) -> None:
     learner = load(drop_constant_groups=False)
     groups = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, float("nan"))])
-    assert step(learner, groups) == {"group/dropped": 1.0, "loss": 0.0}
+    assert step(learner, groups) == {"group/dropped": 1.0, "loss": 0.0, "rollout/trained_tokens": 0.0}
 
 
 @pytest.mark.parametrize("is_masked", [True, False])

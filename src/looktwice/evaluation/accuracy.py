@@ -40,16 +40,45 @@ def wilson_interval(num_right: int, num_asked: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToolWorth:
+    """What the tool is worth, in shares of the same questions asked with and without it.
+
+    `gain` were wrong without it and right with it, `harm` right without it and wrong with it; the two accuracies differ
+    by gain - harm.
+    """
+
+    accuracy: float
+    accuracy_without: float
+    gain: float
+    harm: float
+
+
+def worth_of(with_tool: Evaluation, without: Evaluation) -> ToolWorth:
+    """What the tool is worth, by two evaluations of the same questions."""
+    pairs = list(zip(with_tool.is_right, without.is_right, strict=True))
+    return ToolWorth(
+        accuracy=with_tool.accuracy,
+        accuracy_without=without.accuracy,
+        gain=fmean(is_right and not was_right for is_right, was_right in pairs),
+        harm=fmean(was_right and not is_right for is_right, was_right in pairs),
+    )
+
+
 def evaluate(
     inference: OvisInference, samples: Sequence[Sample], *, control: Control | None = None, seed: int = 0
 ) -> Evaluation:
     """Ask every question with the crop tool, or with one of the controls in its place."""
     looks = control_looks(control, inference.processor, samples, seed) if control else None
     prompts = [in_model_frame(sample.prompt, sample.box_frame, inference.processor) for sample in samples]
-    trajectories = inference.play(prompts, looks)
+    return judged(inference.play(prompts, looks), samples)
+
+
+def judged(trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> Evaluation:
+    """The figures of finished answers, whoever played them; one that failed by an error is not right."""
     is_right = tuple(
-        answers_match(extract_answer(trajectory.text), sample.solution)
-        for trajectory, sample in zip(trajectories, samples)
+        trajectory.stop_reason != "error" and answers_match(extract_answer(trajectory.text), sample.solution)
+        for trajectory, sample in zip(trajectories, samples, strict=True)
     )
     calls = [call for trajectory in trajectories for call in trajectory.calls]
     overlaps = gold_overlaps(trajectories, [sample.gold_box for sample in samples])

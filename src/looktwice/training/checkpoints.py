@@ -39,9 +39,14 @@ class Checkpoints:
         is_time = self.config.save_minutes is not None and minutes >= self.config.save_minutes
         return is_best or is_time or self.learner.step % self.save_steps == 0
 
+    @property
+    def place(self) -> Path:
+        """The checkpoint of this step, whether it is written or not."""
+        return self.folder / f"checkpoint-{self.learner.step}"
+
     def save(self) -> Path:
         """Write the checkpoint of this step, then remove those that are too many."""
-        folder = self.folder / f"checkpoint-{self.learner.step}"
+        folder = self.place
         self.learner.save(folder, self.record, with_optimizer=True)
         for old in self._too_many() if self.learner.world.is_main else ():
             # under its own name half of it could be taken for a checkpoint

@@ -5,29 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean as mean
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.custom_reward import load_reward
-from looktwice.data.lengths import fit_lengths
-from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
+from looktwice.errors import TrainingError
+from looktwice.metrics import LOG_FILE
 from looktwice.model.numerics import as_json
 from looktwice.paths import write_result
-from looktwice.processing.processor import Ovis2_5Processor, load_processor
-from looktwice.rewards import PresetReward, RewardFunction
+from looktwice.processing.processor import load_processor
+from looktwice.rewards import RewardFunction
+from looktwice.training.alarms import Watch, read_history
 from looktwice.training.canaries import check_rollouts
 from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.determinism import deterministic
-from looktwice.training.folder import claimed
+from looktwice.training.folder import checkpoint_of, claimed
 from looktwice.training.learner import Learner, Reference
 from looktwice.training.overview import show_overview
 from looktwice.training.policy import improve
-from looktwice.training.rollouts import roll_out, rollout_metrics, tell_failures
+from looktwice.training.rollouts import roll_out, tell_failures
 from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
-from looktwice.training.sets import LengthReport, load_sets
+from looktwice.training.sets import LengthReport, fitted, load_sets
 from looktwice.training.start import check_processes
 from looktwice.training.stopping import stop_requests
+from looktwice.training.telemetry import rollout_metrics
+from looktwice.training.validation import validate
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
 NUMERICS = "numerics.json"
@@ -51,7 +53,10 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         record = planned("grpo", settings, order, start)
         learner = Learner.load(start, model, config, processor, total_steps=order.total_steps, is_exact=config.exact)
         reference = learner.freeze_reference() if config.beta > 0 else None
+        checkpoint = checkpoint_of(config)
         record = begin(learner, record, settings, order)
+        history = read_history(checkpoint.parent / LOG_FILE, last=learner.step) if checkpoint else []
+        watch = Watch(config.alarms, config.stop_on_alarm, history)
         if config.exact:
             write_result(config.output_dir / NUMERICS, as_json(learner.numerics()))
         lengths = LengthReport(config)
@@ -65,7 +70,8 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
             stop.arm()
             while learner.step < order.total_steps:
                 started = time.perf_counter()
-                prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
+                with learner.phases.during("waiting"):
+                    prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
                 metrics: dict[str, float] = {}
                 if prompts:
                     # once a run, also after a resume: three forwards of one rollout
@@ -74,11 +80,30 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 learner.step += 1
                 metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
                 if held_out and is_due(learner, eval_every):
-                    metrics["eval/accuracy"] = evaluation_accuracy(learner, held_out, data, config, lengths)
-                metrics |= lengths.metrics
-                close_step(learner, recorder, metrics, saves, stop)
+                    with learner.phases.during("eval"):
+                        metrics |= validate(learner, held_out, data, config, lengths)
+                metrics |= lengths.metrics | learner.phases.take(is_sampled_here=not config.vllm_servers)
+                alarms, told = watch.note(learner.step, metrics)
+                close_step(learner, recorder, metrics | alarms, saves, stop, must_log=bool(told))
+                for line in told:
+                    print(line)
+                heed_alarms(learner, watch, saves)
         lengths.show()
-        return save_final(learner, record, stop)
+        return save_final(learner, record, stop, alarms=watch.on)
+
+
+def heed_alarms(learner: Learner, watch: Watch, saves: Checkpoints) -> None:
+    """Raise TrainingError where an alarm is on that is to end the run, with the step saved; after the last step there
+    is nothing left to end."""
+    reason = learner.world.from_main(lambda: watch.reason_to_stop)
+    if reason is None or learner.step == learner.total_steps:
+        return
+    if learner.config.save_total_limit and not learner.world.from_main(saves.place.exists):
+        saves.save()
+    kept = (
+        f"; {saves.place} is kept: --resume goes on, without --stop_on_alarm" if learner.config.save_total_limit else ""
+    )
+    raise TrainingError(f"step {learner.step}: stopped by alarm {reason}{kept}")
 
 
 def train_step(
@@ -91,47 +116,16 @@ def train_step(
     with_canaries: bool,
 ) -> dict[str, float]:
     """Rollouts of the prompts, their rewards, and the update on those that carry signal."""
-    started = time.perf_counter()
     with learner.images_kept():
         groups = roll_out(learner, prompts, config, pay)
         tell_failures(groups)
-        metrics = rollout_metrics(groups) | {"time/rollout_s": time.perf_counter() - started}
+        metrics = rollout_metrics(groups)
         if with_canaries:
             episodes = [rollout.episode for group in groups for rollout in group]
             metrics |= check_rollouts(learner, episodes, temperature=config.temperature)
         metrics |= improve(learner, groups, config, reference)
-    return metrics | {"time/update_s": time.perf_counter() - started - metrics["time/rollout_s"]}
-
-
-def fitted(
-    samples: Sequence[Sample], processor: Ovis2_5Processor, data: DataConfig, lengths: LengthReport
-) -> list[Sample]:
-    """Samples that can be rolled out, with prompts of at most `max_length` tokens.
-
-    Checked again at every step, because samples of a large set were not seen at the start.
-    Raises DataError as `refuse` and `fit_lengths` do.
-    """
-    refuse(samples, "the data", stage="grpo", view=View.of(processor))
-    prompts, refits = fit_lengths(
-        samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose="prompt"
-    )
-    lengths.note(refits)
-    return prompts
-
-
-def evaluation_accuracy(
-    learner: Learner, samples: Sequence[Sample], data: DataConfig, config: GRPOConfig, lengths: LengthReport
-) -> float:
-    """Share of right greedy answers, judged by the rules of the `robust` reward."""
-    greedy = config.model_copy(update={"num_generations": 1, "temperature": 0.0})
-    size = config.rollout_batch_size
-    groups = [
-        group
-        for first in range(0, len(samples), size)
-        for group in roll_out(
-            learner, fitted(samples[first : first + size], learner.processor, data, lengths), greedy, PresetReward()
-        )
-    ]
-    rewards = [rollout.reward for group in groups for rollout in group]
-    # one that failed, such as by an error of the crop tool, is no right answer
-    return mean(0.0 if reward.error else reward.accuracy for reward in rewards)
+    num_rollouts = sum(map(len, groups))
+    for name, phase, tokens in (("sampled", "rollout", "num_tokens"), ("trained", "update", "trained_tokens")):
+        if seconds := learner.phases.seconds.get(phase):
+            metrics[f"perf/{name}_tokens_per_s"] = num_rollouts * metrics[f"rollout/{tokens}"] / seconds
+    return metrics

@@ -43,6 +43,7 @@ from looktwice.training.folder import STATE_FILE
 from looktwice.training.moments import placed_moments, read_moments
 from looktwice.training.nonfinite import NonfiniteGuard, Origin
 from looktwice.training.optimizers import BITSANDBYTES, make_optimizer
+from looktwice.training.phases import Phases
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
 from looktwice.training.rows import MOST_OF_SIBLINGS, default_tokens_per_row, tokens_that_fit, what_helps
@@ -96,6 +97,7 @@ class Learner:
         self.start: str | None = None
         self.is_exact = False
         self.guard = NonfiniteGuard(config.skip_nonfinite)
+        self.phases = Phases()
         self.tokens_that_fit: int | None = None
         self.vision_cache: VisionCache | None = None
         if config.vision_cache is not None:

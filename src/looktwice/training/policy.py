@@ -31,7 +31,7 @@ def improve(
     kept = [group for group in groups if carries_signal(group, config)]
     metrics = {"group/dropped": 1 - len(kept) / len(groups)}
     if not kept:
-        return metrics | {"loss": 0.0}
+        return metrics | {"loss": 0.0, "rollout/trained_tokens": 0.0}
     rewards = torch.tensor([[rollout.reward.total for rollout in group] for group in kept])
     advantages = group_advantages(rewards, scale=config.scale_rewards)
     for group, values in zip(kept, advantages.tolist()):
@@ -43,6 +43,8 @@ def improve(
         for rollout in group
         if rollout.reward.error is None and not (config.mask_truncated_completions and rollout.trajectory.is_truncated)
     ]
+    num_trained = sum(sum(rollout.trajectory.is_sampled) for rollout in trained)
+    metrics["rollout/trained_tokens"] = num_trained / sum(map(len, groups))
     return metrics | (update_policy(learner, trained, config, reference) if trained else {"loss": 0.0})
 
 
@@ -70,7 +72,7 @@ def update_policy(
     ref_logprobs: dict[int, Tensor] = {}
     if reference is not None:
         learner.model.eval()
-        with torch.no_grad(), reference.active():
+        with torch.no_grad(), reference.active(), learner.phases.during("reference"):
             for row in rows:
                 logprobs = learner.score(row, temperature=config.temperature).logprobs
                 counts = [sum(example.loss_mask) for example in row.examples]
@@ -99,7 +101,8 @@ def update_policy(
 
     updates = []
     for _ in range(config.num_iterations):
-        updates.append(learner.update(rows, loss, temperature=config.temperature, with_entropy=True))
+        with learner.phases.during("update"):
+            updates.append(learner.update(rows, loss, temperature=config.temperature, with_entropy=True))
         for share, facts in noted.values():
             sums.update({name: share * value for name, value in facts.items()})
     means = {name: value / len(updates) for name, value in sums.items()}

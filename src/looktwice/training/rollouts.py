@@ -1,13 +1,11 @@
-"""The rollouts of a step: groups of episodes of the present policy, what each was paid, and what their metrics say."""
+"""The rollouts of a step: groups of episodes of the present policy, and what each was paid."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from statistics import fmean as mean
 from uuid import uuid4
 
 from looktwice.answers import Solution
@@ -17,12 +15,12 @@ from looktwice.data.sample import Sample
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.sampling import Sampling, mixed_seed
 from looktwice.errors import TrainingError, counted, one_line
-from looktwice.metrics import METRICS
 from looktwice.model.adapters import merged
+from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rewards import Reward, RewardFunction
 from looktwice.rollout.conversation import in_model_frame
-from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
-from looktwice.rollout.trajectory import Trajectory, gold_overlaps
+from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
+from looktwice.rollout.trajectory import Trajectory
 from looktwice.training.learner import Learner
 
 NO_ROOM = "longer than the memory of the cache; set --cache_tokens higher, or --max_new_tokens or --max_pixels lower"
@@ -52,6 +50,22 @@ def roll_out(
     learner: Learner, samples: Sequence[Sample], config: GRPOConfig, pay: RewardFunction
 ) -> list[list[Rollout]]:
     """Sample `num_generations` rollouts of each prompt with crops executed, and reward them."""
+    episodes = begin_episodes(learner.processor, samples, config)
+    with learner.phases.during("rollout"):
+        numerics = sample_episodes(learner, episodes, config)
+    played = [(episode.trajectory, sample.solution) for sample, group in zip(samples, episodes) for episode in group]
+    with learner.phases.during("reward"):
+        rewards = iter(rewarded(played, pay))
+    return [
+        [Rollout(episode=episode, sample=sample, reward=next(rewards), numerics=numerics) for episode in group]
+        for sample, group in zip(samples, episodes)
+    ]
+
+
+def begin_episodes(
+    processor: Ovis2_5Processor, samples: Sequence[Sample], config: GRPOConfig, look: Look | None = None
+) -> list[list[Episode]]:
+    """The `num_generations` sibling episodes of each prompt; `look` replaces the crop tool."""
     rules = EpisodeRules(
         max_turns=config.max_turns,
         max_new_tokens=config.max_new_tokens,
@@ -60,25 +74,14 @@ def roll_out(
         max_turn_tokens=config.max_turn_tokens,
         max_visual_tokens=config.max_visual_tokens,
     )
-    episodes = [
-        start_episodes(
-            in_model_frame(sample.prompt, sample.box_frame, learner.processor),
-            processor_for(sample, learner.processor),
-            rules,
-            count=config.num_generations,
-        )
-        for sample in samples
-    ]
-    numerics = sample_episodes(learner, episodes, config)
-    for sample, group in zip(samples, episodes):
-        for episode in group:
+    groups = []
+    for sample in samples:
+        prompt = in_model_frame(sample.prompt, sample.box_frame, processor)
+        own = processor_for(sample, processor)
+        groups.append(start_episodes(prompt, own, rules, count=config.num_generations, look=look))
+        for episode in groups[-1]:
             episode.example.where = sample.where
-    played = [(episode.trajectory, sample.solution) for sample, group in zip(samples, episodes) for episode in group]
-    rewards = iter(rewarded(played, pay))
-    return [
-        [Rollout(episode=episode, sample=sample, reward=next(rewards), numerics=numerics) for episode in group]
-        for sample, group in zip(samples, episodes)
-    ]
+    return groups
 
 
 def sample_episodes(learner: Learner, groups: Sequence[Sequence[Episode]], config: GRPOConfig) -> Mapping[str, str]:
@@ -135,30 +138,3 @@ def tell_failures(groups: Sequence[Sequence[Rollout]]) -> None:
         raise TrainingError(f"{'; '.join(told)}; nothing can be learnt from them")
     for line in told:
         print(line)
-
-
-def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """Means over the rollouts of a step; reward parts over those whose reward did not fail."""
-    rollouts = [rollout for group in groups for rollout in group]
-    trajectories = [rollout.trajectory for rollout in rollouts]
-    calls = [call for trajectory in trajectories for call in trajectory.calls]
-    rewards = [rollout.reward for rollout in rollouts if rollout.reward.error is None]
-    stops = Counter(trajectory.stop_reason for trajectory in trajectories)
-    metrics = {
-        "reward/failed": 1 - len(rewards) / len(rollouts),
-        "rollout/num_turns": mean(trajectory.num_turns for trajectory in trajectories),
-        "rollout/num_tokens": mean(sum(trajectory.is_sampled) for trajectory in trajectories),
-        "tool/calls": len(calls) / len(rollouts),
-    }
-    metrics |= {f"rollout/stop/{reason}": count / len(rollouts) for reason, count in stops.items()}
-    if rewards:
-        metrics["reward/total"] = mean(reward.total for reward in rewards)
-        for part in {part: None for reward in rewards for part in reward.parts}:
-            name = f"reward/{part}" if f"reward/{part}" in METRICS else f"reward/own/{part}"
-            metrics[name] = mean(reward.parts.get(part, 0.0) for reward in rewards)
-    if calls:
-        metrics["tool/valid_share"] = mean(call.is_valid for call in calls)
-    overlaps = gold_overlaps(trajectories, [rollout.sample.gold_box for rollout in rollouts])
-    if overlaps:
-        metrics["tool/mean_iou"] = mean(overlaps)
-    return metrics

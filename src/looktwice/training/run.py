@@ -101,7 +101,13 @@ def is_due(learner: Learner, every: int) -> bool:
 
 
 def close_step(
-    learner: Learner, recorder: Recorder | None, metrics: dict[str, float], saves: Checkpoints, stop: StopRequest
+    learner: Learner,
+    recorder: Recorder | None,
+    metrics: dict[str, float],
+    saves: Checkpoints,
+    stop: StopRequest,
+    *,
+    must_log: bool = False,
 ) -> None:
     """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due.
 
@@ -114,20 +120,22 @@ def close_step(
     if recorder:
         recorder.advance(learner.step)
         has_rare_ones = any(name.startswith(("eval/", "canary/")) for name in metrics)
-        if learner.step == 1 or has_rare_ones or is_due(learner, config.logging_steps):
+        if learner.step == 1 or must_log or has_rare_ones or is_due(learner, config.logging_steps):
             recorder.log(learner.step, metrics)
     stop.agree(world.gather)
     is_last = learner.step == learner.total_steps
     if world.from_main(lambda: saves.is_due(metrics)) or (stop.agreed and not is_last):
         if recorder:
             recorder.flush()
-        saves.save()
+        with learner.phases.during("saving"):
+            saves.save()
     if not is_last:
         stop.heed(is_done=False)
 
 
-def save_final(learner: Learner, record: Record, stop: StopRequest) -> Path:
-    """Write the final model, say so, and give back its folder; of a run that changed nothing, say that instead.
+def save_final(learner: Learner, record: Record, stop: StopRequest, *, alarms: Sequence[str] = ()) -> Path:
+    """Write the final model, say so, and give back its folder; of a run that changed nothing, or ends with alarms on,
+    say that instead.
 
     Raises Interrupted afterwards where a signal asked the run to stop.
     """
@@ -135,7 +143,9 @@ def save_final(learner: Learner, record: Record, stop: StopRequest) -> Path:
     card = model_card(learner, record) if learner.world.is_main else None
     learner.save(folder, record, with_optimizer=False, card=card)
     stage = "stage 1" if record.stage == "sft" else "stage 2"
-    if learner.optimizer.state:
+    if learner.optimizer.state and alarms:
+        print(f"{stage} ended with alarms on ({', '.join(alarms)}): {folder}; docs/method.md says what they mean")
+    elif learner.optimizer.state:
         print(f"{stage} done: {folder}")
     else:
         print(

@@ -187,3 +187,19 @@ class LengthReport:
         for outcome, count in (self.counts - self.shown).items():
             print(f"longer than max_length: {count} sample{'s' * (count > 1)} {outcome}; see {self.path}")
         self.shown = self.counts.copy()
+
+
+def fitted(
+    samples: Sequence[Sample], processor: Ovis2_5Processor, data: DataConfig, lengths: LengthReport
+) -> list[Sample]:
+    """Samples that can be rolled out, with prompts of at most `max_length` tokens.
+
+    Checked again at every step, because samples of a large set were not seen at the start.
+    Raises DataError as `refuse` and `fit_lengths` do.
+    """
+    refuse(samples, "the data", stage="grpo", view=View.of(processor))
+    prompts, refits = fit_lengths(
+        samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose="prompt"
+    )
+    lengths.note(refits)
+    return prompts

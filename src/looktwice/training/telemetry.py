@@ -1,0 +1,127 @@
+"""What the rollouts of a step say of the policy: how it crops, stops and answers, and what it was paid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean as mean
+
+from looktwice.answers import answers_match, extract_answer
+from looktwice.geometry import Size
+from looktwice.metrics import METRICS
+from looktwice.rollout.trajectory import ToolCall, Trajectory, gold_overlaps
+from looktwice.training.rollouts import Rollout
+
+WHOLE_IMAGE = 0.9
+"""A crop of at least this share of its picture shows the whole of it once more."""
+SAME_REWARD = 1e-6
+"""Rewards that are closer than this are equal, as the group filter says."""
+
+
+def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """Metrics of the rollouts of a step, of which each names in METRICS what it is a mean or a share of."""
+    rollouts = [rollout for group in groups for rollout in group]
+    return {
+        **_rewards(rollouts),
+        **_groups(groups),
+        **_lengths_and_ends(rollouts),
+        **_crops(rollouts),
+        **_right_answers(rollouts),
+    }
+
+
+def is_right(rollout: Rollout) -> bool:
+    """Whether the answer says the gold one by the rules of `answers.py`, whatever its reward looked at."""
+    return answers_match(extract_answer(rollout.trajectory.text), rollout.sample.solution)
+
+
+def area_share(call: ToolCall, image_sizes: Sequence[Size]) -> float:
+    """Share of its picture that a crop covers. `image_sizes` are those of the conversation's pictures in order."""
+    assert call.box is not None
+    width, height = image_sizes[call.image_number - 1]
+    return (call.box.x2 - call.box.x1) * (call.box.y2 - call.box.y1) / (width * height)
+
+
+def _rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward.error is None]
+    metrics = {"reward/failed": 1 - len(rewards) / len(rollouts)}
+    if rewards:
+        metrics["reward/total"] = mean(reward.total for reward in rewards)
+    for part in {part: None for reward in rewards for part in reward.parts}:
+        name = f"reward/{part}" if f"reward/{part}" in METRICS else f"reward/own/{part}"
+        metrics[name] = mean(reward.parts.get(part, 0.0) for reward in rewards)
+    return metrics
+
+
+def _groups(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """How many groups there are, and the shares of those without an accuracy signal, by why they have none."""
+    alike: Counter[str] = Counter()
+    for group in groups:
+        accuracies = [rollout.reward.accuracy for rollout in group if rollout.reward.error is None]
+        if len(accuracies) > 1 and max(accuracies) - min(accuracies) <= SAME_REWARD:
+            alike["right" if accuracies[0] > 0 else "wrong"] += 1
+    return {
+        "group/number": float(len(groups)),
+        "group/all_right": alike["right"] / len(groups),
+        "group/all_wrong": alike["wrong"] / len(groups),
+    }
+
+
+def _lengths_and_ends(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    trajectories = [rollout.trajectory for rollout in rollouts]
+    stops = Counter(trajectory.stop_reason for trajectory in trajectories)
+    images = [rollout.episode.example.images for rollout in rollouts]
+    return {
+        "rollout/num_turns": mean(trajectory.num_turns for trajectory in trajectories),
+        "rollout/num_tokens": mean(map(_num_sampled, trajectories)),
+        "rollout/visual_tokens": mean(sum(image.num_tokens for image in shown) for shown in images),
+        "rollout/truncated": mean(trajectory.is_truncated for trajectory in trajectories),
+        **{f"rollout/stop/{reason}": count / len(rollouts) for reason, count in stops.items()},
+    }
+
+
+def _crops(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    trajectories = [rollout.trajectory for rollout in rollouts]
+    calls = [call for trajectory in trajectories for call in trajectory.calls]
+    metrics = {
+        "tool/calls": len(calls) / len(rollouts),
+        "tool/crop_share": mean(map(_has_crop, trajectories)),
+    }
+    if calls:
+        metrics["tool/valid_share"] = mean(call.is_valid for call in calls)
+        refused = Counter(call.error for call in calls if call.error)
+        metrics |= {f"tool/refused/{reason}": count / len(calls) for reason, count in refused.items()}
+    areas = [area_share(call, one.image_sizes) for one in trajectories for call in one.calls if call.box is not None]
+    if areas:
+        metrics["tool/area_share"] = mean(areas)
+        metrics["tool/whole_share"] = mean(area >= WHOLE_IMAGE for area in areas)
+    overlaps = gold_overlaps(trajectories, [rollout.sample.gold_box for rollout in rollouts])
+    if overlaps:
+        metrics["tool/mean_iou"] = mean(overlaps)
+    return metrics
+
+
+def _right_answers(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """How many answers are right by the rules: of all, with and without a crop; and how long and how well paid the
+    right and the wrong ones are."""
+    rights = [is_right(rollout) for rollout in rollouts]
+    metrics = {"rollout/right": mean(rights)}
+    for name, wanted in (("with_crop", True), ("without_crop", False)):
+        chosen = [right for right, one in zip(rights, rollouts) if _has_crop(one.trajectory) == wanted]
+        if chosen:
+            metrics[f"rollout/right_{name}"] = mean(chosen)
+    for name, wanted in (("right", True), ("wrong", False)):
+        chosen_rollouts = [one for right, one in zip(rights, rollouts) if right == wanted]
+        if chosen_rollouts:
+            metrics[f"rollout/num_tokens_{name}"] = mean(_num_sampled(one.trajectory) for one in chosen_rollouts)
+        if totals := [one.reward.total for one in chosen_rollouts if one.reward.error is None]:
+            metrics[f"reward/total_{name}"] = mean(totals)
+    return metrics
+
+
+def _num_sampled(trajectory: Trajectory) -> int:
+    return sum(trajectory.is_sampled)
+
+
+def _has_crop(trajectory: Trajectory) -> bool:
+    return any(call.is_valid for call in trajectory.calls)
