@@ -60,7 +60,7 @@ def test_an_unknown_key_names_the_nearest_one(config_class, key, hint) -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    assert refusal(GRPOConfig, surrogate="cispo", epsilon=0.2).startswith("epsilon: cispo has no lower clip bound")
+    assert refusal(GRPOConfig, surrogate="cispo", epsilon=0.2).startswith("epsilon: cispo has no such bound")
 
 
 @pytest.mark.parametrize("key", ["zzz", "deepseed", "cache", "reference"])
@@ -509,11 +509,13 @@ TRAIN_FLAGS = [
     "--crop_max_pixels",
     "--crop_min_pixels",
     "--data_config",
+    "--delta",
     "--deterministic",
     "--device",
     "--distributed",
     "--drop_constant_groups",
     "--enable_thinking",
+    "--entropy_coef",
     "--epsilon",
     "--epsilon_high",
     "--eval_steps",
@@ -572,7 +574,10 @@ TRAIN_FLAGS = [
     "--grpo_warmup_ratio",
     "--grpo_weight_decay",
     "--image_base_path",
+    "--importance_cap",
+    "--importance_correction",
     "--keep_best",
+    "--kl_estimator",
     "--learning_rate",
     "--length_policy",
     "--logging_steps",
@@ -600,6 +605,7 @@ TRAIN_FLAGS = [
     "--num_epochs",
     "--num_generations",
     "--num_iterations",
+    "--num_minibatches",
     "--num_workers",
     "--offload_activations",
     "--optim",
@@ -608,6 +614,7 @@ TRAIN_FLAGS = [
     "--preset",
     "--process_timeout",
     "--quantization",
+    "--refill_batches",
     "--report_to",
     "--resume",
     "--resume_from_checkpoint",
@@ -634,6 +641,7 @@ TRAIN_FLAGS = [
     "--torch_compile",
     "--train_data",
     "--train_weights",
+    "--truncated_in_statistics",
     "--use_dora",
     "--use_lora",
     "--use_rslora",

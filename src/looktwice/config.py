@@ -416,9 +416,27 @@ class GRPOConfig(StageConfig):
     beta: NonNegative = knob(0.0, "weight of the KL to the starting policy; 0 loads no reference")
     epsilon: NonNegative | None = knob(None, "lower clip bound; default: 0.2 (ppo), 0.0003 (gspo), none (cispo)")
     epsilon_high: NonNegative | None = knob(None, "upper clip bound; default: 0.28 (ppo), 0.0004 (gspo), 5 (cispo)")
-    surrogate: Literal["ppo", "gspo", "cispo"] = knob("ppo", "how the ratio enters: PPO clip, GSPO or CISPO")
-    scale_rewards: Literal["std", "batch", "none"] = knob("std", "what centred rewards are divided by")
-    loss_aggregation: Literal["token_mean", "seq_mean_token_mean"] = knob("token_mean", "how token losses are averaged")
+    surrogate: Literal["ppo", "gspo", "gspo_token", "cispo", "sapo", "reinforce"] = knob(
+        "ppo", "how the ratio to the policy that sampled enters, see docs/method.md"
+    )
+    delta: Annotated[Number, Field(gt=1)] | None = knob(
+        None, "ppo: most a ratio counts for a worse rollout; 3 is usual"
+    )
+    scale_rewards: Literal["std", "batch", "none", "leave_one_out", "per_term"] = knob(
+        "std", "what centred rewards are divided by; per_term: each term by its own std"
+    )
+    loss_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = knob(
+        "token_mean", "how token losses are averaged; constant: by --max_new_tokens"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "how the KL to the starting policy is estimated")
+    entropy_coef: NonNegative = knob(0.0, "weight of the policy's entropy, which the loss then raises")
+    importance_correction: Literal["auto", "none", "truncate", "mask"] = knob(
+        "auto", "weights where another distribution drew; auto: truncate there"
+    )
+    importance_cap: Annotated[Number, Field(gt=1)] = knob(2.0, "largest such weight; mask: and 1/cap the smallest")
+    num_minibatches: Positive = knob(1, "optimizer steps that a batch of rollouts is shared out to")
+    refill_batches: NonNegativeInt = knob(0, "batches of more prompts at most, in place of groups without signal")
+    truncated_in_statistics: bool = knob(True, "rollouts cut by a limit count in their group's mean and std")
     drop_constant_groups: bool = knob(True, "leave out groups whose rollouts are all right or all wrong")
     mask_truncated_completions: bool = knob(True, "no loss on rollouts cut by a limit")
     temperature: Annotated[Number, Field(gt=0)] = knob(1.0, "sampling temperature of rollouts")
@@ -446,8 +464,20 @@ class GRPOConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check_bounds(self) -> GRPOConfig:
-        if self.surrogate == "cispo" and self.epsilon is not None:
-            raise ValueError("epsilon: cispo has no lower clip bound; leave it out or choose another surrogate")
+        bounds = {"cispo": ("epsilon_high",), "sapo": (), "reinforce": ()}.get(
+            self.surrogate, ("epsilon", "epsilon_high")
+        )
+        for name in ("epsilon", "epsilon_high"):
+            if getattr(self, name) is not None and name not in bounds:
+                raise ValueError(
+                    f"{name}: {self.surrogate} has no such bound; leave it out or choose another surrogate"
+                )
+        if self.delta is not None and self.surrogate != "ppo":
+            raise ValueError(f"delta: a bound of ppo, which {self.surrogate} has not; leave one of the two out")
+        if self.refill_batches and not self.drop_constant_groups:
+            raise ValueError(
+                "refill_batches: with drop_constant_groups off no group is replaced; leave one of them out"
+            )
         if self.vllm_servers and self.exact:
             raise ValueError("vllm_servers: vLLM has other kernels, so exact cannot hold; leave one of the two out")
         if self.vllm_servers and (self.top_p < 1 or self.top_k > 0):
@@ -456,6 +486,14 @@ class GRPOConfig(StageConfig):
                 "those out"
             )
         return self
+
+    @property
+    def correction(self) -> Literal["none", "truncate", "mask"]:
+        """How tokens are weighted that another distribution drew than the trainer computes."""
+        if self.importance_correction != "auto":
+            return self.importance_correction
+        is_other = bool(self.vllm_servers) or self.top_p < 1 or self.top_k > 0
+        return "truncate" if is_other else "none"
 
     @model_validator(mode="before")
     @classmethod

@@ -46,6 +46,16 @@ class RewardPreset:
     is_shaping_gated: bool = True
     measure: Literal["rollout", "written_text"] = "rollout"
 
+    @property
+    def largest(self) -> dict[str, float]:
+        """The most that each term can pay."""
+        return {
+            "accuracy": self.accuracy,
+            "format": self.format,
+            "length": self.length_cap,
+            "region": self.region_cap,
+        }
+
 
 ROBUST = RewardPreset()
 PAPER = RewardPreset(is_shaping_gated=False)
@@ -65,6 +75,8 @@ class Reward:
     total: float
     parts: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """What a term counts where each is scaled by itself (`--scale_rewards per_term`); 1 for one that is not named."""
 
     @property
     def accuracy(self) -> float:
@@ -91,7 +103,7 @@ def score(trajectory: Trajectory, solution: Solution, preset: RewardPreset = ROB
         "length": min(preset.length_cap, preset.length_per_char * num_chars) * pays_shaping,
         "region": min(preset.region_cap, preset.region_per_crop * num_crops) * is_right,
     }
-    return Reward(total=sum(parts.values()), parts=parts)
+    return Reward(total=sum(parts.values()), parts=parts, weights=preset.largest)
 
 
 RewardFunction = Callable[[Sequence[tuple[Trajectory, Solution]]], list[Reward]]

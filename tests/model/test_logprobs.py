@@ -51,6 +51,22 @@ def test_logprobs_and_gradients_are_those_of_a_plain_log_softmax(num_rows, is_tr
 
 @pytest.mark.parametrize("num_rows", [0, 2, 7])
 @pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_of_entropies_are_those_of_a_plain_softmax(num_rows, is_trained, temperature):
+    hidden, weight, targets = inputs(num_rows, is_trained=is_trained)
+    trained = [hidden, weight] if is_trained else [hidden]
+    every = torch.log_softmax((hidden @ weight.T) / temperature, -1)
+    factors = torch.linspace(-1, 2, num_rows)
+    wanted = (every[torch.arange(num_rows), targets] * factors - (every.exp() * every).sum(-1) * factors.flip(0)).sum()
+    logprobs, entropy = chunked_logprobs(hidden, weight, targets, temperature=temperature, entropy_gradient=True)
+    assert entropy is not None
+    found = (logprobs * factors + entropy * factors.flip(0)).sum()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, trained), torch.autograd.grad(wanted, trained))
+
+
+@pytest.mark.parametrize("num_rows", [0, 2, 7])
+@pytest.mark.parametrize("is_trained", [False, True])
 def test_the_sum_and_its_gradients_are_those_of_the_logprobs(num_rows, is_trained):
     hidden, weight, targets = inputs(num_rows, is_trained=is_trained)
     trained = [hidden, weight] if is_trained else [hidden]

@@ -11,15 +11,18 @@ import torch
 from tests.training.scripted import paid
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig, SFTConfig
+from looktwice.data.order import BatchOrder
+from looktwice.data.sample import Sample
 from looktwice.errors import DataError, TrainingError
 from looktwice.formats.sample_file import read_samples
 from looktwice.metrics import METRICS
 from looktwice.model.numerics import NumericsError
 from looktwice.rewards import Reward
 from looktwice.training.alarms import ALARMS
-from looktwice.training.grpo import train_grpo, train_step
+from looktwice.training.grpo import further, refill, train_grpo, train_step
 from looktwice.training.policy import improve
 from looktwice.training.rollouts import roll_out
+from looktwice.training.sets import LengthReport
 from looktwice.training.sft import train_sft
 
 
@@ -182,6 +185,7 @@ def test_no_picture_is_encoded_twice_in_a_step_where_vision_is_frozen(load, data
         config,
         lambda played: [Reward(total=next(paid)) for _ in played],
         learner.freeze_reference(),
+        lambda batch, count: [],
         with_canaries=False,
     )
     assert metrics["loss"] != 0 and sum(encoded) == 2
@@ -192,3 +196,46 @@ def test_a_reward_that_always_fails_stops_the_run_with_its_text(run, tmp_path) -
     (tmp_path / "reward.py").write_text("def f(completions, **kwargs):\n    return [0.0 for _ in completions]")
     with pytest.raises(TrainingError, match=r"8 rewards of this step failed, the first by: TypeError: f\(\) takes 1"):
         run(max_steps=1, reward="f")
+
+
+def test_groups_without_signal_are_replaced_by_further_prompts(load, dataset) -> None:
+    learner = load(num_generations=2, max_new_tokens=3, refill_batches=3)
+    samples = read_samples(dataset.rl, dataset.rl.parent)
+    asked: list[tuple[int, int]] = []
+    paid_calls = iter(range(100))
+
+    def pay(played):
+        # no signal in the step itself and in the first batch of further prompts, some in every other
+        has_signal = next(paid_calls) > 1
+        return [Reward(total=float(place % 2 and has_signal)) for place in range(len(played))]
+
+    def more(batch: int, count: int) -> list[Sample]:
+        asked.append((batch, count))
+        return samples[2 : 2 + count]
+
+    groups = roll_out(learner, samples[:2], learner.config, pay)
+    found = refill(learner, groups, learner.config, pay, more)
+    assert asked == [(0, 2), (1, 2)]
+    assert [[rollout.reward.total for rollout in group] for group in found] == [[0.0, 1.0]] * 2
+    ids = [group[0].trajectory.completion_ids for group in (*groups, *found)]
+    assert len({tuple(one) for one in ids}) > 1
+
+
+def test_further_prompts_follow_from_seed_and_step_and_are_none_of_the_run(processor, dataset) -> None:
+    samples = read_samples(dataset.rl, dataset.rl.parent)
+    config = GRPOConfig(refill_batches=2)
+    order = BatchOrder(len(samples), samples_per_step=2, num_epochs=1, max_steps=None, seed=0)
+    data = DataConfig(train_data_path=dataset.rl, image_base_path=dataset.rl.parent)
+    drawn = [
+        further(step, order, samples, config, processor, data, LengthReport(config), batch, 2)
+        for step in range(2)
+        for batch in range(2)
+    ]
+    wanted = [[samples[number] for number in order[order.total_steps + place]] for place in range(4)]
+    assert drawn == wanted
+    assert len(further(0, order, samples, config, processor, data, LengthReport(config), 0, 1)) == 1
+
+
+def test_an_adapter_goes_on_without_its_dropout(run, model_folder, dataset, tmp_path, capsys) -> None:
+    run(max_steps=1, use_lora=True, lora_r=2, lora_dropout=0.5, learning_rate=1e-3)
+    assert "stage 2 goes on without the adapter's dropout of 0.5" in capsys.readouterr().out

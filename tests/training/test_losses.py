@@ -1,6 +1,7 @@
 """Advantages, surrogates, KL and aggregation against hand-computed values."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,13 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looktwice.training.losses import (
+    Aggregation,
+    advantages_by_term,
     aggregate,
     cispo_surrogate,
     group_advantages,
     gspo_surrogate,
     has_accuracy_signal,
+    importance_weights,
     kl_estimate,
     policy_surrogate,
+    reinforce_surrogate,
+    sapo_surrogate,
 )
 
 NAN = math.nan
@@ -31,6 +37,26 @@ def test_group_advantages_divide_by_the_unbiased_std():
 
 def test_unscaled_advantages_are_centred_rewards():
     close(group_advantages(REWARDS, scale="none"), [1.14, 0.64, -0.36, -0.46, -0.96])
+
+
+def test_leave_one_out_centres_on_the_mean_of_the_others():
+    others = [(REWARDS.sum() - reward) / 4 for reward in REWARDS]
+    close(group_advantages(REWARDS, scale="leave_one_out"), REWARDS - torch.stack(others))
+
+
+def test_terms_are_scaled_each_by_itself_and_then_by_the_batch():
+    accuracy, rare = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.tensor([[0.01, 0.0, 0.0, 0.0]])
+    found = advantages_by_term(torch.stack([accuracy, rare], -1), torch.tensor([1.0, 0.5]))
+    total = group_advantages(accuracy) + 0.5 * group_advantages(rare)
+    close(found, (total - total.mean()) / (total.std() + 1e-4))
+    assert found[0, 0] - found[0, 1] > 0.5  # a term a hundred times smaller counts by its weight
+
+
+def test_a_failed_reward_is_in_no_term():
+    terms = torch.tensor([[[1.0], [0.0], [NAN]]])
+    found = advantages_by_term(terms, torch.ones(1))
+    close(found[0, :2], advantages_by_term(terms[:, :2], torch.ones(1))[0])
+    assert found[0, 2] == 0
 
 
 def test_phantom_advantages_of_an_all_wrong_group():
@@ -114,63 +140,90 @@ def test_group_has_signal_when_two_rollouts_differ_in_accuracy(accuracies, has_s
     ],
 )
 def test_clipped_surrogate_values(log_ratio, advantage, objective):
-    loss, _ = policy_surrogate(torch.tensor([log_ratio - 2]), torch.tensor([-2.0]), torch.tensor([advantage]))
-    close(loss, [-objective])
+    found = policy_surrogate(torch.tensor([log_ratio - 2]), torch.tensor([-2.0]), torch.tensor([advantage]))
+    close(found.loss, [-objective])
 
 
-def test_surrogate_metrics_count_the_tokens_that_lost_their_gradient():
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "objective"),
+    [(2.0, -1.0, -3.0), (1.0, -1.0, -math.e), (2.0, 1.0, 1.28), (-2.0, -1.0, -0.8)],
+)
+def test_delta_bounds_what_a_worse_token_can_cost(log_ratio, advantage, objective):
+    policy_logprobs = torch.tensor([log_ratio], requires_grad=True)
+    found = policy_surrogate(policy_logprobs, torch.zeros(1), torch.tensor([advantage]), delta=3.0)
+    close(found.loss, [-objective])
+    (gradient,) = torch.autograd.grad(found.loss.sum(), policy_logprobs)
+    assert bool(found.clipped_low | found.clipped_high) == (gradient.item() == 0)
+
+
+def test_the_tokens_that_lost_their_gradient_are_marked():
     policy_logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1], requires_grad=True)
-    loss, metrics = policy_surrogate(policy_logprobs, torch.zeros(5), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]))
-    (gradient,) = torch.autograd.grad(loss.sum(), policy_logprobs)
+    found = policy_surrogate(policy_logprobs, torch.zeros(5), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]))
+    (gradient,) = torch.autograd.grad(found.loss.sum(), policy_logprobs)
     assert (gradient == 0).tolist() == [True, False, False, True, False]
-    values = {name: round(value.item(), 6) for name, value in metrics.items()}
-    assert values == {"clip/low": 0.2, "clip/high": 0.2, "kl/sampling": 0.42}
-    assert not any(value.requires_grad for value in metrics.values())
+    assert found.clipped_high.tolist() == [True, False, False, False, False]
+    assert found.clipped_low.tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("log_ratio", [1000.0, -1000.0])
-@pytest.mark.parametrize("surrogate", [policy_surrogate, cispo_surrogate])
+@pytest.mark.parametrize("surrogate", [policy_surrogate, cispo_surrogate, sapo_surrogate])
 def test_extreme_ratio_keeps_the_gradient_finite(surrogate, log_ratio, advantage):
     policy_logprobs = torch.tensor([log_ratio], requires_grad=True)
-    loss, _ = surrogate(policy_logprobs, torch.zeros(1), torch.tensor([advantage]))
+    loss = surrogate(policy_logprobs, torch.zeros(1), torch.tensor([advantage])).loss
     loss.sum().backward()
     assert loss.isfinite().all()
     assert policy_logprobs.grad.isfinite().all()
 
 
-def test_no_tokens_give_no_loss_and_zero_metrics():
+def test_no_tokens_give_no_loss():
     empty = torch.zeros(0)
-    loss, metrics = policy_surrogate(empty, empty, empty)
-    assert loss.shape == (0,)
-    assert [value.item() for value in metrics.values()] == [0, 0, 0]
+    assert [part.shape for part in policy_surrogate(empty, empty, empty)] == [(0,)] * 3
 
 
 def test_gspo_ratio_is_the_geometric_mean_of_a_sequence():
     log_ratios, index = torch.tensor([0.1, -0.2, 0.05, 0.3]), torch.tensor([0, 0, 0, 1])
-    loss, _ = gspo_surrogate(log_ratios, torch.zeros(4), torch.ones(4), index, clip_low=1.0, clip_high=1.0)
+    loss = gspo_surrogate(log_ratios, torch.zeros(4), torch.ones(4), index, clip_low=1.0, clip_high=1.0).loss
     close(loss, [-0.983471, -0.983471, -0.983471, -math.exp(0.3)])
-    loss, metrics = gspo_surrogate(log_ratios, torch.zeros(4), torch.tensor([-1.0, -1.0, -1.0, 1.0]), index)
-    close(loss, [0.9997, 0.9997, 0.9997, -1.0004])
-    assert (metrics["clip/low"].item(), metrics["clip/high"].item()) == (0.75, 0.25)
+    found = gspo_surrogate(log_ratios, torch.zeros(4), torch.tensor([-1.0, -1.0, -1.0, 1.0]), index)
+    close(found.loss, [0.9997, 0.9997, 0.9997, -1.0004])
+    assert found.clipped_low.tolist() == [True, True, True, False]
+    assert found.clipped_high.tolist() == [False, False, False, True]
 
 
-def test_gspo_gradient_is_that_of_the_sequence_ratio():
+@pytest.mark.parametrize("by_token", [False, True])
+def test_gspo_gradient_is_that_of_the_sequence_ratio(by_token):
     log_ratios = torch.tensor([0.1, -0.2, 0.05], requires_grad=True)
-    loss, _ = gspo_surrogate(log_ratios, torch.zeros(3), torch.ones(3), torch.zeros(3, dtype=torch.int64), clip_low=1.0)
-    (gradient,) = torch.autograd.grad(loss.mean(), log_ratios)
+    index = torch.zeros(3, dtype=torch.int64)
+    found = gspo_surrogate(log_ratios, torch.zeros(3), torch.ones(3), index, clip_low=1.0, by_token=by_token)
+    (gradient,) = torch.autograd.grad(found.loss.mean(), log_ratios)
     (wanted,) = torch.autograd.grad(-log_ratios.mean().exp(), log_ratios)
     close(gradient, wanted)
+
+
+def test_gspo_by_token_lets_tokens_of_a_sequence_have_advantages_of_their_own():
+    log_ratios = torch.tensor([0.1, -0.1], requires_grad=True)
+    found = gspo_surrogate(
+        log_ratios, torch.zeros(2), torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.int64), by_token=True
+    )
+    (gradient,) = torch.autograd.grad(found.loss.sum(), log_ratios)
+    close(gradient, [-1.0, 0.0])
 
 
 def test_cispo_drops_no_token():
     policy_logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
     sampling_logprobs = torch.tensor([-3.0, -0.5])
-    loss, metrics = cispo_surrogate(policy_logprobs, sampling_logprobs, torch.tensor([2.0, -1.0]), clip_high=4.0)
-    (gradient,) = torch.autograd.grad(loss.sum(), policy_logprobs)
-    close(loss, [5.0 * 2, -math.exp(-0.5)])
+    found = cispo_surrogate(policy_logprobs, sampling_logprobs, torch.tensor([2.0, -1.0]), clip_high=4.0)
+    (gradient,) = torch.autograd.grad(found.loss.sum(), policy_logprobs)
+    close(found.loss, [5.0 * 2, -math.exp(-0.5)])
     close(gradient, [-5.0 * 2, math.exp(-0.5)])
-    assert (metrics["clip/low"].item(), metrics["clip/high"].item()) == (0.0, 0.5)
+    assert (found.clipped_low.tolist(), found.clipped_high.tolist()) == ([False, False], [True, False])
+
+
+def test_sapo_weighs_by_a_sigmoid_of_the_ratio():
+    log_ratios = torch.tensor([math.log(2), math.log(2)])
+    found = sapo_surrogate(log_ratios, torch.zeros(2), torch.tensor([1.0, -1.0]))
+    close(found.loss, [-4 / (1 + math.exp(-1)), 4 / 1.05 / (1 + math.exp(-1.05))])
 
 
 def test_every_surrogate_has_the_gradient_of_reinforce_before_the_first_update():
@@ -178,14 +231,32 @@ def test_every_surrogate_has_the_gradient_of_reinforce_before_the_first_update()
     index = torch.tensor([0, 0, 1])
     policy_logprobs = sampling_logprobs.clone().requires_grad_()
     losses = [
-        policy_surrogate(policy_logprobs, sampling_logprobs, advantages)[0],
-        gspo_surrogate(policy_logprobs, sampling_logprobs, advantages, index)[0],
-        cispo_surrogate(policy_logprobs, sampling_logprobs, advantages)[0],
-        -advantages * policy_logprobs,
+        policy_surrogate(policy_logprobs, sampling_logprobs, advantages),
+        gspo_surrogate(policy_logprobs, sampling_logprobs, advantages, index),
+        gspo_surrogate(policy_logprobs, sampling_logprobs, advantages, index, by_token=True),
+        cispo_surrogate(policy_logprobs, sampling_logprobs, advantages),
+        sapo_surrogate(policy_logprobs, sampling_logprobs, advantages),
+        reinforce_surrogate(policy_logprobs, sampling_logprobs, advantages),
     ]
-    for loss in losses:
-        (gradient,) = torch.autograd.grad(loss.sum(), policy_logprobs)
+    for found in losses:
+        (gradient,) = torch.autograd.grad(found.loss.sum(), policy_logprobs)
         close(gradient, -advantages, atol=1e-7)
+
+
+# -- importance
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [("none", [1, 1, 1, 1]), ("truncate", [1.5, 2, 0.25, 1]), ("mask", [1.5, 0, 0, 1])],
+)
+def test_importance_weights_are_capped_or_left_out(correction, expected):
+    ratios = torch.tensor([1.5, 4.0, 0.25, 1.0])
+    drawn = torch.full((4,), -2.0)
+    old = (drawn + ratios.log()).requires_grad_()
+    weights = importance_weights(old, drawn, correction=correction, cap=2.0)
+    close(weights, [float(value) for value in expected])
+    assert not weights.requires_grad
 
 
 # -- KL
@@ -224,7 +295,13 @@ INDEX = torch.tensor([0, 0, 0, 1])
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"), [("token_mean", 16 / 4), ("seq_mean_token_mean", (2 + 10) / 2), ("constant", 16 / (2 * 8))]
+    ("mode", "expected"),
+    [
+        ("token_mean", 16 / 4),
+        ("seq_mean_token_mean", (2 + 10) / 2),
+        ("seq_mean_token_sum", 16 / 2),
+        ("constant", 16 / (2 * 8)),
+    ],
 )
 def test_aggregation_values(mode, expected):
     loss = aggregate(PER_TOKEN, INDEX, mode=mode, num_tokens=4, num_sequences=2, max_tokens=8)
@@ -236,7 +313,7 @@ def test_constant_aggregation_needs_its_divisor():
         aggregate(PER_TOKEN, INDEX, mode="constant", num_tokens=4, num_sequences=2)
 
 
-@pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean", "constant"])
+@pytest.mark.parametrize("mode", get_args(Aggregation))
 @settings(deadline=None, max_examples=30)
 @given(lengths=st.lists(st.integers(0, 6), min_size=2, max_size=6), data=st.data())
 def test_accumulation_equals_one_batch(mode, lengths, data):

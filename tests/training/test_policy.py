@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 from tests.training.scripted import CUT, OTHER, RIGHT, WRONG
 
 from looktwice.config import GRPOConfig
-from looktwice.processing.packing import pack
+from looktwice.processing.packing import PackedBatch, pack
 from looktwice.rewards import Reward
-from looktwice.training.learner import Learner
-from looktwice.training.policy import improve
+from looktwice.training.learner import Learner, Scores
+from looktwice.training.policy import improve, minibatches
 from looktwice.training.rollouts import Rollout
 
 
@@ -94,7 +95,7 @@ def test_an_update_is_the_same_in_one_row_and_in_many(loss_aggregation, load, ro
 
 
 def test_the_surrogates_agree_on_rollouts_of_the_policy_itself(load, rollouts_of) -> None:
-    learners = [load(surrogate=name) for name in ("ppo", "gspo", "cispo")]
+    learners = [load(surrogate=name) for name in ("ppo", "gspo", "gspo_token", "cispo", "sapo", "reinforce")]
     for learner in learners:
         step(learner, rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0)]))
     for other in learners[1:]:
@@ -196,3 +197,107 @@ def test_metrics_count_once_what_is_computed_again_when_memory_runs_out(load, ro
     found = step(learner, [group])
     assert found.pop("memory/row_splits") > 0
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+GROUPS = [[(RIGHT, 1.0), (WRONG, 0.0)], [(OTHER, 1.0), (WRONG, 0.0)], [(RIGHT, 1.0), (OTHER, 0.0)]]
+
+
+def test_minibatches_are_optimizer_steps_in_an_order_of_seed_and_step(load, rollouts_of) -> None:
+    learner = load(num_minibatches=2, learning_rate=1e-3)
+    groups = rollouts_of(learner, *GROUPS)
+    parts = minibatches(learner, groups, learner.config)
+    assert [part.num_sequences for part in parts] == [4, 2]
+    assert sum(part.num_tokens for part in parts) == sum(
+        sum(rollout.trajectory.is_sampled) for group in groups for rollout in group
+    )
+    again = minibatches(learner, groups, learner.config)
+    assert [part.num_tokens for part in again] == [part.num_tokens for part in parts]
+    assert step(learner, groups)["optim/updates"] == 2
+
+
+def test_with_minibatches_the_surrogates_differ(load, rollouts_of) -> None:
+    ends = []
+    for name in ("ppo", "gspo", "cispo", "reinforce"):
+        learner = load(surrogate=name, num_minibatches=3, learning_rate=3e-3)
+        step(learner, rollouts_of(learner, *GROUPS))
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in learner.parameters]))
+    assert all((one - other).abs().max() > 1e-5 for one, other in combinations(ends, 2))
+
+
+def test_one_update_on_rollouts_of_the_policy_itself_takes_one_forward_of_each_row(
+    load, rollouts_of, monkeypatch
+) -> None:
+    learner = load()
+    groups = rollouts_of(learner, GROUPS[0])
+    seen: list[int] = []
+    score = Learner.score
+    monkeypatch.setattr(Learner, "score", lambda self, row, **given: seen.append(1) or score(self, row, **given))
+    metrics = step(learner, groups)
+    assert len(seen) == 1
+    assert metrics["gap/max"] < 1e-4 and metrics["gap/ratio"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_what_another_distribution_drew_counts_by_its_importance(num_iterations, load, rollouts_of) -> None:
+    plain, weighted = (
+        load(importance_correction=name, num_iterations=num_iterations, importance_cap=1.5, learning_rate=0)
+        for name in ("none", "truncate")
+    )
+    for learner in (plain, weighted):
+        groups = rollouts_of(learner, GROUPS[0])
+        for rollout in groups[0]:
+            trajectory = rollout.trajectory
+            # half as likely to be drawn as the policy holds it for, or three times as likely
+            shift = -0.5 if rollout.reward.total else 1.0
+            trajectory.drawn_logprobs = [logprob + shift for logprob in trajectory.sampling_logprobs]
+        metrics = step(learner, groups)
+    assert 0.3 < metrics["importance/mean"] < 1.5
+    pairs = zip(gradients(weighted), gradients(plain), strict=True)
+    assert not all(torch.allclose(one, other) for one, other in pairs)
+
+
+def test_the_entropy_is_raised_by_its_weight(load, rollouts_of) -> None:
+    entropies = []
+    for coefficient in (0.0, 1.0):
+        learner = load(entropy_coef=coefficient, learning_rate=1e-3)
+        groups = rollouts_of(learner, GROUPS[0])
+        step(learner, groups)
+        entropies.append(step(learner, groups)["policy/entropy"])
+    assert entropies[1] > entropies[0] + 0.01
+
+
+def test_cut_rollouts_can_be_left_out_of_the_statistics(load, rollouts_of) -> None:
+    learner = load(truncated_in_statistics=False)
+    groups = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0), (CUT, 0.0)])
+    step(learner, groups)
+    right, wrong, cut = (rollout.advantage for rollout in groups[0])
+    assert (right, cut) == (pytest.approx(-wrong), 0.0)
+
+
+def test_terms_can_be_scaled_each_by_itself(load, rollouts_of) -> None:
+    learner = load(scale_rewards="per_term")
+    groups = rollouts_of(learner, [(RIGHT, 1.0), (RIGHT, 1.0), (WRONG, 0.0), (OTHER, 0.0)])
+    for rollout, rare in zip(groups[0], (0.01, 0.0, 0.0, 0.0)):
+        rollout.reward = Reward(total=rollout.reward.total + rare, parts={"accuracy": rollout.reward.total, "r": rare})
+    step(learner, groups)
+    first, second, *_ = (rollout.advantage for rollout in groups[0])
+    assert first - second > 0.5
+
+
+def test_logprobs_are_found_in_shorter_rows_when_memory_runs_out(load, rollouts_of, monkeypatch) -> None:
+    learner = load(max_tokens_per_row=10_000)
+    groups = rollouts_of(learner, *GROUPS)
+    rows = learner.rows([rollout.episode.example for group in groups for rollout in group])
+    whole = learner.logprobs(rows, temperature=1.0)
+    score = Learner.score
+
+    def short(self: Learner, row: PackedBatch, **given: object) -> Scores:
+        if len(row.examples) > 1:
+            raise torch.OutOfMemoryError
+        return score(self, row, **given)
+
+    monkeypatch.setattr(Learner, "score", short)
+    found = learner.logprobs(rows, temperature=1.0)
+    assert found.keys() == whole.keys()
+    for name, logprobs in found.items():
+        torch.testing.assert_close(logprobs, whole[name], atol=1e-5, rtol=1e-4)

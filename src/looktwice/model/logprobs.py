@@ -33,14 +33,23 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
 
 
 def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Logprob of each target, and if asked for entropy of its distribution: [N, D], [V, D], [N] -> [N], [N], float32.
 
     Logits exist for 256 rows at a time. The gradient of a row's logprob is computed with it and kept, [N, D]; that of
-    the weight needs the logits once more in backward. The entropy carries no gradient.
+    the weight needs the logits once more in backward. The entropy carries a gradient with `entropy_gradient` alone,
+    which is computed and kept in the same way.
     """
-    logprobs, entropy = _Logprobs.apply(hidden, weight, targets, temperature, with_entropy, torch.is_grad_enabled())
+    kept = (torch.is_grad_enabled(), torch.is_grad_enabled() and entropy_gradient)
+    with_entropy = with_entropy or entropy_gradient
+    logprobs, entropy = _Logprobs.apply(hidden, weight, targets, temperature, with_entropy, kept)
     return logprobs, entropy if with_entropy else None
 
 
@@ -103,6 +112,13 @@ class _Scorer:
         entropy = -(weights * logprobs).sum(-1) if self.with_entropy else None
         return _Chunk(weights, torch.ones_like(weights[:, :1]), chosen, entropy)
 
+    def entropy_slopes(self, chunk: _Chunk) -> Tensor:
+        """Gradients of the entropies by the logits, -p (log p + H) / temperature [C, V], in the head's dtype."""
+        assert chunk.entropy is not None
+        shares = chunk.weights / chunk.total
+        by_logit = torch.special.entr(shares).sub_(shares.mul_(chunk.entropy[:, None])).div_(self.temperature)
+        return by_logit.to(self.logits.dtype)
+
     def slopes(self, chunk: _Chunk, ids: Tensor) -> Tensor:
         """Gradients of the logprobs by the logits, (onehot - softmax) / temperature [C, V], in the head's dtype; the
         chunk's scores are used up."""
@@ -112,7 +128,7 @@ class _Scorer:
 
 
 class _Logprobs(torch.autograd.Function):
-    """Each logprob with the gradient of its row; see `chunked_logprobs`."""
+    """Each logprob, and entropy, with the gradient of its row; see `chunked_logprobs`."""
 
     @staticmethod
     def forward(
@@ -122,42 +138,49 @@ class _Logprobs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         with_entropy: bool,
-        with_gradients: bool,
+        kept: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         rows, head = _cast(hidden, weight)
         scorer = _Scorer(head, temperature, size=len(rows), with_entropy=with_entropy)
         logprobs = rows.new_empty(len(rows), dtype=torch.float32)
         entropy = torch.zeros_like(logprobs)
-        by_row = torch.empty_like(rows) if with_gradients and ctx.needs_input_grad[0] else None
+        by_row, by_row_of_entropy = (
+            torch.empty_like(rows) if is_kept and ctx.needs_input_grad[0] else None for is_kept in kept
+        )
         for place in _chunks(len(rows)):
             chunk = scorer(rows[place], targets[place])
             logprobs[place] = chunk.logprobs
             if chunk.entropy is not None:
                 entropy[place] = chunk.entropy
+            if by_row_of_entropy is not None:
+                torch.mm(scorer.entropy_slopes(chunk), head, out=by_row_of_entropy[place])
             if by_row is not None:
                 torch.mm(scorer.slopes(chunk, targets[place]), head, out=by_row[place])
-        ctx.temperature, ctx.dtype = temperature, head.dtype
-        ctx.save_for_backward(by_row, *((hidden, weight, targets) if ctx.needs_input_grad[1] else ()))
-        ctx.mark_non_differentiable(entropy)
+        ctx.temperature, ctx.dtype, ctx.has_entropy = temperature, head.dtype, kept[1]
+        inputs = (hidden, weight, targets) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(by_row, by_row_of_entropy, *inputs)
+        if not kept[1]:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        by_row, *inputs = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        by_row, by_row_of_entropy, *inputs = ctx.saved_tensors
+        by_hidden = None if by_row is None else by_row * grad[:, None]
+        if by_hidden is not None and by_row_of_entropy is not None:
+            by_hidden.addcmul_(by_row_of_entropy, entropy_grad[:, None].to(by_hidden.dtype))
         by_head = None
         if inputs:
             hidden, weight, targets = inputs
-            scorer = _Scorer(weight.to(ctx.dtype), ctx.temperature, size=len(targets))
+            scorer = _Scorer(weight.to(ctx.dtype), ctx.temperature, size=len(targets), with_entropy=ctx.has_entropy)
             by_head = _Total(weight)
             for place in _chunks(len(targets)):
                 rows = hidden[place].to(ctx.dtype)
                 chunk = scorer(rows, targets[place])
+                if ctx.has_entropy:
+                    by_head.add(scorer.entropy_slopes(chunk), rows * entropy_grad[place, None])
                 by_head.add(scorer.slopes(chunk, targets[place]), rows * grad[place, None])
-        return (
-            None if by_row is None else by_row * grad[:, None],
-            None if by_head is None else by_head.value,
-            *[None] * 4,
-        )
+        return (by_hidden, None if by_head is None else by_head.value, *[None] * 4)
 
 
 class _LogprobSum(torch.autograd.Function):

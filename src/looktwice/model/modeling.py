@@ -225,6 +225,7 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
         loss_mask: Tensor | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        entropy_gradient: bool = False,
         summed: bool = False,
         logits_to_keep: int = 0,
         return_logits: bool | None = None,
@@ -235,8 +236,9 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
         [B, T] (-100 = not trained) the shifted mean loss, `num_items_in_batch` in place of its divisor.
 
         All logits beside a loss exist only where `return_logits` or `logits_to_keep` asks for them. `loss_mask` is what
-        training uses, on packed rows; `summed` is cheaper where the loss takes all logprobs alike. The inputs of
-        Ovis2_5Model are named here too because `generate` and Trainer read this signature.
+        training uses, on packed rows; `summed` is cheaper where the loss takes all logprobs alike, and with
+        `entropy_gradient` the entropy may be part of it. The inputs of Ovis2_5Model are named here too because
+        `generate` and Trainer read this signature.
         Raises ValueError for a `loss_mask` of several rows, without `input_ids`, or that marks what nothing predicts:
         the first token of a sequence.
         """
@@ -268,7 +270,12 @@ class Ovis2_5ForConditionalGeneration(ReleasedCalls, Ovis2_5PreTrainedModel, Gen
             if summed:
                 return Ovis2_5Output(logprobs=logprob_sum(rows, weight, targets, temperature=temperature)[None])
             logprobs, entropy = chunked_logprobs(
-                rows, weight, targets, temperature=temperature, with_entropy=with_entropy
+                rows,
+                weight,
+                targets,
+                temperature=temperature,
+                with_entropy=with_entropy,
+                entropy_gradient=entropy_gradient,
             )
             return Ovis2_5Output(logprobs=logprobs, entropy=entropy)
         loss = logits = None

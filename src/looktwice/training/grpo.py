@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.custom_reward import load_reward
+from looktwice.data.order import BatchOrder
 from looktwice.data.sample import Sample
 from looktwice.errors import TrainingError
 from looktwice.metrics import LOG_FILE
+from looktwice.model.exact import without_dropout
 from looktwice.model.numerics import as_json
 from looktwice.paths import write_result
-from looktwice.processing.processor import load_processor
+from looktwice.processing.processor import Ovis2_5Processor, load_processor
 from looktwice.rewards import RewardFunction
 from looktwice.training.alarms import Watch, read_history
 from looktwice.training.canaries import check_rollouts
@@ -22,8 +25,8 @@ from looktwice.training.determinism import deterministic
 from looktwice.training.folder import checkpoint_of, claimed
 from looktwice.training.learner import Learner, Reference
 from looktwice.training.overview import show_overview
-from looktwice.training.policy import improve
-from looktwice.training.rollouts import roll_out, tell_failures
+from looktwice.training.policy import carries_signal, improve
+from looktwice.training.rollouts import Rollout, roll_out, tell_failures
 from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
 from looktwice.training.sets import LengthReport, fitted, load_sets
 from looktwice.training.start import check_processes
@@ -52,6 +55,8 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
     with claimed(config.output_dir), stop_requests() as stop, deterministic(config.deterministic):
         record = planned("grpo", settings, order, start)
         learner = Learner.load(start, model, config, processor, total_steps=order.total_steps, is_exact=config.exact)
+        if dropped := without_dropout(learner.model):
+            print(f"stage 2 goes on without the adapter's dropout of {dropped}: what is sampled has none")
         reference = learner.freeze_reference() if config.beta > 0 else None
         checkpoint = checkpoint_of(config)
         record = begin(learner, record, settings, order)
@@ -75,7 +80,8 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
                 metrics: dict[str, float] = {}
                 if prompts:
                     # once a run, also after a resume: three forwards of one rollout
-                    metrics = train_step(learner, prompts, config, pay, reference, with_canaries=not is_checked)
+                    more = partial(further, learner.step, order, samples, config, processor, data, lengths)
+                    metrics = train_step(learner, prompts, config, pay, reference, more, with_canaries=not is_checked)
                     is_checked = True
                 learner.step += 1
                 metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
@@ -112,10 +118,14 @@ def train_step(
     config: GRPOConfig,
     pay: RewardFunction,
     reference: Reference | None,
+    more: Callable[[int, int], list[Sample]],
     *,
     with_canaries: bool,
 ) -> dict[str, float]:
-    """Rollouts of the prompts, their rewards, and the update on those that carry signal."""
+    """Rollouts of the prompts, their rewards, and the update on those that carry signal.
+
+    With `refill_batches` groups without signal are replaced by those of `more` prompts.
+    """
     with learner.images_kept():
         groups = roll_out(learner, prompts, config, pay)
         tell_failures(groups)
@@ -123,9 +133,53 @@ def train_step(
         if with_canaries:
             episodes = [rollout.episode for group in groups for rollout in group]
             metrics |= check_rollouts(learner, episodes, temperature=config.temperature)
-        metrics |= improve(learner, groups, config, reference)
+        refilled = refill(learner, groups, config, pay, more)
+        update = improve(learner, [*groups, *refilled], config, reference)
+        if config.refill_batches:
+            dropped = sum(not carries_signal(group, config) for group in groups) / len(groups)
+            update |= {"group/dropped": dropped, "group/refilled": float(len(refilled))}
+        metrics |= update
     num_rollouts = sum(map(len, groups))
     for name, phase, tokens in (("sampled", "rollout", "num_tokens"), ("trained", "update", "trained_tokens")):
         if seconds := learner.phases.seconds.get(phase):
             metrics[f"perf/{name}_tokens_per_s"] = num_rollouts * metrics[f"rollout/{tokens}"] / seconds
     return metrics
+
+
+def refill(
+    learner: Learner,
+    groups: Sequence[Sequence[Rollout]],
+    config: GRPOConfig,
+    pay: RewardFunction,
+    more: Callable[[int, int], list[Sample]],
+) -> list[list[Rollout]]:
+    """Groups with signal of further prompts, as many as the step's own lack, or `refill_batches` found (DAPO, arXiv
+    2503.14476)."""
+    found: list[list[Rollout]] = []
+    num_played = len(groups)
+    num_wanted = sum(not carries_signal(group, config) for group in groups)
+    for batch in range(config.refill_batches):
+        if len(found) == num_wanted:
+            break
+        prompts = more(batch, num_wanted - len(found))
+        others = roll_out(learner, prompts, config, pay, first=num_played)
+        num_played += len(prompts)
+        found += [group for group in others if carries_signal(group, config)]
+    return found
+
+
+def further(
+    step: int,
+    order: BatchOrder,
+    samples: Sequence[Sample],
+    config: GRPOConfig,
+    processor: Ovis2_5Processor,
+    data: DataConfig,
+    lengths: LengthReport,
+    batch: int,
+    count: int,
+) -> list[Sample]:
+    """So many prompts of the batches with which a step is refilled: those of the order behind the end of the run, so
+    that they too follow from seed and step."""
+    place = order.total_steps + step * config.refill_batches + batch
+    return fitted([samples[number] for number in order[place][:count]], processor, data, lengths)

@@ -239,13 +239,35 @@ class Learner:
 
     def score(self, batch: PackedBatch, **options: Any) -> Scores:
         """Logprobs of the trained tokens of a row; `options` are those of the model's forward: `temperature`,
-        `with_entropy`, `summed`."""
+        `with_entropy`, `entropy_gradient`, `summed`."""
         with self.precision():
             inputs = batch.model_inputs(self.base.device)
             if self.vision_cache and batch.pixel_values is not None and batch.image_grid_thw is not None:
                 inputs |= self.vision_cache.inputs(batch.pixel_values, batch.image_grid_thw) | {"pixel_values": None}
             output = self.base(**inputs, **options)  # adapters are in its layers; under FSDP the root must be called
         return Scores(output.logprobs, output.entropy)
+
+    def logprobs(self, rows: Sequence[PackedBatch], *, temperature: float) -> dict[int, Tensor]:
+        """Logprobs of the trained tokens [N] of each example of the rows, by its id, without gradient or dropout.
+
+        When memory runs out, this and all later steps of this process take rows half as long.
+        """
+        self.model.eval()
+        found: dict[int, Tensor] = {}
+        waiting = split_rows(rows, self.tokens_that_fit)[::-1]
+        while waiting:
+            row = waiting.pop()
+            try:
+                with torch.no_grad():
+                    logprobs = self.score(row, temperature=temperature).logprobs
+            except torch.OutOfMemoryError:
+                if len(row.examples) == 1 or not self.world.can_repeat:
+                    raise
+                self.tokens_that_fit = row.num_tokens // 2
+                waiting += split_rows([row], self.tokens_that_fit)[::-1]
+                continue
+            found |= zip(map(id, row.examples), logprobs.split([sum(example.loss_mask) for example in row.examples]))
+        return found
 
     def update(self, rows: Sequence[PackedBatch], loss: Loss, **options: Any) -> Update:
         """One optimizer step on the sum of the losses of all rows of all processes; `rows` are those of this one, and

@@ -47,12 +47,15 @@ class Rollout:
 
 
 def roll_out(
-    learner: Learner, samples: Sequence[Sample], config: GRPOConfig, pay: RewardFunction
+    learner: Learner, samples: Sequence[Sample], config: GRPOConfig, pay: RewardFunction, *, first: int = 0
 ) -> list[list[Rollout]]:
-    """Sample `num_generations` rollouts of each prompt with crops executed, and reward them."""
+    """Sample `num_generations` rollouts of each prompt with crops executed, and reward them.
+
+    `first` is the place of the first prompt among all of the step, which with seed and step decides what is drawn.
+    """
     episodes = begin_episodes(learner.processor, samples, config)
     with learner.phases.during("rollout"):
-        numerics = sample_episodes(learner, episodes, config)
+        numerics = sample_episodes(learner, episodes, config, first=first)
     played = [(episode.trajectory, sample.solution) for sample, group in zip(samples, episodes) for episode in group]
     with learner.phases.during("reward"):
         rewards = iter(rewarded(played, pay))
@@ -84,13 +87,15 @@ def begin_episodes(
     return groups
 
 
-def sample_episodes(learner: Learner, groups: Sequence[Sequence[Episode]], config: GRPOConfig) -> Mapping[str, str]:
+def sample_episodes(
+    learner: Learner, groups: Sequence[Sequence[Episode]], config: GRPOConfig, *, first: int = 0
+) -> Mapping[str, str]:
     """Play groups of sibling episodes with the present policy, here or on vLLM servers that get its weights first.
 
     Gives what the bits of the logprobs depended on, under exact mode.
     """
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
-    seeds = [mixed_seed(config.seed, learner.step, place) for place in range(len(groups))]
+    seeds = [mixed_seed(config.seed, learner.step, first + place) for place in range(len(groups))]
     if config.vllm_servers:
         from looktwice.engine.vllm import VllmEngine  # needs the extra
 
