@@ -453,6 +453,8 @@ class GRPOConfig(StageConfig):
     vllm_servers: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
         (), "addresses of vLLM servers that sample instead, see docs/vllm.md"
     )
+    keep_trajectories: NonNegativeInt = knob(200, "steps whose rollouts stay in the run folder; 0: none is written")
+    rollout_page_steps: NonNegativeInt = knob(50, "steps between pages of rollouts, first and last too; 0: none")
     eval_tool_gain: bool = knob(True, "evaluate without the crop tool too: what it gains, what it spoils")
     alarms: Annotated[dict[AlarmName, NonNegative | Literal["off"]], BeforeValidator(split_pairs)] = knob(
         {}, "thresholds of alarms, such as no_signal=5,length_drift=off, see docs/method.md"

@@ -11,7 +11,6 @@ from looktwice.formats.files import RowFile
 from looktwice.formats.writing import write_rows
 
 pytest.importorskip("pyarrow")
-pytest.importorskip("zstandard")
 
 ROWS = [{"a": 1}, {"b": [{"text": "größer"}, {"text": "\u2028"}]}, {"a": 2, "c": 0.5}]
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from looktwice.report.passages import Passage
-from looktwice.report.run_page import example_of, read_curve, run_tables, scores_of, write_run_page
+from looktwice.report.run_page import alarm_table, example_of, read_curve, run_tables, scores_of, write_run_page
 
 KEYS = ("base", "sft", "grpo", "no_crop", "random_crop", "blank_crop", "gold_crop")
 CROP = {"box": [8, 8, 24, 24], "requested": [8, 8, 24, 24], "size": [32, 32], "error": None}
@@ -121,6 +121,28 @@ def test_a_refused_call_is_told_with_what_the_tool_said(folder: Path) -> None:
     of_base = example_of(line(base=cut), folder).replies[0]
     assert [part.kind for part in of_base.parts] == ["text", "call", "tool", "text"]  # type: ignore[union-attr]
     assert of_base.verdict == "no answer before the limit"
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "verdict"),
+    [
+        ("error", "ended by an error: OSError: gone"),
+        ("no_room", "no answer: longer than the cache"),
+        ("max_turns", "no answer before the limit"),
+        ("no_answer", "no answer"),
+    ],
+)
+def test_an_answer_that_never_came_is_told_by_what_ended_it(stop_reason, verdict, folder: Path) -> None:
+    ended = reply(said="I see.") | {"stop_reason": stop_reason, "error": "OSError: gone"}
+    assert example_of(line(base=ended), folder).replies[0].verdict == verdict
+
+
+def test_the_alarms_of_the_run_stand_on_the_page_with_what_they_mean(folder: Path, html: str) -> None:
+    assert "None was on at any step." in html
+    log = folder / "grpo" / "metrics.jsonl"
+    log.write_text("".join(f'{{"step": {n}, "alarm/no_crops": {n in (2, 3)}}}\n'.lower() for n in (1, 2, 3, 4)))
+    assert alarm_table(folder / "grpo").rows == (("no_crops: is 1 while few rollouts get a crop", "2", "2 to 3"),)
+    assert "no_crops: is 1 while few rollouts get a crop" in write_run_page(folder).read_text(encoding="utf-8")
 
 
 def test_a_call_that_never_ran_is_told_too(folder: Path) -> None:

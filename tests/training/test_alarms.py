@@ -116,7 +116,7 @@ def test_shorter_rollouts_are_a_drift_as_longer_ones_are() -> None:
 def test_an_alarm_is_told_once_when_it_begins_and_once_when_it_ends() -> None:
     watch = Watch({})
     told = []
-    for step, metrics in enumerate([NO_SIGNAL] * 5 + [SIGNAL] * 2, 1):
+    for step, metrics in enumerate([NO_SIGNAL] * 4 + [SIGNAL] * 6, 1):
         metrics, lines = watch.note(step, metrics)
         told += [(step, metrics["alarm/no_signal"], *(line.split(":")[0] for line in lines))]
     assert told == [
@@ -124,10 +124,17 @@ def test_an_alarm_is_told_once_when_it_begins_and_once_when_it_ends() -> None:
         (2, 0.0),
         (3, 1.0, "alarm no_signal at step 3"),
         (4, 1.0),
-        (5, 1.0),
-        (6, 0.0, "alarm no_signal is over at step 6"),
-        (7, 0.0),
+        *((step, 1.0) for step in (5, 6, 7, 8)),
+        (9, 0.0, "alarm no_signal is over at step 9"),
+        (10, 0.0),
     ]
+
+
+def test_what_wavers_about_its_threshold_is_one_alarm() -> None:
+    watch, told = Watch({}), []
+    for step in range(1, 40):
+        told += watch.note(step, {"reward/failed": 0.6 if step % 4 == 0 else 0.0})[1]
+    assert len(told) == 1
 
 
 def test_a_threshold_can_be_set_and_an_alarm_left_out() -> None:
@@ -155,7 +162,8 @@ def test_a_run_that_goes_on_finds_its_alarms_as_they_were_and_does_not_tell_them
     watch = Watch({}, (), read_history(log, last=40))
     assert watch.on == ["no_signal"]
     assert watch.note(41, NO_SIGNAL)[1] == []
-    assert watch.note(42, SIGNAL)[1] == ["alarm no_signal is over at step 42"]
+    told = [watch.note(step, SIGNAL)[1] for step in range(42, 47)]
+    assert told == [[], [], [], [], ["alarm no_signal is over at step 46"]]
 
 
 def test_what_is_kept_of_a_long_history_judges_as_all_of_it() -> None:

@@ -63,7 +63,7 @@ def test_every_step_is_logged_with_what_the_table_of_metrics_explains(run) -> No
             "time/rollout_s",
             "time/reward_s",
             "time/reference_s",
-            "time/waiting_s",
+            "time/data_s",
             "time/idle_share",
             "perf/sampled_tokens_per_s",
             "perf/trained_tokens_per_s",
@@ -239,3 +239,12 @@ def test_further_prompts_follow_from_seed_and_step_and_are_none_of_the_run(proce
 def test_an_adapter_goes_on_without_its_dropout(run, model_folder, dataset, tmp_path, capsys) -> None:
     run(max_steps=1, use_lora=True, lora_r=2, lora_dropout=0.5, learning_rate=1e-3)
     assert "stage 2 goes on without the adapter's dropout of 0.5" in capsys.readouterr().out
+
+
+def test_pages_of_rollouts_are_written_at_the_first_step_the_last_and_between(run) -> None:
+    settings = {"num_generations": 2, "max_new_tokens": 2, "max_steps": 5}
+    final, _ = run("pages", rollout_page_steps=2, **settings)
+    pages = sorted(path.name for path in (final.parent / "rollouts").iterdir())
+    assert pages == ["step-1.html", "step-2.html", "step-4.html", "step-5.html"]
+    final, _ = run("none", rollout_page_steps=0, **{**settings, "max_steps": 1})
+    assert not (final.parent / "rollouts").exists()

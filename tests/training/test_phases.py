@@ -20,7 +20,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_what_is_neither_sampling_here_nor_training_is_idle(is_sampled_here, idle, clock) -> None:
     phases = Phases()
     for phase, seconds in (("rollout", 2), ("reward", 3), ("update", 4)):
-        with phases.during(phase):
+        with phases.of(phase):
             clock[0] += seconds
     clock[0] += 1
     assert phases.take(is_sampled_here=is_sampled_here) == pytest.approx(
@@ -30,17 +30,17 @@ def test_what_is_neither_sampling_here_nor_training_is_idle(is_sampled_here, idl
 
 def test_what_was_taken_is_not_taken_again(clock) -> None:
     phases = Phases()
-    with phases.during("update"):
+    with phases.of("update"):
         clock[0] += 1
     phases.take()
-    with phases.during("saving"):
+    with phases.of("saving"):
         clock[0] += 2
     assert phases.take() == {"time/saving_s": 2, "time/idle_share": 1}
 
 
 def test_a_phase_that_fails_has_taken_its_time_too(clock) -> None:
     phases = Phases()
-    with pytest.raises(ValueError), phases.during("eval"):
+    with pytest.raises(ValueError), phases.of("eval"):
         clock[0] += 1
         raise ValueError
     assert phases.take()["time/eval_s"] == 1

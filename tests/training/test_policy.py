@@ -13,7 +13,7 @@ from looktwice.config import GRPOConfig
 from looktwice.processing.packing import PackedBatch, pack
 from looktwice.rewards import Reward
 from looktwice.training.learner import Learner, Scores
-from looktwice.training.policy import improve, minibatches
+from looktwice.training.policy import improve, in_minibatches
 from looktwice.training.rollouts import Rollout
 
 
@@ -205,13 +205,12 @@ GROUPS = [[(RIGHT, 1.0), (WRONG, 0.0)], [(OTHER, 1.0), (WRONG, 0.0)], [(RIGHT, 1
 def test_minibatches_are_optimizer_steps_in_an_order_of_seed_and_step(load, rollouts_of) -> None:
     learner = load(num_minibatches=2, learning_rate=1e-3)
     groups = rollouts_of(learner, *GROUPS)
-    parts = minibatches(learner, groups, learner.config)
-    assert [part.num_sequences for part in parts] == [4, 2]
-    assert sum(part.num_tokens for part in parts) == sum(
-        sum(rollout.trajectory.is_sampled) for group in groups for rollout in group
-    )
-    again = minibatches(learner, groups, learner.config)
-    assert [part.num_tokens for part in again] == [part.num_tokens for part in parts]
+    parts = in_minibatches(groups, learner.config, 0)
+    assert sorted(map(len, parts)) == [2, 4]
+    assert sorted(id(one) for part in parts for one in part) == sorted(id(one) for group in groups for one in group)
+    assert in_minibatches(groups, learner.config, 0) == parts
+    orders = [[id(part[0]) for part in in_minibatches(groups, learner.config, step)] for step in range(8)]
+    assert len({tuple(order) for order in orders}) > 1
     assert step(learner, groups)["optim/updates"] == 2
 
 

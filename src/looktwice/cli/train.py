@@ -12,6 +12,7 @@ from looktwice.cli.arguments import Parser, add_flags, written_flags
 from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.launch import launched, speaking_once
+from looktwice.paths import place
 from looktwice.training.folder import FINAL_MODEL, check_place, checkpoints
 from looktwice.training.start import check_processes, check_request
 from looktwice.training.stopping import Interrupted
@@ -28,6 +29,12 @@ STAGE_1_ONLY = ("num_train_epochs", "learning_rate", "resume_from_checkpoint")
 """With `--stage both`, these flags without a `grpo_` prefix belong to stage 1 ..."""
 GRPO_LEARNING_RATE_SHARE = 0.25
 """... but a learning rate given for stage 1 also sets stage 2's, at a quarter."""
+REPLAYED = (
+    *("preset", "reward", "reward_seconds", "reward_retries", "scale_rewards", "surrogate", "epsilon", "epsilon_high"),
+    *("delta", "beta", "kl_estimator", "importance_correction", "importance_cap", "loss_aggregation"),
+    *("drop_constant_groups", "mask_truncated_completions", "truncated_in_statistics"),
+)
+"""Settings that --replay takes in place of those of the run."""
 DOCUMENTED_PATHS = {
     "train_data_path": Path("data/train.jsonl"),
     "val_data_path": Path("data/val.jsonl"),
@@ -44,6 +51,8 @@ PATHS_MEND = "put it there, or name your data: --train_data FILE --image_base_pa
 def run(words: Sequence[str]) -> None:
     """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
     stage, model, data, sft, grpo = train_configs(words)
+    if path := train_parser().parse_strictly(words)["replay"]:
+        return show_replay(path, grpo)
     if stage == "grpo":
         if "sft_checkpoint_path" not in grpo.model_fields_set and not grpo.sft_checkpoint_path.exists():
             raise CheckpointError(f"{grpo.sft_checkpoint_path}: {NO_STAGE_1}")
@@ -65,6 +74,21 @@ def run(words: Sequence[str]) -> None:
         go_on = command_of_stage_2(model, data, grpo) if stage == "both" else command_of(words)
         with told_when_interrupted(grpo, go_on=go_on):
             train_grpo(model, data, grpo)
+
+
+def show_replay(path: Path, config: GRPOConfig) -> None:
+    """Show what the written rollouts of a run would be paid, and its loss, under the settings given here."""
+    if "reward" in config.model_fields_set:
+        check_reward(config.reward)
+    from looktwice.console import open_console
+    from looktwice.report.terminal import titled
+    from looktwice.training.replay import replay_config, replay_table, replayed, run_of
+
+    run = run_of(path)
+    table = replay_table([*replayed(run, replay_config(run, config))])
+    console = open_console()
+    for line in titled([table]):
+        console.print(line, crop=False)
 
 
 def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GRPOConfig) -> None:
@@ -149,6 +173,7 @@ def train_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--stage", choices=["sft", "grpo", "both"], default="both", help="what to run (both)")
+    parser.add_argument("--replay", metavar="RUN", type=place, help="pay the written rollouts of a run anew, and stop")
     parser.add_argument("--as_documented", action="store_true", help="the defaults of train_ovis25.py, see README.md")
     for flag, config_class in FILE_FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="FILE", help=f"{config_class.__name__} as JSON or YAML; flags win")
@@ -207,6 +232,15 @@ def refuse_idle_flags(stage: str, flags: Mapping[str, Any]) -> None:
     for flag, reason in idle.items():
         if flag in flags:
             raise ConfigError(f"--{flag} does nothing with --stage {stage}: {reason}; leave it out")
+    if flags["replay"]:
+        if stage != "grpo":
+            raise ConfigError("--replay pays rollouts of stage 2 anew; add --stage grpo")
+        of_a_run = {flag_of(kind, name) for kind in FILE_FLAGS.values() for name in kind.model_fields}
+        of_a_run |= {f"grpo_{flag_of(GRPOConfig, name)}" for name in SHARED}
+        for flag in flags:
+            if flag in of_a_run and flag not in REPLAYED:
+                known = ", ".join(REPLAYED)
+                raise ConfigError(f"--{flag} does nothing with --replay, which takes {known}; leave it out")
 
 
 def number_of(flag: str, value: str) -> float:

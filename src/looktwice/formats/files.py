@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, overload
 
 import numpy as np
+import zstandard
 
 from looktwice.errors import ConfigError, DataError, short
 from looktwice.paths import check_data_file
@@ -34,7 +35,7 @@ BLOCK = 1 << 24
 LOOKED_AT = 4096
 """Bytes at the beginning that are looked at to tell a text from something else."""
 
-_EXTRAS = {"zstandard": "zstd", "pyarrow": "parquet", "pyarrow.parquet": "parquet"}
+_EXTRAS = {"pyarrow": "parquet", "pyarrow.parquet": "parquet"}
 _IS_BLANK = np.zeros(256, dtype=bool)
 _IS_BLANK[list(b" \t\n\r\v\f")] = True
 _AS_ROWS = "write [{…}, {…}], or one object a line in a .jsonl file"
@@ -393,7 +394,6 @@ def _unpacked(file: IO[bytes]) -> IO[bytes]:
 
 def _unpack_zstd(packed: IO[bytes], unpacked: IO[bytes]) -> None:
     # frame by frame: the package's own stream reader takes a file that is cut short for a whole one
-    zstandard = require("zstandard")
     frame = None
     try:
         while block := packed.read(BLOCK):

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+import zstandard
+
 from looktwice.answers import find_answer_block
 from looktwice.data.problems import Tally
 from looktwice.data.sample import Sample
@@ -131,7 +133,7 @@ def _packed(file: IO[bytes], compression: str) -> Iterator[Any]:
         with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as stream:
             yield stream
     elif compression == ".zst":
-        with require("zstandard").ZstdCompressor().stream_writer(file, closefd=False) as stream:
+        with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as stream:
             yield stream
     else:
         yield file

@@ -6,10 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
-from looktwice.calls import parse_call
+from looktwice.calls import TOOL_CALL_CLOSE, parse_call
 from looktwice.checking.statistics import Statistics
 from looktwice.errors import counted, short
 from looktwice.geometry import Box, Size
@@ -141,9 +141,15 @@ def _read(turn: TurnView, prefix: str) -> Iterator[Part]:
             if text.strip():
                 yield Passage("text", text.strip())
             continue
-        crops = (part for part in parts if isinstance(part, ImageView))
+        # a rollout's call may have been refused, and its last one never run
+        crops = (after for part, after in pairwise([*parts, None]) if is_call_end(part))
         for passage in passages_of(text):
-            yield _crop(next(crops), passage.text, prefix) if passage.kind == "call" else passage
+            crop = next(crops, None) if passage.kind == "call" else None
+            yield _crop(crop, passage.text, prefix) if isinstance(crop, ImageView) else passage
+
+
+def is_call_end(part: Piece | ImageView | None) -> bool:
+    return isinstance(part, Piece) and part.text == TOOL_CALL_CLOSE
 
 
 def _crop(crop: ImageView, written: str, prefix: str) -> Figure:

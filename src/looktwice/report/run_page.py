@@ -16,7 +16,7 @@ from PIL import Image
 
 from looktwice.evaluation.accuracy import wilson_interval
 from looktwice.geometry import Box, Size
-from looktwice.metrics import LOG_FILE
+from looktwice.metrics import LOG_FILE, METRICS
 from looktwice.processing.images import open_image, resize
 from looktwice.report.charts import Chart, curve
 from looktwice.report.figures import Figure, Mark, crop_figure, merged, whole_figures
@@ -104,6 +104,7 @@ def write_run_page(folder: Path) -> Path:
         crops=crop_table(summary["crop"]),
         courses=courses_of(answered, folder),
         num_asked=len(answered),
+        alarms=alarm_table(folder / "grpo"),
         charts=[chart for chart in (read_curve(folder, *which) for which in CURVES) if chart],
         seconds=summary["seconds"],
         percent=share_text,
@@ -207,6 +208,10 @@ def _reply(reply: Mapping[str, Any], model: str, image: Image.Image) -> Reply:
     verdict = "no answer"
     if _has_answer(reply):
         verdict = f"{reply['parsed']['answer_content']} is {'right' if reply['is_right'] else 'wrong'}"
+    elif reply["stop_reason"] == "error":
+        verdict = f"ended by an error: {reply['error']}"
+    elif reply["stop_reason"] == "no_room":
+        verdict = "no answer: longer than the cache"
     elif reply["stop_reason"] != "no_answer":
         verdict = "no answer before the limit"
     return Reply(model=model, parts=tuple(_read(reply, image)), verdict=verdict, is_right=reply["is_right"])
@@ -228,10 +233,31 @@ def _read(reply: Mapping[str, Any], image: Image.Image) -> Iterator[Passage | Fi
             yield passage
 
 
+def alarm_table(run: Path) -> Table:
+    """The alarms of a run of stage 2 that were on at any step: at which, and what that means."""
+    rows: dict[str, list[int]] = {}
+    for line in read_lines(run):
+        for name in (name for name, value in line.items() if name.startswith("alarm/") and value):
+            rows.setdefault(name, []).append(line["step"])
+    return Table(
+        title="Alarms of R-GRPO",
+        header=("", "steps", "from to") if rows else (),
+        rows=tuple(
+            (f"{name.removeprefix('alarm/')}: {METRICS[name]}", f"{len(steps)}", f"{min(steps)} to {max(steps)}")
+            for name, steps in rows.items()
+        ),
+        note="" if rows else "None was on at any step.",
+    )
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    """The log of a run, a mapping a step."""
+    return [json.loads(line) for line in (run / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+
+
 def read_curve(folder: Path, stage: str, metric: str, title: str, y_name: str) -> Chart | None:
     """A metric of a stage's log at the steps that have it, None where no step has."""
-    lines = [json.loads(line) for line in (folder / stage / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-    pairs = [(line["step"], line[metric]) for line in lines if metric in line]
+    pairs = [(line["step"], line[metric]) for line in read_lines(folder / stage) if metric in line]
     if not pairs:
         return None
     steps, values = zip(*pairs)

@@ -224,6 +224,7 @@ class Episode:
     def _finish(self, reason: StopReason) -> None:
         self.trajectory.stop_reason = reason
         self.trajectory.text = self._text()
+        self.trajectory.num_visual_tokens = sum(image.num_tokens for image in self.example.images)
         if not self.is_over:
             self.is_over = True
             self.watcher.finished(self.trajectory)

@@ -56,8 +56,8 @@ class Trajectory:
     where it is False: `sampling_logprobs` of the plain distribution at the sampling temperature, which training
     computes, `drawn_logprobs` of the one really drawn from (after penalties, truncation and banned ids).
     `text` is the completion as text, crops left out. `calls` are the crop calls in order.
-    `image_sizes` are those of the upright originals in order, or of a video's first frame. `error` is what was raised
-    when that ended it.
+    `image_sizes` are those of the upright originals in order, or of a video's first frame. `num_visual_tokens` counts
+    those of the prompt and of all crops. `error` is what was raised when that ended it.
     """
 
     prompt_ids: list[int]
@@ -71,6 +71,7 @@ class Trajectory:
     stop_reason: StopReason = "max_tokens"
     error: str | None = None
     num_turns: int = 0
+    num_visual_tokens: int = 0
 
     @property
     def image_size(self) -> Size | None:

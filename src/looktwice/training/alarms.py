@@ -19,6 +19,8 @@ from looktwice.metrics import four_digits
 History = Sequence[Mapping[str, float]]
 RECENT, FIRST = 3, 5
 """Steps whose mean is judged, and steps at the beginning of a run with which later ones are compared."""
+HELD = 5
+"""Steps without the threshold after which an alarm is over."""
 OLDEST = 12
 """Steps back from the last one that still count as recent, where not every step has a metric."""
 FEWEST_GROUPS = 16
@@ -42,6 +44,11 @@ class Alarm:
     mend: str
 
     def is_on(self, history: History, threshold: float) -> bool:
+        """Whether it is on after the last line: where the threshold is reached there, or was in one of the lines just
+        before, so that what wavers about it is one alarm and not many."""
+        return any(self._reaches(history[: len(history) - back], threshold) for back in range(HELD))
+
+    def _reaches(self, history: History, threshold: float) -> bool:
         value = self.measure(history)
         if value is None:
             return False
@@ -87,20 +94,20 @@ def share_paid_for_wrong(history: History) -> float | None:
     return 1 - (right - wrong) / larger if larger else 1.0
 
 
-def format_gain(history: History) -> float | None:
-    """By how much the pay beside accuracy and region has risen since the first steps, 0 where right answers have too.
-
-    A reward without named parts is all such pay.
-    """
-    beside = [
-        {"shaping": line["reward/total"] - line.get("reward/accuracy", 0.0) - line.get("reward/region", 0.0)}
+def shaping_gain(history: History) -> float | None:
+    """By how much the pay beside accuracy has risen since the first steps, as a share of the reward; 0 where right
+    answers have risen too. A reward without an accuracy part is all such pay."""
+    paid = [
+        {"total": line["reward/total"], "shaping": line["reward/total"] - line.get("reward/accuracy", 0.0)}
         for line in history
         if "reward/total" in line
     ]
-    paid, right = change(beside, "shaping"), change(history, "rollout/right")
-    if paid is None or right is None:
+    totals, shaping, right = change(paid, "total"), change(paid, "shaping"), change(history, "rollout/right")
+    if totals is None or shaping is None or right is None:
         return None
-    return paid[1] - paid[0] if right[1] <= right[0] else 0.0
+    if right[1] > right[0] or not any(totals):
+        return 0.0
+    return (shaping[1] - shaping[0]) / max(map(abs, totals))
 
 
 def length_factor(history: History) -> float | None:
@@ -154,10 +161,10 @@ ALARMS: dict[AlarmName, Alarm] = {
         "on purpose switch this alarm off",
     ),
     "format_without_accuracy": Alarm(
-        measure=format_gain,
-        threshold=0.15,
+        measure=shaping_gain,
+        threshold=0.2,
         side="from",
-        meaning="pay for format and length rose by {value} since the first steps, and right answers did not",
+        meaning="pay beside accuracy rose by {value} of the reward since the first steps, and right answers did not",
         mend="gate the shaping terms on accuracy, as --reward robust does, and leave out groups without that signal",
     ),
     "length_drift": Alarm(

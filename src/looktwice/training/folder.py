@@ -32,6 +32,10 @@ CONFIG_FILE = "config.yaml"
 """The settings of the run; --model_config, --data_config, --sft_config and --grpo_config each read their part of it."""
 RUN_FILE = "run.json"
 """What the run was trained on, and where."""
+TRAJECTORIES = "trajectories"
+"""The rollouts of each step of stage 2."""
+ROLLOUT_PAGES = "rollouts"
+"""Pages of rollouts to look at."""
 LATEST = "latest"
 LOCK = ".lock"
 LOOKS = 5
@@ -145,7 +149,8 @@ def of_another_run(folder: Path, checkpoint: Path | None) -> list[Path]:
     """What a run left in the folder, unless it is the one that goes on from the checkpoint."""
     if checkpoint and goes_on_in(folder, checkpoint):
         return []
-    there = [folder / name for name in (FINAL_MODEL, LOG_FILE, LEFT_OUT, TENSORBOARD, CONFIG_FILE, RUN_FILE)]
+    names = (FINAL_MODEL, LOG_FILE, LEFT_OUT, TENSORBOARD, CONFIG_FILE, RUN_FILE, TRAJECTORIES, ROLLOUT_PAGES)
+    there = [folder / name for name in names]
     return [*checkpoints(folder).values(), *(path for path in there if os.path.lexists(path))]
 
 

@@ -17,12 +17,13 @@ from looktwice.model.exact import without_dropout
 from looktwice.model.numerics import as_json
 from looktwice.paths import write_result
 from looktwice.processing.processor import Ovis2_5Processor, load_processor
+from looktwice.report.rollout_page import write_rollout_page
 from looktwice.rewards import RewardFunction
 from looktwice.training.alarms import Watch, read_history
 from looktwice.training.canaries import check_rollouts
 from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.determinism import deterministic
-from looktwice.training.folder import checkpoint_of, claimed
+from looktwice.training.folder import ROLLOUT_PAGES, TRAJECTORIES, checkpoint_of, claimed
 from looktwice.training.learner import Learner, Reference
 from looktwice.training.overview import show_overview
 from looktwice.training.policy import carries_signal, improve
@@ -32,6 +33,7 @@ from looktwice.training.sets import LengthReport, fitted, load_sets
 from looktwice.training.start import check_processes
 from looktwice.training.stopping import stop_requests
 from looktwice.training.telemetry import rollout_metrics
+from looktwice.training.trajectories import drop_later, write_trajectories
 from looktwice.training.validation import validate
 
 SHOWN = ("eval/accuracy", "reward/accuracy", "reward/total", "tool/valid_share", "group/dropped", "time/step_s")
@@ -61,6 +63,7 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         checkpoint = checkpoint_of(config)
         record = begin(learner, record, settings, order)
         history = read_history(checkpoint.parent / LOG_FILE, last=learner.step) if checkpoint else []
+        drop_later(config.output_dir / TRAJECTORIES, learner.step)
         watch = Watch(config.alarms, config.stop_on_alarm, history)
         if config.exact:
             write_result(config.output_dir / NUMERICS, as_json(learner.numerics()))
@@ -75,18 +78,27 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
             stop.arm()
             while learner.step < order.total_steps:
                 started = time.perf_counter()
-                with learner.phases.during("waiting"):
+                with learner.phases.of("data"):
                     prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
                 metrics: dict[str, float] = {}
                 if prompts:
                     # once a run, also after a resume: three forwards of one rollout
                     more = partial(further, learner.step, order, samples, config, processor, data, lengths)
-                    metrics = train_step(learner, prompts, config, pay, reference, more, with_canaries=not is_checked)
+                    metrics = train_step(
+                        learner,
+                        prompts,
+                        config,
+                        pay,
+                        reference,
+                        more,
+                        with_canaries=not is_checked,
+                        folder=config.output_dir,
+                    )
                     is_checked = True
                 learner.step += 1
                 metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
                 if held_out and is_due(learner, eval_every):
-                    with learner.phases.during("eval"):
+                    with learner.phases.of("eval"):
                         metrics |= validate(learner, held_out, data, config, lengths)
                 metrics |= lengths.metrics | learner.phases.take(is_sampled_here=not config.vllm_servers)
                 alarms, told = watch.note(learner.step, metrics)
@@ -121,10 +133,12 @@ def train_step(
     more: Callable[[int, int], list[Sample]],
     *,
     with_canaries: bool,
+    folder: Path | None = None,
 ) -> dict[str, float]:
     """Rollouts of the prompts, their rewards, and the update on those that carry signal.
 
-    With `refill_batches` groups without signal are replaced by those of `more` prompts.
+    With `refill_batches` groups without signal are replaced by those of `more` prompts. Into the run folder, where
+    there is one, all are written as far as the settings ask for it.
     """
     with learner.images_kept():
         groups = roll_out(learner, prompts, config, pay)
@@ -139,6 +153,9 @@ def train_step(
             dropped = sum(not carries_signal(group, config) for group in groups) / len(groups)
             update |= {"group/dropped": dropped, "group/refilled": float(len(refilled))}
         metrics |= update
+    if folder:
+        with learner.phases.of("saving"):
+            write_rollouts(folder, learner, [*groups, *refilled], config)
     num_rollouts = sum(map(len, groups))
     for name, phase, tokens in (("sampled", "rollout", "num_tokens"), ("trained", "update", "trained_tokens")):
         if seconds := learner.phases.seconds.get(phase):
@@ -183,3 +200,14 @@ def further(
     that they too follow from seed and step."""
     place = order.total_steps + step * config.refill_batches + batch
     return fitted([samples[number] for number in order[place][:count]], processor, data, lengths)
+
+
+def write_rollouts(folder: Path, learner: Learner, groups: Sequence[Sequence[Rollout]], config: GRPOConfig) -> None:
+    """Leave the rollouts of the coming step in the run folder: for machines of each step, for people now and then."""
+    step = learner.step + 1
+    if config.keep_trajectories:
+        keep = config.keep_trajectories
+        write_trajectories(folder / TRAJECTORIES, step, groups, run_seed=config.seed, keep=keep)
+    every = config.rollout_page_steps
+    if every and (step in (1, learner.total_steps) or step % every == 0):
+        write_rollout_page(folder / ROLLOUT_PAGES / f"step-{step}.html", step, groups)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Phase = Literal["rollout", "reward", "reference", "update", "eval", "saving", "waiting"]
+Phase = Literal["rollout", "reward", "reference", "update", "eval", "saving", "data"]
 BUSY: tuple[Phase, ...] = ("rollout", "reference", "update", "eval")
 """The phases in which the model of this process works. Rollouts that servers sample are none of them."""
 
@@ -21,7 +21,7 @@ class Phases:
         self.begun = time.perf_counter()
 
     @contextmanager
-    def during(self, phase: Phase) -> Iterator[None]:
+    def of(self, phase: Phase) -> Iterator[None]:
         """Count what happens to a phase."""
         started = time.perf_counter()
         try:

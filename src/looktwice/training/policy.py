@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from looktwice.config import GRPOConfig
 from looktwice.engine.sampling import mixed_seed
 from looktwice.model.numerics import check_same_numerics
 from looktwice.processing.packing import PackedBatch
+from looktwice.rewards import Reward
+from looktwice.rollout.trajectory import Trajectory
 from looktwice.training.learner import Learner, Reference, Scores, Update
 from looktwice.training.losses import (
     Surrogate,
@@ -41,18 +43,45 @@ def improve(
 ) -> dict[str, float]:
     """Give every rollout its advantage, and update the policy on those that carry signal."""
     kept = [group for group in groups if carries_signal(group, config)]
-    metrics = {"group/dropped": 1 - len(kept) / len(groups)}
+    trained = with_advantages(kept, config)
+    num_tokens = sum(sum(rollout.trajectory.is_sampled) for group in trained for rollout in group)
+    metrics = {
+        "group/dropped": 1 - len(kept) / len(groups),
+        "rollout/trained_tokens": num_tokens / sum(map(len, groups)),
+    }
+    return metrics | (update_policy(learner, trained, config, reference) if num_tokens else {"loss": 0.0})
+
+
+class Paid(Protocol):
+    """A finished rollout with its reward and its advantage, now or as it was written down."""
+
+    reward: Reward
+    advantage: float
+
+    @property
+    def trajectory(self) -> Trajectory: ...
+
+
+AnyPaid = TypeVar("AnyPaid", bound=Paid)
+
+
+def with_advantages(kept: Sequence[Sequence[AnyPaid]], config: GRPOConfig) -> list[list[AnyPaid]]:
+    """Give the rollouts of the groups that carry signal their advantages; those of each that have a loss.
+
+    The others are in neither its sum nor what it is divided by.
+    """
     if kept:
         for group, values in zip(kept, advantages_of(kept, config).tolist()):
             for rollout, value in zip(group, values):
                 rollout.advantage = value
-    trained = [trained_of(group, config) for group in kept]
-    num_tokens = sum(sum(rollout.trajectory.is_sampled) for group in trained for rollout in group)
-    metrics["rollout/trained_tokens"] = num_tokens / sum(map(len, groups))
-    return metrics | (update_policy(learner, trained, config, reference) if num_tokens else {"loss": 0.0})
+    is_masked = config.mask_truncated_completions
+    return [
+        [one for one in group if counts(one, config) and not (is_masked and one.trajectory.is_truncated)]
+        for group in kept
+    ]
 
 
-def carries_signal(group: Sequence[Rollout], config: GRPOConfig) -> bool:
+def carries_signal(group: Sequence[Paid], config: GRPOConfig) -> bool:
     """Whether a group is trained on: two rewards that count, and by default not all equally right."""
     rewards = [rollout.reward for rollout in group if counts(rollout, config)]
     if len(rewards) < 2:
@@ -60,21 +89,13 @@ def carries_signal(group: Sequence[Rollout], config: GRPOConfig) -> bool:
     return not config.drop_constant_groups or has_accuracy_signal(torch.tensor([reward.accuracy for reward in rewards]))
 
 
-def counts(rollout: Rollout, config: GRPOConfig) -> bool:
+def counts(rollout: Paid, config: GRPOConfig) -> bool:
     """Whether a rollout is in the statistics of its group."""
     is_left_out = rollout.trajectory.is_truncated and not config.truncated_in_statistics
     return rollout.reward.error is None and not is_left_out
 
 
-def trained_of(group: Sequence[Rollout], config: GRPOConfig) -> list[Rollout]:
-    """Those of a group that have a loss; the others are in neither its sum nor what it is divided by."""
-    is_masked = config.mask_truncated_completions
-    return [
-        rollout for rollout in group if counts(rollout, config) and not (is_masked and rollout.trajectory.is_truncated)
-    ]
-
-
-def advantages_of(groups: Sequence[Sequence[Rollout]], config: GRPOConfig) -> Tensor:
+def advantages_of(groups: Sequence[Sequence[Paid]], config: GRPOConfig) -> Tensor:
     """Advantages [B, G] of groups; 0 for a rollout that is in no statistics."""
     is_out = torch.tensor([[not counts(rollout, config) for rollout in group] for group in groups])
     if config.scale_rewards == "per_term":
@@ -89,6 +110,16 @@ def advantages_of(groups: Sequence[Sequence[Rollout]], config: GRPOConfig) -> Te
     return group_advantages(totals.masked_fill(is_out, torch.nan), scale=config.scale_rewards)
 
 
+def in_minibatches(groups: Sequence[Sequence[AnyPaid]], config: GRPOConfig, step: int) -> list[list[AnyPaid]]:
+    """The rollouts of the groups by optimizer step, as even as can be and no group split, in an order that the seed
+    and the step (counted from 0) decide."""
+    order = [group for group in groups if group]
+    if config.num_minibatches > 1:
+        random.Random(mixed_seed(config.seed, step)).shuffle(order)
+    parts = [order[first :: config.num_minibatches] for first in range(config.num_minibatches)]
+    return [[rollout for group in part for rollout in group] for part in parts if part]
+
+
 class Minibatch(NamedTuple):
     """The rollouts of one optimizer step, packed, and what the step's loss is divided by."""
 
@@ -97,19 +128,10 @@ class Minibatch(NamedTuple):
     num_sequences: int
 
 
-def minibatches(learner: Learner, groups: Sequence[Sequence[Rollout]], config: GRPOConfig) -> list[Minibatch]:
-    """The groups in as many optimizer steps as asked for, as even as can be, by an order that seed and step decide."""
-    order = [group for group in groups if group]
-    if config.num_minibatches > 1:
-        random.Random(mixed_seed(config.seed, learner.step)).shuffle(order)
-    parts = [order[first :: config.num_minibatches] for first in range(config.num_minibatches)]
-    made = []
-    for part in filter(None, parts):
-        rollouts = [rollout for group in part for rollout in group]
-        num_tokens = sum(sum(rollout.trajectory.is_sampled) for rollout in rollouts)
-        rows = learner.rows([rollout.episode.example for rollout in rollouts])
-        made.append(Minibatch(rows, num_tokens, len(rollouts)))
-    return made
+def minibatch(learner: Learner, rollouts: Sequence[Rollout]) -> Minibatch:
+    """The packed rows of rollouts and their counts."""
+    num_tokens = sum(sum(rollout.trajectory.is_sampled) for rollout in rollouts)
+    return Minibatch(learner.rows([rollout.episode.example for rollout in rollouts]), num_tokens, len(rollouts))
 
 
 def update_policy(
@@ -126,16 +148,19 @@ def update_policy(
         numerics = learner.numerics()
         for rollout in trained:
             check_same_numerics(trainer=numerics, sampler=rollout.numerics)
-    parts = minibatches(learner, groups, config)
+    parts = [minibatch(learner, part) for part in in_minibatches(groups, config, learner.step)]
     rows = [row for part in parts for row in part.rows]
     loss = PolicyLoss(config, {id(rollout.episode.example): rollout for rollout in trained})
     if reference is not None:
-        with reference.active(), learner.phases.during("reference"):
+        with reference.active(), learner.phases.of("reference"):
             loss.reference = learner.logprobs(rows, temperature=config.temperature)
     has_one_step = len(parts) * config.num_iterations == 1
     if config.correction != "none" and not has_one_step:
-        with learner.phases.during("reference"):
+        with learner.phases.of("reference"):
             loss.old = learner.logprobs(rows, temperature=config.temperature)
+    for name, known in (("reference_logprobs", loss.reference or {}), ("old_logprobs", loss.old or {})):
+        for rollout in trained if known else ():
+            setattr(rollout, name, known[id(rollout.episode.example)].tolist())
     options = {
         "temperature": config.temperature,
         "with_entropy": True,
@@ -146,8 +171,10 @@ def update_policy(
     for _ in range(config.num_iterations):
         for part in parts:
             loss.begin(part)
-            with learner.phases.during("update"):
+            with learner.phases.of("update"):
                 updates.append(learner.update(part.rows, loss, **options))
+            for example, logprobs in loss.policy.items():
+                loss.rollouts[example].trainer_logprobs.append(logprobs.tolist())
             sums.update(loss.means())
             if len(updates) == 1:
                 first = loss.gap()
@@ -171,7 +198,7 @@ class PolicyLoss:
     """The loss of rows of rollouts, as `Learner.update` calls it, and what is seen on the way.
 
     `reference` and `old` are logprobs by the starting policy and by this one before its first update, where they are
-    needed.
+    needed; `policy` those of the present step.
     """
 
     config: GRPOConfig
@@ -180,6 +207,7 @@ class PolicyLoss:
     reference: Logprobs | None = None
     old: Logprobs | None = None
     part: Minibatch | None = None
+    policy: dict[int, Tensor] = field(default_factory=dict)
     seen: dict[int, tuple[int, dict[str, float]]] = field(default_factory=dict)
     """By the id of an example its trained tokens and the means of its row: what is said again, because memory ran out
     afterwards, takes the place of what was said before."""
@@ -187,49 +215,27 @@ class PolicyLoss:
     def begin(self, part: Minibatch) -> None:
         """What follows are rows of one optimizer step."""
         self.part = part
+        self.policy.clear()
         self.seen.clear()
 
     def __call__(self, scores: Scores, row: PackedBatch) -> Tensor:
         assert self.part is not None
         config, device = self.config, scores.logprobs.device
-        members = [self.rollouts[id(example)] for example in row.examples]
-        sampling, drawn, advantages = (fact.to(device) for fact in facts_of(members))
-        sequences = row.loss_sequence().to(device)
-        old = sampling
-        if config.correction != "none":
-            old = scores.logprobs.detach() if self.old is None else of_row(self.old, row)
-        found = surrogate(scores.logprobs, old, advantages, sequences, config)
-        gap = scores.logprobs.detach() - sampling
-        seen = {
-            "clip/low": found.clipped_low.float().mean(),
-            "clip/high": found.clipped_high.float().mean(),
-            "kl/sampling": gap.abs().mean(),
-            "gap/max": gap.abs().max(),
-            "gap/ratio": gap.exp().mean(),
-        }
-        per_token = found.loss
-        if config.correction != "none":
-            weights = importance_weights(old, drawn, correction=config.correction, cap=config.importance_cap)
-            seen |= {"importance/mean": weights.mean(), "importance/left_out": (weights == 0).float().mean()}
-            per_token = per_token * weights
+        facts = TokenFacts.of(
+            [self.rollouts[id(example)] for example in row.examples],
+            reference=None if self.reference is None else of_row(self.reference, row),
+            old=None if self.old is None else of_row(self.old, row),
+        ).to(device)
+        per_token, seen = token_loss(scores.logprobs, facts, config)
         if scores.entropy is not None:
             seen["policy/entropy"] = scores.entropy.detach().mean()
             if config.entropy_coef:
                 per_token = per_token - config.entropy_coef * scores.entropy
-        if self.reference is not None:
-            kl = kl_estimate(scores.logprobs, of_row(self.reference, row), estimator=config.kl_estimator)
-            seen["kl/reference"] = kl.detach().mean()
-            per_token = per_token + config.beta * kl
         means = {name: float(value) for name, value in seen.items()}
-        self.seen.update({id(example): (sum(example.loss_mask), means) for example in row.examples})
-        return aggregate(
-            per_token,
-            sequences,
-            mode=config.loss_aggregation,
-            num_tokens=self.part.num_tokens,
-            num_sequences=self.part.num_sequences,
-            max_tokens=config.max_new_tokens,
-        )
+        lengths = [sum(example.loss_mask) for example in row.examples]
+        self.policy.update(zip(map(id, row.examples), scores.logprobs.detach().split(lengths)))
+        self.seen.update({id(example): (length, means) for example, length in zip(row.examples, lengths)})
+        return share_of(per_token, facts.sequences, config, self.part.num_tokens, self.part.num_sequences)
 
     def means(self) -> dict[str, float]:
         """Means over the tokens of the step."""
@@ -248,18 +254,72 @@ class PolicyLoss:
         return {"gap/max": max(means["gap/max"] for _, means in pairs), "gap/ratio": ratio}
 
 
-def facts_of(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the sampled tokens of rollouts, one after the other: both kinds of logprobs and the advantages, [N] each."""
-    sampling: list[float] = []
-    drawn: list[float] = []
-    advantages: list[float] = []
-    for rollout in rollouts:
-        trajectory = rollout.trajectory
-        places = [place for place, is_sampled in enumerate(trajectory.is_sampled) if is_sampled]
-        sampling += [trajectory.sampling_logprobs[place] for place in places]
-        drawn += [trajectory.drawn_logprobs[place] for place in places]
-        advantages += [rollout.advantage] * len(places)
-    return torch.tensor(sampling), torch.tensor(drawn), torch.tensor(advantages)
+class TokenFacts(NamedTuple):
+    """What the loss of sampled tokens needs beside the policy's logprobs, [N] each: both kinds of logprobs of the
+    sampler, advantages, the number of the sequence; and where they are known the logprobs of the reference and of the
+    policy before the step's first update."""
+
+    sampling: Tensor
+    drawn: Tensor
+    advantages: Tensor
+    sequences: Tensor
+    reference: Tensor | None = None
+    old: Tensor | None = None
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Paid], *, reference: Tensor | None = None, old: Tensor | None = None) -> TokenFacts:
+        """Those of rollouts, one after the other."""
+        tokens = [
+            (trajectory.sampling_logprobs[place], trajectory.drawn_logprobs[place], rollout.advantage, number)
+            for number, rollout in enumerate(rollouts)
+            for trajectory in [rollout.trajectory]
+            for place, is_sampled in enumerate(trajectory.is_sampled)
+            if is_sampled
+        ]
+        sampling, drawn, advantages, sequences = map(torch.tensor, zip(*tokens))
+        return cls(sampling, drawn, advantages, sequences, reference, old)
+
+    def to(self, device: torch.device) -> TokenFacts:
+        return TokenFacts(*(None if fact is None else fact.to(device) for fact in self))  # type: ignore[arg-type]
+
+
+def token_loss(policy: Tensor, facts: TokenFacts, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss per token from the policy's logprobs [N] -> [N], without the entropy, and means of what was seen."""
+    is_corrected = config.correction != "none"
+    old = facts.sampling
+    if is_corrected:
+        old = policy.detach() if facts.old is None else facts.old
+    found = surrogate(policy, old, facts.advantages, facts.sequences, config)
+    gap = policy.detach() - facts.sampling
+    seen = {
+        "clip/low": found.clipped_low.float().mean(),
+        "clip/high": found.clipped_high.float().mean(),
+        "kl/sampling": gap.abs().mean(),
+        "gap/max": gap.abs().max(),
+        "gap/ratio": gap.exp().mean(),
+    }
+    per_token = found.loss
+    if is_corrected:
+        weights = importance_weights(old, facts.drawn, correction=config.correction, cap=config.importance_cap)
+        seen |= {"importance/mean": weights.mean(), "importance/left_out": (weights == 0).float().mean()}
+        per_token = per_token * weights
+    if facts.reference is not None:
+        kl = kl_estimate(policy, facts.reference, estimator=config.kl_estimator)
+        seen["kl/reference"] = kl.detach().mean()
+        per_token = per_token + config.beta * kl
+    return per_token, seen
+
+
+def share_of(per_token: Tensor, sequences: Tensor, config: GRPOConfig, num_tokens: int, num_sequences: int) -> Tensor:
+    """What the tokens add to the loss of an optimizer step of so many tokens and sequences."""
+    return aggregate(
+        per_token,
+        sequences,
+        mode=config.loss_aggregation,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        max_tokens=config.max_new_tokens,
+    )
 
 
 def of_row(known: Logprobs, row: PackedBatch) -> Tensor:

@@ -19,7 +19,7 @@ BLOCK, NUM_BLOCKS = 2**16, 1024
 OF_ONE_RUN = {"output_dir", "resume_from_checkpoint", "overwrite", "allow_changes", "max_steps", "num_train_epochs"}
 OF_ONE_RUN |= {"logging_steps", "save_steps", "save_minutes", "save_total_limit", "keep_best", "eval_steps"}
 OF_ONE_RUN |= {"num_workers", "report_to", "distributed", "process_timeout", "alarms", "stop_on_alarm"}
-OF_ONE_RUN |= {"eval_tool_gain"}
+OF_ONE_RUN |= {"eval_tool_gain", "keep_trajectories", "rollout_page_steps"}
 """Settings that do not change what is learned, or that the order tells of."""
 
 

@@ -40,6 +40,11 @@ class Rollout:
     advantage: float = 0.0
     numerics: Mapping[str, str] = field(default_factory=dict)
     """What the bits of its logprobs depend on, under exact mode."""
+    trainer_logprobs: list[list[float]] = field(default_factory=list)
+    """Those of its sampled ids in each update that it was trained in."""
+    reference_logprobs: list[float] | None = None
+    old_logprobs: list[float] | None = None
+    """Those of the policy before the step's first update, where more than one corrects by importance."""
 
     @property
     def trajectory(self) -> Trajectory:
@@ -54,10 +59,10 @@ def roll_out(
     `first` is the place of the first prompt among all of the step, which with seed and step decides what is drawn.
     """
     episodes = begin_episodes(learner.processor, samples, config)
-    with learner.phases.during("rollout"):
+    with learner.phases.of("rollout"):
         numerics = sample_episodes(learner, episodes, config, first=first)
     played = [(episode.trajectory, sample.solution) for sample, group in zip(samples, episodes) for episode in group]
-    with learner.phases.during("reward"):
+    with learner.phases.of("reward"):
         rewards = iter(rewarded(played, pay))
     return [
         [Rollout(episode=episode, sample=sample, reward=next(rewards), numerics=numerics) for episode in group]

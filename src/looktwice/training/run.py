@@ -127,7 +127,7 @@ def close_step(
     if world.from_main(lambda: saves.is_due(metrics)) or (stop.agreed and not is_last):
         if recorder:
             recorder.flush()
-        with learner.phases.during("saving"):
+        with learner.phases.of("saving"):
             saves.save()
     if not is_last:
         stop.heed(is_done=False)

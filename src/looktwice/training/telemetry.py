@@ -70,11 +70,10 @@ def _groups(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 def _lengths_and_ends(rollouts: Sequence[Rollout]) -> dict[str, float]:
     trajectories = [rollout.trajectory for rollout in rollouts]
     stops = Counter(trajectory.stop_reason for trajectory in trajectories)
-    images = [rollout.episode.example.images for rollout in rollouts]
     return {
         "rollout/num_turns": mean(trajectory.num_turns for trajectory in trajectories),
         "rollout/num_tokens": mean(map(_num_sampled, trajectories)),
-        "rollout/visual_tokens": mean(sum(image.num_tokens for image in shown) for shown in images),
+        "rollout/visual_tokens": mean(trajectory.num_visual_tokens for trajectory in trajectories),
         "rollout/truncated": mean(trajectory.is_truncated for trajectory in trajectories),
         **{f"rollout/stop/{reason}": count / len(rollouts) for reason, count in stops.items()},
     }
