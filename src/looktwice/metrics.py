@@ -106,7 +106,7 @@ METRICS: dict[str, str] = {
     "alarm/no_crops": "is 1 while few rollouts get a crop",
     "alarm/whole_picture": "is 1 while many crops show the whole picture",
     "alarm/blind_reward": "is 1 while wrong answers are paid about as much as right ones",
-    "alarm/format_without_accuracy": "is 1 while format and length pay more than at first, and answers are no better",
+    "alarm/format_without_accuracy": "is 1 while pay beside accuracy has risen, and right answers have not",
     "alarm/length_drift": "is 1 while rollouts are much longer or shorter than at first",
     "alarm/entropy_collapse": "is 1 while the policy is sure of itself and mostly wrong",
     "alarm/engine_gap": "is 1 while trainer and engine disagree about logprobs",

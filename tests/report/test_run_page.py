@@ -141,8 +141,8 @@ def test_the_alarms_of_the_run_stand_on_the_page_with_what_they_mean(folder: Pat
     assert "None was on at any step." in html
     log = folder / "grpo" / "metrics.jsonl"
     log.write_text("".join(f'{{"step": {n}, "alarm/no_crops": {n in (2, 3)}}}\n'.lower() for n in (1, 2, 3, 4)))
-    assert alarm_table(folder / "grpo").rows == (("no_crops: is 1 while few rollouts get a crop", "2", "2 to 3"),)
-    assert "no_crops: is 1 while few rollouts get a crop" in write_run_page(folder).read_text(encoding="utf-8")
+    assert alarm_table(folder / "grpo").rows == (("no_crops: while few rollouts get a crop", "2", "2 to 3"),)
+    assert "no_crops: while few rollouts get a crop" in write_run_page(folder).read_text(encoding="utf-8")
 
 
 def test_a_call_that_never_ran_is_told_too(folder: Path) -> None:

@@ -210,3 +210,12 @@ def test_the_table_of_the_docs_has_every_alarm_with_its_threshold() -> None:
     text = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
     written = {name: float(threshold) for name, threshold in re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", text, re.M)}
     assert written == {name: alarm.threshold for name, alarm in ALARMS.items()}
+
+
+def test_a_resumed_run_has_the_alarms_of_an_uninterrupted_one(run, tmp_path) -> None:
+    settings = {"max_steps": 6, "num_generations": 2, "max_new_tokens": 2, "save_steps": 2}
+    _, whole = run("whole", **settings)
+    _, resumed = run("resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4", **settings)
+    alarms = [{name: value for name, value in line.items() if name.startswith("alarm/")} for line in whole[4:]]
+    assert [{name: value for name, value in line.items() if name.startswith("alarm/")} for line in resumed] == alarms
+    assert any(alarms[0].values())

@@ -243,7 +243,11 @@ def alarm_table(run: Path) -> Table:
         title="Alarms of R-GRPO",
         header=("", "steps", "from to") if rows else (),
         rows=tuple(
-            (f"{name.removeprefix('alarm/')}: {METRICS[name]}", f"{len(steps)}", f"{min(steps)} to {max(steps)}")
+            (
+                f"{name.removeprefix('alarm/')}: {METRICS[name].removeprefix('is 1 ')}",
+                f"{len(steps)}",
+                f"{min(steps)} to {max(steps)}",
+            )
             for name, steps in rows.items()
         ),
         note="" if rows else "None was on at any step.",
