@@ -128,6 +128,8 @@ class ScriptedEngine:
             ids = script[first:place]
             logprobs = [-n / 1000 for n in range(first, place)]
             drawn_logprobs = [-n / 500 for n in range(first, place)]
+            for token, logprob in zip(ids, logprobs):
+                driver.hear(token, logprob)
             stop = "stop_id" if ids[-1] in self.stop_ids else "length"
             step = driver.respond(Segment(ids=ids, logprobs=logprobs, drawn_logprobs=drawn_logprobs, stop=stop))
             self.continuations[number].append(step)

@@ -412,11 +412,12 @@ def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConfigError("seen")
 
     monkeypatch.setattr(Parser, "parse_strictly", note)
-    for command in ("train", "ask", "data check", "data show", "data stats", "data convert", "export", "demo"):
+    for command in ("train", "ask", "chat", "data check", "data show", "data stats", "data convert", "export", "demo"):
         cli.main(command.split())
     assert seen == {
         "looktwice train": TRAIN_FLAGS,
         "looktwice ask": ASK_FLAGS,
+        "looktwice chat": CHAT_FLAGS,
         "looktwice data check": CHECK_FLAGS,
         "looktwice data show": SHOW_FLAGS,
         "looktwice data stats": STATS_FLAGS,
@@ -657,12 +658,15 @@ TRAIN_FLAGS = [
 ]
 ASK_FLAGS = [
     "--attn_implementation",
+    "--batch",
     "--batch_size",
     "--bf16",
+    "--crops",
     "--device",
     "--do_sample",
     "--enable_thinking",
     "--enable_thinking_budget",
+    "--image_base_path",
     "--image_path",
     "--max_new_tokens",
     "--max_pixels",
@@ -673,18 +677,25 @@ ASK_FLAGS = [
     "--min_p",
     "--model_path",
     "--num_frames",
+    "--out",
     "--output_json",
     "--presence_penalty",
     "--quantization",
     "--question",
     "--repetition_penalty",
+    "--save",
     "--seed",
     "--stop_texts",
+    "--system",
     "--temperature",
+    "--thinking",
     "--thinking_budget",
     "--top_k",
     "--top_p",
 ]
+CHAT_FLAGS = sorted(
+    {*ASK_FLAGS} - {"--batch", "--image_base_path", "--image_path", "--out", "--output_json", "--question", "--save"}
+)
 EXPORT_FLAGS = [
     "--device",
     "--dtype",

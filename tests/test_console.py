@@ -74,3 +74,33 @@ def test_a_whole_line_is_never_broken() -> None:
     console = Console(file=io.StringIO(), width=40)
     console.print(whole_line((LONG, "bold"), "  QnA[0].A"), crop=False)
     assert console.file.getvalue() == f"{LONG}  QnA[0].A\n"  # type: ignore[attr-defined]
+
+
+CONTROLS = "\x1b]0;title\x07\x1b[31mred\r\x9b2J\u202etxt.exe\x7f\ttab"
+"""A title, a colour, an erased screen, a turned direction."""
+
+
+def test_control_letters_of_a_text_never_reach_a_terminal(open_terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = open_terminal()
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = open_console(stderr=True)
+    table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_row(CONTROLS)
+    console.out(CONTROLS)
+    console.print(CONTROLS, whole_line(CONTROLS), table)
+    text = written()
+    assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e", "\x7f"}
+    # rich takes some away by itself
+    assert text.count("\u241b]0;title") == text.count("\u241b[31mred") == 4
+
+
+def test_signs_keep_their_style(open_terminal) -> None:
+    written = open_terminal()
+    open_console(stderr=True).print(whole_line(("a\x1bb", "bold")))
+    assert written().startswith("\x1b[1ma\u241bb\x1b[0m")
+
+
+def test_files_get_texts_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    open_console().out("\x1b[31mred\u202e")
+    assert capsys.readouterr().out == "\x1b[31mred\u202e\n"

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from looktwice.errors import DataError
 from looktwice.geometry import Size
-from looktwice.grounding import Grounding, parse_grounding
+from looktwice.grounding import Grounding, format_grounding, parse_grounding
 
 SIZE = Size(1000, 500)
 
@@ -115,3 +116,45 @@ def test_every_written_box_lies_in_the_image(x1, y1, x2, y2, around):
     around = around.replace("<", "")
     written = f"{around}<box>({x1},{y1}),({x2},{y2})</box>{around}"
     assert places(written) == [box(min(x1, x2) * 1000, min(y1, y2) * 500, max(x1, x2) * 1000, max(y1, y2) * 500)]
+
+
+# -- the reverse
+
+
+@pytest.mark.parametrize(
+    ("places", "options", "written"),
+    [
+        ([[613, 42.5, 632, 53.5]], {"phrase": "cup"}, "<ref>cup</ref><box>(0.613,0.085),(0.632,0.107)</box>"),
+        ([[84, 96], [336, 161.5]], {"kind": "point"}, "[<point>(0.084,0.192)</point>,<point>(0.336,0.323)</point>]"),
+        ([[300, 200, 100, 100]], {}, "<box>(0.100,0.200),(0.300,0.400)</box>"),
+        ([[0, 0, 1000, 500]], {}, "<box>(0.000,0.000),(0.999,0.999)</box>"),
+        ([], {"phrase": "cup"}, "<ref>cup</ref>[]"),
+    ],
+)
+def test_places_are_written_as_the_model_card_writes_them(places, options, written):
+    assert format_grounding(places, SIZE, **options) == written
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        ([0, 0, 1001, 10], "box"),
+        ([-1, 0, 5, 5], "box"),
+        ([1, 2], "box"),
+        ([1, 2, 3, 4], "point"),
+        ([float("nan"), 0], "point"),
+    ],
+)
+def test_what_is_no_place_in_the_image_is_not_written(place, kind):
+    with pytest.raises(DataError, match=f"the {kind} .* numbers inside 1000x500 pixels; mend it"):
+        format_grounding([place], SIZE, kind=kind)
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1000)] * 2, *[st.floats(0, 1000)] * 2), min_size=1, max_size=3))
+def test_what_is_written_is_read_again(boxes):
+    boxes = [(x1, y1 / 2, x2, y2 / 2) for x1, y1, x2, y2 in boxes]
+    found = parse_grounding(format_grounding(boxes, SIZE, phrase="cup"), SIZE)
+    assert [one.phrase for one in found] == ["cup"] * len(boxes)
+    for one, (x1, y1, x2, y2) in zip(found, boxes):
+        wanted = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        assert one.coordinates == pytest.approx(wanted, abs=1.01)

@@ -15,10 +15,11 @@ from PIL import Image
 
 import looktwice
 from looktwice import inference
+from looktwice.asking.answer import answer_of
 from looktwice.config import InferenceConfig, ModelConfig, SFTConfig
 from looktwice.errors import CheckpointError, ConfigError, ImageError
 from looktwice.geometry import Box, Size
-from looktwice.inference import OvisInference, report
+from looktwice.inference import OvisInference
 from looktwice.messages import VideoPart
 from looktwice.model import attention
 from looktwice.processing.processor import Ovis2_5Processor
@@ -45,7 +46,8 @@ def questions(image: Image.Image) -> list[tuple[Image.Image | None, str]]:
 
 def test_an_answer_has_the_documented_keys(ask, image) -> None:
     answer = ask().generate(image=image, question="What is it?")
-    assert set(answer) == {"response", "parsed", "crops", "stop_reason", "error", "picture"}
+    asked, seen = {"response", "parsed", "tool_calls", "grounding", "crops"}, {"picture", "tokens", "seconds"}
+    assert set(answer) == {*asked, *seen, "stop_reason", "error"}
     assert set(answer["parsed"]) == {"think_content", "answer_content", "grounding"}
     assert answer["stop_reason"] == "max_tokens" and answer["response"]
     assert json.loads(json.dumps(answer)) == answer
@@ -63,7 +65,7 @@ def test_a_finished_rollout_is_reported_as_plain_data() -> None:
         ],
         stop_reason="answered",
     )
-    answer = report(trajectory)
+    answer = answer_of(trajectory)
     assert answer["response"] == trajectory.text
     assert answer["parsed"]["think_content"] == "The <ref>cup</ref><box>(0.1,0.2),(0.5,0.6)</box>."
     assert answer["parsed"]["answer_content"] == "red"
@@ -84,13 +86,13 @@ def test_a_finished_rollout_is_reported_as_plain_data() -> None:
 
 
 def test_a_text_without_an_answer_has_an_empty_one() -> None:
-    answer = report(Trajectory(prompt_ids=[], text="<think>\nhm"))
+    answer = answer_of(Trajectory(prompt_ids=[], text="<think>\nhm"))
     assert answer["parsed"] == {"think_content": "hm", "answer_content": "", "grounding": []}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_greedy_answers_of_a_batch_are_those_given_one_by_one(batch_size, ask, questions) -> None:
-    together = ask(batch_size=batch_size).generate_batch(questions)
+    together = ask(batch_size=batch_size).batch_generate(questions)
     alone = ask()
     assert together == [alone.generate(image, question) for image, question in questions]
 
@@ -118,7 +120,7 @@ def test_an_image_can_be_given_in_any_usual_way(ask, image, tmp_path, monkeypatc
 def test_several_images_are_seen_in_order(ask, image, tmp_path) -> None:
     inference, other = ask(max_new_tokens=1), image.rotate(180)
     shown = ([image], [image, np.asarray(other)], [other, image], (image, image, other))
-    answers = [inference.generate_batch([(one, "What?")])[0] for one in shown]
+    answers = [inference.batch_generate([(one, "What?")])[0] for one in shown]
     prompts = [inference.play([(one, "What?")])[0] for one in shown]
     assert [trajectory.prompt_ids.count(inference.processor.config.image_token_id) for trajectory in prompts] == [
         30,
@@ -190,7 +192,7 @@ def test_the_sharpest_sampling_is_greedy(settings, ask, image) -> None:
 
 
 def test_sampled_answers_repeat_with_the_seed(ask, questions) -> None:
-    first, again, other = (ask(temperature=1.0, seed=seed).generate_batch(questions) for seed in (0, 0, 1))
+    first, again, other = (ask(temperature=1.0, seed=seed).batch_generate(questions) for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -237,7 +239,7 @@ def test_the_order_of_frames_and_the_kind_of_what_is_shown_matter(ask, image) ->
 
 def test_a_batch_mixes_images_and_videos(ask, questions, image) -> None:
     video = [image, image.rotate(180)]
-    together = ask().generate_batch([*questions, (VideoPart(source=video), "What happens?")])
+    together = ask().batch_generate([*questions, (VideoPart(source=video), "What happens?")])
     alone = ask()
     assert together[-1] == alone.generate(video=video, question="What happens?")
     assert together[:-1] == [alone.generate(shown, question) for shown, question in questions]
@@ -327,16 +329,16 @@ def test_what_is_no_list_of_questions_is_told(questions, ask) -> None:
     with pytest.raises(
         ConfigError, match=r"of type \w+; give a list of pairs \(picture, question\), or of conversations"
     ):
-        ask().generate_batch(questions)
+        ask().batch_generate(questions)
 
 
 def test_questions_may_come_one_by_one(ask, questions) -> None:
     inference = ask(batch_size=2)
-    assert inference.generate_batch(iter(questions)) == inference.generate_batch(questions)
+    assert inference.batch_generate(iter(questions)) == inference.batch_generate(questions)
 
 
 def test_no_questions_have_no_answers(ask) -> None:
-    assert ask().generate_batch([]) == []
+    assert ask().batch_generate([]) == []
 
 
 def test_settings_reach_the_episode(ask, image) -> None:

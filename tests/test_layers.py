@@ -34,7 +34,7 @@ LAYERS = (
     ("data",),
     ("formats",),
     ("checking",),
-    ("training", "inference", "export", "evaluation", "report", "demo"),
+    ("training", "asking", "inference", "export", "evaluation", "report", "demo"),
     ("cli", "__init__", "__main__"),
 )
 DRAWERS = ("utils", "common", "helpers", "misc")

@@ -530,7 +530,9 @@ class AnswerConfig(Config):
         1.0, "divides logits of ids in prompt and answer; 1 is off"
     )
     presence_penalty: Number = knob(0.0, "taken from logits of ids in the answer; 0 is off")
+    system: str | None = knob(None, "a system message to begin with, where a conversation has none")
     max_turns: Positive = knob(6, "completions of an answer, the answer included")
+    max_crops: NonNegativeInt | None = knob(None, "crops of an answer; 0: none; default: by --max_turns", flag="crops")
     max_turn_tokens: Positive | None = knob(None, "sampled tokens of a completion")
     max_visual_tokens: Positive | None = knob(None, "visual tokens of all crops of an answer")
     max_seconds: Annotated[Number, Field(gt=0)] | None = knob(None, "seconds of an answer from when it is begun")
@@ -553,6 +555,13 @@ class AnswerConfig(Config):
         if self.do_sample is None:
             return self.temperature
         return (self.temperature or 1.0) if self.do_sample else 0.0
+
+    @property
+    def allowed_turns(self) -> int:
+        """`max_turns`; where only crops are counted, room for all of them, a refusal and the answer."""
+        if self.max_crops is None or "max_turns" in self.model_fields_set:
+            return self.max_turns
+        return max(self.max_turns, self.max_crops + 2)
 
     @property
     def enforced_budget(self) -> int | None:

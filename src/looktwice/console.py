@@ -1,15 +1,35 @@
-"""Consoles: where text is wrapped and coloured, and where something may move."""
+"""Consoles: where text is wrapped and coloured, where something may move, and what no text may do to a terminal."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
+from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.text import Text
+
+from looktwice.errors import shown_controls
 
 UNWRAPPED = 10_000
 """Columns of a console that is no terminal: as many as any table needs."""
+
+
+class Screen(Console):
+    """A console on a terminal: control letters in a text are shown, not sent, whatever they would do there."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if isinstance(renderable, str):
+            renderable = shown_controls(renderable)
+        elif isinstance(renderable, Text) and (plain := shown_controls(renderable.plain)) != renderable.plain:
+            renderable = renderable.copy()
+            renderable.plain = plain
+        return super().render(renderable, options)
+
+    def out(self, *objects: Any, **options: Any) -> None:
+        super().out(*(shown_controls(str(one)) for one in objects), **options)
 
 
 def open_console(*, stderr: bool = False) -> Console:
@@ -18,11 +38,12 @@ def open_console(*, stderr: bool = False) -> Console:
     On a terminal it wraps, and `is_interactive` says that bars may move; TERM, NO_COLOR and COLUMNS hold. In a pipe, a
     file or a notebook nothing moves, FORCE_COLOR or not, and nothing is wrapped but tables where COLUMNS is set. A line
     that must stay whole, such as one with a path, is written with `out`: then only the terminal itself wraps it.
+    Files and pipes get texts as they are.
     """
     stream = sys.stderr if stderr else sys.stdout
     is_terminal = stream is not None and stream.isatty()  # it is None where the caller closed it
     has_width = is_terminal or os.environ.get("COLUMNS", "").isdigit()
-    return Console(
+    return (Screen if is_terminal else Console)(
         stderr=stderr,
         width=None if has_width else UNWRAPPED,
         force_interactive=None if is_terminal else False,

@@ -10,6 +10,13 @@ LINE, MOST_LINES = 600, 100
 """Characters of a line and lines of a message that are told."""
 MOST_LETTERS = 255
 """Letters of a name that a file may have; what is longer without a blank is no name."""
+_CONTROLS = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD),
+}
+"""Signs of Unicode's block of control pictures; of the C1 controls and of those that turn the direction, the sign for
+what cannot be shown."""
 _TOO_LONG = re.compile(rf"\S{{{MOST_LETTERS + 1},}}")
 
 
@@ -95,6 +102,12 @@ def one_line(text: str, length: int = LINE) -> str:
     """
     text = " ".join(_without_middle(text, 100 * LINE).splitlines())
     return _without_middle(_TOO_LONG.sub(lambda found: _without_middle(found[0], 80), text), length)
+
+
+def shown_controls(text: str) -> str:
+    """A text in which each control letter but newline and tab is a sign for it: none can move the cursor of a
+    terminal, colour it, or turn the direction of what follows. It stays as long as it is."""
+    return text.translate(_CONTROLS)
 
 
 def _without_middle(text: str, length: int) -> str:

@@ -1,19 +1,28 @@
-"""Grounding marks in an answer: `<ref>`, `<box>` and `<point>` read tolerantly and turned into original pixels."""
+"""Grounding marks: `<ref>`, `<box>` and `<point>` read tolerantly as original pixels, and written from them."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from looktwice.calls import NUMBER
+from looktwice.errors import DataError
 from looktwice.geometry import Size
 
 GroundingKind = Literal["box", "point"]
 
 _MARK = re.compile(r"<(ref|box|point)\s*>((?:(?!<(?:ref|box|point)\s*>).)*?)</\s*\1\s*>", re.DOTALL | re.IGNORECASE)
 _BETWEEN = re.compile(r"[\s,;()\[\]{}]+")
+ASKED_FOR: dict[GroundingKind, str] = {
+    "box": "Please provide the bounding box coordinates.",
+    "point": "Please provide the point coordinates.",
+}
+"""What asks the released models for each kind; source: the model card."""
+LAST = 0.999
+"""The largest fraction that is written: they have three digits and stay below 1, as in the model card."""
 _SLACK = 0.01
 """A fraction this far outside [0, 1] is a rounding slip and is clamped; beyond it the frame must be another one."""
 
@@ -53,6 +62,38 @@ def parse_grounding(text: str, size: Size) -> list[Grounding]:
         for place in _read_places(content, kind, size) or (None,):
             places.append(Grounding(phrase=phrase, kind=kind, coordinates=place, written=content))
     return places
+
+
+def grounding_question(phrase: str, kind: GroundingKind) -> str:
+    """The question for the boxes or points of a phrase, worded as the released models were trained on it."""
+    return f"Find the <ref>{phrase}</ref> in the image. {ASKED_FOR[kind]}"
+
+
+def format_grounding(
+    places: Sequence[Sequence[float]], size: Size, *, kind: GroundingKind = "box", phrase: str | None = None
+) -> str:
+    """The text that a model is to write for these boxes or points: what `parse_grounding` reads.
+
+    `places` are in pixels of a picture of this size, x1, y1, x2, y2 of a box or x, y of a point; several stand in
+    square brackets. Tokenise the answer as a whole: digits and tags merge with their neighbours.
+    Raises DataError for a place that is none, or lies outside the picture.
+
+    Example: format_grounding([[20, 10, 100, 60]], Size(200, 100), phrase="cup")
+    == "<ref>cup</ref><box>(0.100,0.100),(0.500,0.600)</box>"
+    """
+    marks = [_written_place(place, size, kind) for place in places]
+    written = marks[0] if len(marks) == 1 else f"[{','.join(marks)}]"
+    return written if phrase is None else f"<ref>{phrase}</ref>{written}"
+
+
+def _written_place(place: Sequence[float], size: Size, kind: GroundingKind) -> str:
+    count = 4 if kind == "box" else 2
+    limits = (size.width, size.height) * 2
+    if len(place) != count or not all(0 <= value <= limit for value, limit in zip(place, limits)):
+        inside = f"inside {size.width}x{size.height} pixels"
+        raise DataError(f"the {kind} {[*place][:6]} is not {count} numbers {inside}; mend it")
+    xs, ys = ([min(value / limit, LAST) for value in sorted(place[start::2])] for start, limit in enumerate(size))
+    return f"<{kind}>{','.join(f'({x:.3f},{y:.3f})' for x, y in zip(xs, ys))}</{kind}>"
 
 
 def _read_places(content: str, kind: GroundingKind, size: Size) -> list[tuple[float, ...]]:

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from itertools import islice, repeat
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from looktwice.answers import extract_answer, split_thinking
+from looktwice.asking.answer import Answer
+from looktwice.asking.asked import Asked
+from looktwice.asking.events import Event, Tell
 from looktwice.config import AnswerConfig, InferenceConfig
 from looktwice.engine.builtin import BuiltinEngine
-from looktwice.engine.sampling import Sampling, mixed_seed
-from looktwice.errors import ConfigError
-from looktwice.geometry import Size
-from looktwice.grounding import parse_grounding
-from looktwice.messages import Conversation, VideoPart, VideoSource, check_question, question_about
+from looktwice.engine.sampling import mixed_seed
+from looktwice.errors import ConfigError, short_path
+from looktwice.grounding import GroundingKind, grounding_question
+from looktwice.messages import Conversation, VideoPart, VideoSource, check_question, question_about, user
 from looktwice.model.adapters import for_inference, merge
 from looktwice.model.attention import is_gpu, pick_attention
 from looktwice.model.location import locate
-from looktwice.model.weights import load_model, pick_device
-from looktwice.processing.images import PatchedImage
+from looktwice.model.weights import is_adapter, load_model, pick_device
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.processing.shown import Shown, parts_shown
-from looktwice.rollout.conversation import open_images
-from looktwice.rollout.episode import Episode, EpisodeRules, Look, request_of, start_episodes
+from looktwice.rollout.episode import Look
 from looktwice.rollout.trajectory import Trajectory
 
 Question = Conversation | tuple[Shown | list[Shown] | VideoPart | None, str]
@@ -68,13 +66,23 @@ class OvisInference:
         # an adapter merged into quantised weights would be rounded away
         self.model = merge(model) if self.config.quantization == "none" else for_inference(model)
 
+    @property
+    def described(self) -> str:
+        """Which model this is and how it computes, in a line."""
+        model, name = self.model, short_path(self.config.model_path)
+        adapter = f" (adapter on {short_path(model.name_or_path)})" if is_adapter(self.config.model_path) else ""
+        size = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.1f}M parameters"
+        width = {"nf4": ", 4 bits", "int8": ", 8 bits"}.get(self.config.quantization, "")
+        devices = sorted({str(parameter.device) for parameter in model.parameters()})
+        return f"{name}{adapter}: {size}, {str(model.dtype).removeprefix('torch.')}{width} on {', '.join(devices)}"
+
     def generate(
         self,
         image: Shown | list[Shown] | None = None,
         question: str = "",
         video: VideoSource | None = None,
         **generation: Any,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """The answer to one question about a picture, a list of them, a video, or nothing to look at.
 
         A picture is a path, a PIL picture, the bytes of a file, or an array of uint8 [height, width, channels], red
@@ -84,76 +92,127 @@ class OvisInference:
         samples, each call draws anew, from torch's own generator, which `torch.manual_seed` sets; with a `seed` it
         repeats.
 
-        Keys: `response` (all the model wrote), `parsed` (`think_content`, `answer_content`, `grounding`), `crops`
-        (of each call `image`, the number of its picture counted from 1, `box` in original pixels of it, and `error`),
-        `stop_reason`, `error` (what was raised, if that ended it), `picture` (what was shown first: sizes in pixels
-        `original` and `seen`, `num_tokens`, and `frames` of a video; None without a picture).
         Raises ConfigError for a picture beside a video, without a question, for what is no picture, and for a wrong
         setting; ImageError for a picture or video that cannot be read.
         """
-        if image is not None and video is not None:
-            raise ConfigError("a picture and a video are both given; ask about one of them")
-        shown = image if video is None else VideoPart(source=video)
-        [answer] = self.generate_batch([(shown, question)], **generation)
-        return answer
+        return self.chat(question, image, video=video, **generation)
 
-    def generate_batch(self, questions: Iterable[Question], **generation: Any) -> list[dict[str, Any]]:
-        """Answers to many questions, all advancing together; a video is given as VideoPart in the picture's place.
+    def chat(
+        self,
+        question: str,
+        image: Shown | list[Shown] | None = None,
+        history: Conversation | None = None,
+        *,
+        video: VideoSource | None = None,
+        **generation: Any,
+    ) -> Answer:
+        """The answer to one more question of a conversation: `history` is that of the answer before, None at first.
+
+        Pictures may come with any question, and are counted through the whole conversation. Otherwise as `generate`.
+        """
+        return self.batch_generate([_conversation(question, image, video, history)], **generation)[0]
+
+    def stream(
+        self,
+        image: Shown | list[Shown] | None = None,
+        question: str = "",
+        video: VideoSource | None = None,
+        *,
+        history: Conversation | None = None,
+        **generation: Any,
+    ) -> Iterator[Event]:
+        """What happens while a question is answered, as it happens: `asking/events.py` has the events.
+
+        The first `kind`s are "thinking", "crop" and "answer", in the order in which the model writes, and the last is
+        "done", with the whole answer. Arguments are those of `generate` and `chat`, and judged at once. Who stops
+        listening stops the model.
+        """
+        events: deque[Event] = deque()
+        asked = self.ask(_conversation(question, image, video, history), events.append, **generation)
+        return self._streamed(asked, events)
+
+    def generate_with_grounding(
+        self, image: Shown, phrase: str, kind: GroundingKind = "box", **generation: Any
+    ) -> Answer:
+        """Where in a picture something is: asks for its boxes or points as the released models were trained for.
+
+        `grounding` of the answer has the places, in original pixels. Raises ConfigError for another kind or no phrase,
+        and as `generate` does.
+        """
+        if kind not in get_args(GroundingKind):
+            raise ConfigError(f"the kind of grounding is {kind!r}; give box or point")
+        check_question(phrase)
+        return self.generate(image, grounding_question(phrase, kind), **generation)
+
+    def batch_generate(self, questions: Iterable[Question], **generation: Any) -> list[Answer]:
+        """Answers to many questions, in order, all advancing together; a video is given as VideoPart in the picture's
+        place.
 
         With a seed an answer is the same alone and beside any others, and the same question twice has one answer.
         """
-        finished = self._finished(questions, None, self.config.answer(**generation))
-        return [report(done.trajectory, *done.prompt.images[:1]) for done in finished]
+        _check_questions(questions)
+        settings = self.config.answer(**generation)
+        asked = (self._asked(question_as_conversation(one), settings) for one in questions)
+        return [done.answer for done in self.finish(asked) if done.answer is not None]
 
     def play(self, questions: Iterable[Question], looks: Iterable[Look] | None = None) -> list[Trajectory]:
         """The finished rollouts of the questions; `looks`, one for each, stand in the crop tool's place."""
-        return [done.trajectory for done in self._finished(questions, looks, self.config.answer())]
+        _check_questions(questions)
+        settings = self.config.answer()
+        each = zip(questions, repeat(None) if looks is None else looks)
+        asked = (self._asked(question_as_conversation(one), settings, look=look) for one, look in each)
+        return [done.episode.trajectory for done in self.finish(asked)]
 
-    def _finished(
-        self, questions: Iterable[Question], looks: Iterable[Look] | None, generation: AnswerConfig
-    ) -> Iterator[Episode]:
-        """Episodes at their end, in order: `batch_size` advance together, and only the pictures of a few more are held
-        in memory."""
-        rules = EpisodeRules(
-            max_turns=generation.max_turns,
-            max_new_tokens=generation.max_new_tokens,
-            thinking=generation.enable_thinking,
-            thinking_budget=generation.enforced_budget,
-            max_turn_tokens=generation.max_turn_tokens,
-            max_visual_tokens=generation.max_visual_tokens,
-            max_seconds=generation.max_seconds,
-            stop_texts=generation.stop_texts,
-        )
-        if isinstance(questions, (str, bytes, Conversation)) or not isinstance(questions, Iterable):
-            raise ConfigError(f"the questions are of type {type(questions).__name__}; {QUESTIONS_MEND}")
-        sampling = Sampling(
-            temperature=generation.sampling_temperature,
-            top_p=generation.top_p,
-            top_k=generation.top_k,
-            min_p=generation.min_p,
-            repetition_penalty=generation.repetition_penalty,
-            presence_penalty=generation.presence_penalty,
-        )
+    def ask(self, question: Question, tell: Tell | None = None, **generation: Any) -> Asked:
+        """A question ready for an engine: submit its `request`, and `tell` hears what happens.
+
+        That is how many callers share one engine, each by itself: the numbers that `submit` gives can be cancelled.
+        Raises as `generate` does.
+        """
+        return self._asked(question_as_conversation(question), self.config.answer(**generation), tell)
+
+    def engine(self, **options: Any) -> BuiltinEngine:
+        """A new engine of this model, for requests of `ask`; options are those of BuiltinEngine."""
+        options = {"max_rows": self.config.batch_size, **options}
+        return BuiltinEngine(self.model, decode=self.processor.decode, **options)
+
+    def finish(self, asked: Iterable[Asked]) -> Iterator[Asked]:
+        """Questions at their end, in order: `batch_size` advance together, and only the pictures of a few more are held
+        in memory. An error of `asked` is raised when its turn to begin comes."""
         size = self.config.batch_size
-        engine = BuiltinEngine(self.model, max_rows=size, decode=self.processor.decode)
-        seeds = seeds_of(generation.seed)
-        conversations = (conversation_of(asked, generation.num_frames) for asked in questions)
-        episodes = (
-            start_episodes(prompt, self.processor, rules, look=look)[0]
-            for prompt, look in zip(conversations, repeat(None) if looks is None else looks)
-        )
-        begun: deque[Episode] = deque()
+        engine = self.engine()
+        coming = iter(asked)
+        begun: deque[Asked] = deque()
         while True:
-            num_live = sum(not episode.is_over for episode in begun)
-            for episode in islice(episodes, max(0, min(AHEAD * size - num_live, HELD * size - len(begun)))):
-                engine.submit(request_of([episode], sampling, seeds(episode.prompt)))
-                begun.append(episode)
+            num_live = sum(not one.is_over for one in begun)
+            for one in islice(coming, max(0, min(AHEAD * size - num_live, HELD * size - len(begun)))):
+                engine.submit(one.request)
+                begun.append(one)
             if not begun:
                 return
             if begun[0].is_over:
                 yield begun.popleft()
             else:
                 engine.step()
+
+    def _asked(
+        self,
+        conversation: Conversation,
+        generation: AnswerConfig,
+        tell: Tell | None = None,
+        look: Look | None = None,
+    ) -> Asked:
+        seed_of = seeds_of(generation.seed)
+        return Asked(conversation, self.processor, generation, seed_of=seed_of, tell=tell, look=look)
+
+    def _streamed(self, asked: Asked, events: deque[Event]) -> Iterator[Event]:
+        engine = self.engine(max_rows=1)
+        engine.submit(asked.request)
+        is_going = True
+        while is_going:
+            is_going = engine.step()
+            while events:
+                yield events.popleft()
 
 
 def seeds_of(seed: int | None) -> Callable[[Example], int]:
@@ -164,47 +223,31 @@ def seeds_of(seed: int | None) -> Callable[[Example], int]:
     return lambda prompt: mixed_seed(seed, repr(prompt.input_ids).encode(), *(image.key for image in prompt.images))
 
 
-def conversation_of(asked: Question, num_frames: int) -> Conversation:
-    """A question as the conversation that asks it, decoded: of a video file, the frames that are seen.
-
-    Raises ConfigError for what is no question, ImageError for a picture or video that cannot be read.
-    """
-    if not isinstance(asked, Conversation):
-        if not isinstance(asked, (tuple, list)) or len(asked) != 2:
-            raise ConfigError(f"a question is of type {type(asked).__name__}; {QUESTIONS_MEND}")
-        shown, text = asked
-        check_question(text)
-        asked = question_about(text, *parts_shown(shown))
-    return open_images(asked, num_frames=num_frames)
+def question_as_conversation(asked: Question) -> Conversation:
+    """A question as the conversation that asks it. Raises ConfigError for what is no question."""
+    if isinstance(asked, Conversation):
+        return asked
+    if not isinstance(asked, (tuple, list)) or len(asked) != 2:
+        raise ConfigError(f"a question is of type {type(asked).__name__}; {QUESTIONS_MEND}")
+    shown, text = asked
+    check_question(text)
+    return question_about(text, *parts_shown(shown))
 
 
-def report(trajectory: Trajectory, seen: PatchedImage | None = None) -> dict[str, Any]:
-    """What a finished rollout says, as plain data; `seen` is the picture or video of its prompt."""
-    thinking, _ = split_thinking(trajectory.text)
-    size = trajectory.image_size
-    return {
-        "response": trajectory.text,
-        "parsed": {
-            "think_content": thinking,
-            "answer_content": extract_answer(trajectory.text) or "",
-            "grounding": [asdict(found) for found in parse_grounding(trajectory.text, size)] if size else [],
-        },
-        "crops": [
-            {
-                "image": call.image_number,
-                "box": None if call.box is None else [int(side) for side in call.box],
-                "requested": None if call.requested is None else list(call.requested),
-                "size": None if call.size is None else list(call.size),
-                "error": call.error,
-            }
-            for call in trajectory.calls
-        ],
-        "stop_reason": trajectory.stop_reason,
-        "error": trajectory.error,
-        "picture": None if seen is None or size is None else _sizes(size, seen),
-    }
+def _check_questions(questions: object) -> None:
+    if isinstance(questions, (str, bytes, Conversation)) or not isinstance(questions, Iterable):
+        raise ConfigError(f"the questions are of type {type(questions).__name__}; {QUESTIONS_MEND}")
 
 
-def _sizes(original: Size, seen: PatchedImage) -> dict[str, Any]:
-    sizes = {"original": list(original), "seen": list(seen.size), "num_tokens": seen.num_tokens}
-    return {**sizes, "frames": seen.grid_thw[0]} if seen.is_video else sizes
+def _conversation(
+    question: str, image: Shown | list[Shown] | None, video: VideoSource | None, history: Conversation | None
+) -> Conversation:
+    """The conversation so far with one more question."""
+    if image is not None and video is not None:
+        raise ConfigError("a picture and a video are both given; ask about one of them")
+    if history is not None and not isinstance(history, Conversation):
+        raise ConfigError(f"the history is of type {type(history).__name__}; give `history` of the answer before")
+    check_question(question)
+    shown = image if video is None else VideoPart(source=video)
+    before = () if history is None else history.messages
+    return Conversation(messages=(*before, user(question, *parts_shown(shown))))

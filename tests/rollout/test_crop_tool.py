@@ -92,6 +92,7 @@ def test_the_model_reads_these_words() -> None:
         "no_such_picture": "There is no picture with this number.",
         "video": "A video cannot be cropped.",
         "switched_off": "The crop tool is switched off.",
+        "no_more_crops": "There are no more crops. Answer now.",
     }
 
 

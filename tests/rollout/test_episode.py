@@ -394,7 +394,8 @@ def test_a_watcher_is_told_what_happens_in_its_order(processor, image, play_scri
 
     class Notes(Watcher):
         def token(self, token: int, logprob: float) -> None:
-            told.append("token")
+            if told[-1:] != ["token"]:
+                told.append("token")
 
         def crop_begun(self, call_text: str) -> None:
             told.append(call_text)
@@ -406,9 +407,8 @@ def test_a_watcher_is_told_what_happens_in_its_order(processor, image, play_scri
             told.append(trajectory.stop_reason)
 
     [episode] = start_episodes(question_about("What?", image), processor, EpisodeRules(), watchers=[Notes()])
-    episode.hear(5, -0.5)
     play(type(play_scripts(ANSWER)[1])(processor, [f"{CALL}{OUTSIDE}{ANSWER}"]), [[episode]], Sampling(), [0])
-    assert told == ["token", CALL, "None", OUTSIDE, "outside", "answered"]
+    assert told == ["token", CALL, "None", "token", OUTSIDE, "outside", "token", "answered"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from looktwice.asking.answer import answer_of
 from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
 from looktwice.console import open_console
 from looktwice.data.sample import Sample
@@ -19,7 +20,6 @@ from looktwice.evaluation.controls import CONTROLS
 from looktwice.formats.sample_file import read_samples
 from looktwice.geometry import Size
 from looktwice.inference import OvisInference
-from looktwice.inference import report as plain
 from looktwice.model.location import TINY
 from looktwice.processing.images import image_size
 from looktwice.report.run_page import ANSWERS_FILE, SUMMARY_FILE, run_tables, write_run_page
@@ -190,7 +190,7 @@ def write_answers(
                 "solution": sample.solution,
                 "gold_box": sample.gold_box,
                 "replies": {
-                    name: {"is_right": evaluation.is_right[number], **plain(evaluation.trajectories[number])}
+                    name: {"is_right": evaluation.is_right[number], **answer_of(evaluation.trajectories[number])}
                     for name, evaluation in evaluations.items()
                 },
             }

@@ -25,6 +25,7 @@ REFUSALS = {
     "no_such_picture": "There is no picture with this number.",
     "video": "A video cannot be cropped.",
     "switched_off": "The crop tool is switched off.",
+    "no_more_crops": "There are no more crops. Answer now.",
 }
 """What the model reads for each reason: short, and without numbers that could give the answer's place away."""
 
@@ -78,6 +79,14 @@ def rectangle_of(requested: Box, processor: Ovis2_5Processor, original: Size) ->
     resized = processor.overview_size(original)
     box = to_original(requested, frame=processor.box_frame, original=original, resized=resized)
     return crop_rectangle(box, original=original, min_side=processor.factor)
+
+
+def written_call(text: str) -> Call | None:
+    """The call that ends a text, None where it cannot be read."""
+    try:
+        return parse_call(text)
+    except BoxError:
+        return None
 
 
 def refusal(reason: str, call: Call | None) -> Observation:

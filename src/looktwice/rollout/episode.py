@@ -22,7 +22,7 @@ from looktwice.processing.chat_template import EARLY_STOP
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.rollout.conversation import encode_conversation, open_images
-from looktwice.rollout.crop_tool import CropTool, Observation, observed
+from looktwice.rollout.crop_tool import CropTool, Observation, observed, refusal, written_call
 from looktwice.rollout.trajectory import StopReason, ToolCall, Trajectory
 
 
@@ -32,10 +32,12 @@ class EpisodeRules:
 
     `max_new_tokens` and `thinking_budget` count sampled ids and the text that closes thinking, not crops, and
     `max_turn_tokens` those of one turn; `max_visual_tokens` counts the atoms of all crops, `max_seconds` from the first
-    id on. A text of `stop_texts` ends the answer.
+    id on. A text of `stop_texts` ends the answer. After `max_crops` crops a call is refused and thinking is closed, so
+    that the answer follows.
     """
 
     max_turns: int = 6
+    max_crops: int | None = None
     max_new_tokens: int = 1024
     thinking: bool = True
     thinking_budget: int | None = None
@@ -51,6 +53,8 @@ class EpisodeRules:
         for name in ("thinking_budget", "max_turn_tokens", "max_visual_tokens"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise ConfigError(f"{name} is {limit}; it must be 1 or more, or left out")
+        if self.max_crops is not None and self.max_crops < 0:
+            raise ConfigError(f"max_crops is {self.max_crops}; it must be 0 or more, or left out")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ConfigError(f"max_seconds is {self.max_seconds}; it must be above 0, or left out")
         if "" in self.stop_texts:
@@ -59,6 +63,8 @@ class EpisodeRules:
 
 CUT: dict[StopCause, StopReason] = {"seconds": "max_seconds", "no_room": "no_room", "cancelled": "cancelled"}
 """Why the engine ends a rollout, and how a trajectory says it."""
+NO_MORE = ("switched_off", "no_more_crops")
+"""Why a call is refused by the rules of an episode: no crops at all, or all of them taken."""
 
 
 class Look(Protocol):
@@ -78,6 +84,9 @@ class Watcher:
 
     def crop_done(self, call: ToolCall) -> None:
         """Its region was cut, or refused."""
+
+    def thinking_closed(self, text: str) -> None:
+        """Its thinking reached the budget, or a call the limit of crops, and this text was put in to close it."""
 
     def finished(self, trajectory: Trajectory) -> None:
         """The rollout is over, whatever the reason."""
@@ -162,7 +171,7 @@ class Episode:
             self._finish("max_turns")
             return None
         self.watcher.crop_begun(text)
-        observation = self.look(text, self.images)
+        observation = self._look(text)
         ids, images = observed(observation, self.processor)
         self.num_visual_tokens += sum(image.num_tokens for image in images)
         if self.rules.max_visual_tokens is not None and self.num_visual_tokens > self.rules.max_visual_tokens:
@@ -174,22 +183,38 @@ class Episode:
         self.watcher.crop_done(observation.call)
         self._note(ids)
         self.spent_in_turn = 0
+        if observation.call.error in NO_MORE and self._is_thinking_open():
+            ids = [*ids, *self._close_thinking()]
         self.example.images += images
         return self._continue(ids, images)
+
+    def _look(self, text: str) -> Observation:
+        limit = self.rules.max_crops
+        if limit is None or sum(call.is_valid for call in self.trajectory.calls) < limit:
+            return self.look(text, self.images)
+        return refusal(NO_MORE[limit > 0], written_call(text))
 
     def _after_length_limit(self) -> Continuation | None:
         if reached := self._reached():
             self._finish(reached)
             return None
-        budget_is_spent = self.is_thinking and self.think_open_id in self.trajectory.completion_ids
+        budget_is_spent = self._is_thinking_open()
         self.is_thinking = False
-        if not budget_is_spent:  # thinking ended by itself, or the answer came without any
-            return self._continue([], [])
+        # else thinking ended by itself, or the answer came without any
+        return self._continue(self._close_thinking() if budget_is_spent else [], [])
+
+    def _is_thinking_open(self) -> bool:
+        return self.is_thinking and self.think_open_id in self.trajectory.completion_ids
+
+    def _close_thinking(self) -> list[int]:
+        """Put in the text that closes thinking, and give back its ids."""
+        self.is_thinking = False
         ids = self.processor.template.encode(EARLY_STOP)
         self._note(ids)
         self.spent += len(ids)
         self.spent_in_turn += len(ids)
-        return self._continue(ids, [])
+        self.watcher.thinking_closed(EARLY_STOP)
+        return ids
 
     def _reached(self) -> StopReason | None:
         """The limit of tokens that is used up, if any."""
