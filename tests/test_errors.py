@@ -64,3 +64,9 @@ def test_a_path_is_written_whole_unless_no_file_has_such_a_name() -> None:
 
 def test_no_hint_is_looked_for_what_is_no_name() -> None:
     assert nearest(LONG["letters"], ["x"]) == ""
+
+
+def test_control_letters_in_a_message_are_signs() -> None:
+    told = str(ConfigError("no\x1b[31m such\x07 file\nagain"))
+    assert told == "no\u241b[31m such\u2407 file again"
+    assert short("a\x1b\x9bb\u202e") == "a\u241b\ufffdb\ufffd"

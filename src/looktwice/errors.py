@@ -98,9 +98,9 @@ def counted(number: int, noun: str) -> str:
 def one_line(text: str, length: int = LINE) -> str:
     """A text as one line of at most `length` characters, without the middle of it and of what is too long for a name.
 
-    Blanks stay as they are.
+    Blanks stay as they are; control letters are shown as signs.
     """
-    text = " ".join(_without_middle(text, 100 * LINE).splitlines())
+    text = shown_controls(" ".join(_without_middle(text, 100 * LINE).splitlines()))
     return _without_middle(_TOO_LONG.sub(lambda found: _without_middle(found[0], 80), text), length)
 
 
@@ -116,8 +116,8 @@ def _without_middle(text: str, length: int) -> str:
 
 
 def short(text: str) -> str:
-    """A text as one line of at most 80 characters, its middle left out."""
-    return _without_middle(" ".join(_without_middle(text, LINE).split()), 80)
+    """A text as one line of at most 80 characters, its middle left out, control letters shown as signs."""
+    return shown_controls(_without_middle(" ".join(_without_middle(text, LINE).split()), 80))
 
 
 def short_path(path: object) -> str:

@@ -69,7 +69,7 @@ def test_flags_reach_the_rules_of_the_answer(ask, monkeypatch: pytest.MonkeyPatc
         seen.append(self)
 
     monkeypatch.setattr(Episode, "__init__", note)
-    words = "--no-thinking --crops 9 --thinking_budget 7 --system Short.".split()
+    words = ["--no-thinking", "--crops", "9", "--thinking_budget", "7", "--system", "Short."]
     assert ask("a.png", "What?", *words) == 0
     rules, prompt = seen[0].rules, seen[0].processor.decode(seen[0].prompt.input_ids)
     assert (rules.thinking, rules.max_crops, rules.max_turns, rules.thinking_budget) == (False, 9, 11, 7)

@@ -137,3 +137,9 @@ def test_a_file_is_told_from_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="no such model folder, but a file; name the folder that it lies in"):
         locate(str(tmp_path / "model.safetensors"))
+
+
+def test_the_folder_of_a_run_names_the_model_in_it(tmp_path: Path) -> None:
+    (tmp_path / "final_model").mkdir()
+    with pytest.raises(CheckpointError, match=r"no weights .* in this folder; name .*/final_model$"):
+        locate(str(tmp_path))

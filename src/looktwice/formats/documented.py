@@ -32,6 +32,8 @@ ANSWER_FIELDS = ("A3", "A")
 _IMAGE_PREFIX = re.compile(rf"\s*{IMAGE_PLACE}[ \t]*\r?\n?")
 _CROP = re.compile(r"\{\s*crop(?![a-z])[^{}]*(\}?)", re.IGNORECASE)
 _BRACKET = re.compile(r"\[[^\]]*\]")
+_IMAGE_NAME = re.compile(r"(?:\{\s*crop\s+|\s*,\s*)(?:image|picture)[\s#_]*([0-9]+)\s*", re.IGNORECASE)
+"""All words before a bracket, where they name a picture; `picture 2 on the wall` is an object in one."""
 COMMANDS = re.compile(f"{WRITTEN_CALL.pattern}|{_CROP.pattern}", re.IGNORECASE | re.DOTALL)
 """Calls, and the commands that become calls."""
 _CROP_MARK = Mark("{", "#123;", r"\s*crop(?![a-z])")
@@ -108,7 +110,8 @@ def _question(fields: Fields) -> str:
 def crops_to_calls(text: str) -> tuple[str, list[tuple[str, str]]]:
     """The text with its crop commands as calls, and what is wrong with them. Calls already written are kept.
 
-    `{Crop a 1, b 2 [box]}` gives one call, `{Crop a [box], b [box]}` two; braces without `crop` or without a bracket
+    `{Crop a 1, b 2 [box]}` gives one call, `{Crop a [box], b [box]}` two; of their words nothing stays but the number
+    of a picture, where they are no more than that: `{Crop image 2 [box]}`. Braces without `crop` or without a bracket
     stay text.
     """
     problems: list[tuple[str, str]] = []
@@ -129,7 +132,12 @@ def crops_to_calls(text: str) -> tuple[str, list[tuple[str, str]]]:
                 (BOX_REASONS[one.reason], f"{name}: {one}; mend the box or remove the command") for one in faults
             )
             if not faults:
-                return "".join(format_call(part.strip() for part in box[1:-1].split(",")) for box in brackets)
+                named = (_IMAGE_NAME.fullmatch(words) for words in _BRACKET.split(written))
+                numbers = (int(name[1]) if name else 1 for name in named)
+                return "".join(
+                    format_call((part.strip() for part in box[1:-1].split(",")), number)
+                    for box, number in zip(brackets, numbers)
+                )
         return written
 
     pieces = re.split(f"({WRITTEN_CALL.pattern})", text, flags=re.DOTALL)

@@ -18,6 +18,8 @@ TINY = "tiny"
 CONNECT_SECONDS = 5
 TINY_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_model"
 CONFIG = "config.json"
+FINAL_MODEL = "final_model"
+"""The folder of a finished run that holds its model."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -39,7 +41,8 @@ def locate(name: str) -> str:
     if os.path.isdir(folder):  # of a name that is too long Path.is_dir raises an error
         files = {path.name for path in folder.iterdir()}
         if not files & {ADAPTER_CONFIG, *WEIGHT_FILES}:
-            raise CheckpointError(f"{name}: no weights ({WEIGHT_FILES[0]} or {ADAPTER_CONFIG}) in this folder")
+            hint = f"; name {folder / FINAL_MODEL}" if (folder / FINAL_MODEL).is_dir() else ""
+            raise CheckpointError(f"{name}: no weights ({WEIGHT_FILES[0]} or {ADAPTER_CONFIG}) in this folder{hint}")
         if CONFIG not in files:
             raise CheckpointError(f"{name}: no {CONFIG} in this folder")
     elif os.path.isfile(folder):

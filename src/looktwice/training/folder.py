@@ -18,12 +18,11 @@ from looktwice.config import StageConfig
 from looktwice.drafts import UNFINISHED, settle_all
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.metrics import LOG_FILE
-from looktwice.model.location import adapter_base, local_adapter
+from looktwice.model.location import FINAL_MODEL, adapter_base, local_adapter
 from looktwice.paths import check_run_folder, place
 from looktwice.trackers import TENSORBOARD
 from looktwice.training.record import Record
 
-FINAL_MODEL = "final_model"
 STATE_FILE = "trainer_state.pt"
 """The optimizer's state, which makes a saved folder a checkpoint."""
 LEFT_OUT = "left_out.jsonl"
