@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
@@ -27,9 +26,6 @@ class Screen(Console):
             renderable = renderable.copy()
             renderable.plain = plain
         return super().render(renderable, options)
-
-    def out(self, *objects: Any, **options: Any) -> None:
-        super().out(*(shown_controls(str(one)) for one in objects), **options)
 
 
 def open_console(*, stderr: bool = False) -> Console:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from os import PathLike
 from typing import Any, get_args
@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 
 from looktwice.asking.answer import Answer
-from looktwice.asking.asked import Asked
+from looktwice.asking.asked import Asked, begin
 from looktwice.asking.events import Event, Tell
 from looktwice.config import AnswerConfig, InferenceConfig
 from looktwice.engine.builtin import BuiltinEngine
@@ -171,6 +171,13 @@ class OvisInference:
         """
         return self._asked(question_as_conversation(question), self.config.answer(**generation), tell)
 
+    def ask_times(self, question: Question, tells: Sequence[Tell | None], **generation: Any) -> list[Asked]:
+        """A question to be answered once for each of `tells`, each time drawn by itself: all have one `request`, to be
+        submitted once, and share its prompt. Otherwise as `ask`."""
+        settings = self.config.answer(**generation)
+        conversation, seed_of = question_as_conversation(question), seeds_of(settings.seed)
+        return begin(conversation, self.processor, settings, seed_of=seed_of, tells=tells)
+
     def engine(self, **options: Any) -> BuiltinEngine:
         """A new engine of this model, for requests of `ask`; options are those of BuiltinEngine."""
         options = {"max_rows": self.config.batch_size, **options}
@@ -203,7 +210,7 @@ class OvisInference:
         look: Look | None = None,
     ) -> Asked:
         seed_of = seeds_of(generation.seed)
-        return Asked(conversation, self.processor, generation, seed_of=seed_of, tell=tell, look=look)
+        return begin(conversation, self.processor, generation, seed_of=seed_of, tells=[tell], look=look)[0]
 
     def _streamed(self, asked: Asked, events: deque[Event]) -> Iterator[Event]:
         engine = self.engine(max_rows=1)

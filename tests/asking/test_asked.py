@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from looktwice.asking.asked import Asked
+from looktwice.asking.asked import Asked, begin
 from looktwice.asking.events import Cropped, Done, Event, Said, Thinking
 from looktwice.config import AnswerConfig
 from looktwice.engine.sampling import Sampling
@@ -32,9 +32,8 @@ def scripted(processor, image):
         from tests.conftest import ScriptedEngine
 
         events: list[Event] = []
-        asked = Asked(
-            question_about("What?", image), processor, AnswerConfig(**settings), seed_of=len, tell=events.append
-        )
+        question, generation = question_about("What?", image), AnswerConfig(**settings)
+        [asked] = begin(question, processor, generation, seed_of=len, tells=[events.append])
         play(ScriptedEngine(processor, [script]), [[asked.episode]], Sampling(), [0])
         return asked, events
 
@@ -127,6 +126,18 @@ def test_many_share_one_engine_and_each_hears_its_own(inference, image) -> None:
     assert [events[-1].kind for events in heard] == ["done"] * 3
     assert [one.answer.stop_reason for one in asked] == ["max_tokens", "cancelled", "max_tokens"]
     assert [asked[place].answer for place in (0, 2)] == [inference.generate(*questions[place]) for place in (0, 2)]
+
+
+def test_siblings_are_submitted_once_and_drawn_each_by_itself(inference, image) -> None:
+    heard: list[list[Event]] = [[], []]
+    one, other = inference.ask_times((image, "What?"), [each.append for each in heard], temperature=2.0, seed=1)
+    assert one.request is other.request
+    engine = inference.engine()
+    engine.submit(one.request)
+    while engine.step():
+        pass
+    assert one.answer.response != other.answer.response
+    assert [each[-1].answer for each in heard] == [one.answer, other.answer]
 
 
 def test_a_listener_that_raises_ends_its_own_answer_alone(inference, image) -> None:

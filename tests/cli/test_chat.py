@@ -36,7 +36,7 @@ def test_each_line_is_a_question_of_one_conversation(chat, capsys) -> None:
 
 
 def test_reset_forgets_conversation_and_images(chat) -> None:
-    assert chat("What is it?", "/save one.json", "/reset", "What is it?", "/save two.json") == 0
+    assert chat("What is it?", "/save one.json", "/image b.png", "/reset", "What is it?", "/save two.json") == 0
     one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
     assert (one["images"], two["images"], len(two["turns"])) == (["a.png"], [], 1)
     assert two["turns"][0]["tokens"]["prompt"] < one["turns"][0]["tokens"]["prompt"]
@@ -77,3 +77,21 @@ def test_the_commands_are_told(chat, capsys) -> None:
 def test_what_cannot_be_talked_with_is_told_at_once(words, problem, capsys) -> None:
     assert main(["chat", *words]) == 1
     assert problem in capsys.readouterr().err
+
+
+def test_an_answer_can_be_stopped_and_the_talk_goes_on(chat, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    shown = iter([KeyboardInterrupt, None])
+
+    def show(*_: object, **asked: object) -> None:
+        if error := next(shown):
+            raise error
+
+    class Typed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("looktwice.cli.chat.show_answer", show)
+    monkeypatch.setattr("looktwice.cli.chat._lines", lambda: iter(["What?", "And?"]))
+    monkeypatch.setattr(io, "StringIO", Typed)
+    assert chat() == 0
+    assert capsys.readouterr().out == "\n(stopped; the question is forgotten)\n" and next(shown, "all") == "all"

@@ -7,7 +7,7 @@ that steps, or in that of a driver where the engine has threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from looktwice.asking.answer import Answer, Seconds, answer_of, crop_of, remembered
 from looktwice.asking.events import Cropped, Done, Letters, Splitter, Tell
@@ -17,7 +17,7 @@ from looktwice.engine.sampling import Sampling
 from looktwice.messages import Conversation, assistant, system
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.rollout.conversation import open_images
-from looktwice.rollout.episode import EpisodeRules, Look, Watcher, request_of, start_episodes
+from looktwice.rollout.episode import Episode, EpisodeRules, Look, Watcher, request_of, start_episodes
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 
 
@@ -48,35 +48,46 @@ def sampling_of(generation: AnswerConfig) -> Sampling:
     )
 
 
-class Asked(Watcher):
-    """One question that was begun. `answer` is there when `is_over`.
+def begin(
+    conversation: Conversation,
+    processor: Ovis2_5Processor,
+    generation: AnswerConfig,
+    *,
+    seed_of: Callable[[Example], int],
+    tells: Sequence[Tell | None] = (None,),
+    look: Look | None = None,
+) -> list[Asked]:
+    """A question begun once for each of `tells`: siblings with one request, which share their prompt in an engine.
 
-    The pictures are opened and the prompt is written when it is made, in the caller's thread. Raises ImageError for a
-    picture or video that cannot be read.
+    The pictures are opened and the prompt is written here, in the caller's thread. Raises ImageError for a picture or
+    video that cannot be read.
     """
+    messages = conversation.messages
+    if generation.system and not any(message.role == "system" for message in messages):
+        conversation = Conversation(messages=(system(generation.system), *messages))
+    siblings = [Asked(conversation, processor, tell) for tell in tells]
+    opened = open_images(conversation, num_frames=generation.num_frames)
+    rules = rules_of(generation)
+    episodes = start_episodes(opened, processor, rules, count=len(siblings), look=look, watchers=siblings)
+    request = request_of(episodes, sampling_of(generation), seed_of(episodes[0].prompt))
+    for asked, episode in zip(siblings, episodes):
+        asked.episode, asked.request = episode, request
+    return siblings
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        processor: Ovis2_5Processor,
-        generation: AnswerConfig,
-        *,
-        seed_of: Callable[[Example], int],
-        tell: Tell | None = None,
-        look: Look | None = None,
-    ) -> None:
-        messages = conversation.messages
-        if generation.system and not any(message.role == "system" for message in messages):
-            conversation = Conversation(messages=(system(generation.system), *messages))
+
+class Asked(Watcher):
+    """One question that was begun, by `begin`. `answer` is there when `is_over`; `request` is what an engine takes."""
+
+    episode: Episode
+    request: Request
+
+    def __init__(self, conversation: Conversation, processor: Ovis2_5Processor, tell: Tell | None = None) -> None:
         self.conversation = conversation
         self.tell = tell
         self.answer: Answer | None = None
         self.letters, self.splitter = Letters(processor.decode), Splitter()
         self.end_ids = frozenset(processor.end_ids)
         self.call_text = ""
-        opened = open_images(conversation, num_frames=generation.num_frames)
-        [self.episode] = start_episodes(opened, processor, rules_of(generation), look=look, watchers=[self])
-        self.request: Request = request_of([self.episode], sampling_of(generation), seed_of(self.episode.prompt))
         self.begun = time.monotonic()
         self.first: float | None = None
 

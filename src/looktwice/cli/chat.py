@@ -48,6 +48,10 @@ def run(words: Sequence[str]) -> int:
     sources = [_source(image) for image in given["images"]]
     locate(config.model_path)
     shown_with(sources, config.num_frames)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from looktwice.report.live_answer import ask_terminal
+
+        ask_terminal()
     return Talk(load(config), sources).go_through(_lines())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console, RenderableType
 
 from looktwice.asking.answer import Answer
 from looktwice.asking.events import Cropped, Done, Event, Said, Thinking
+from looktwice.errors import counted
 
 THINKING_STYLE, CROP_STYLE, ANSWER_STYLE, NOTE_STYLE = "dim", "bold magenta", "bold", "yellow"
 CROP_COLUMNS = 24
@@ -54,6 +56,7 @@ class LiveAnswer:
             self._end_line()
             for line in end_lines(event.answer):
                 self.console.out(line, style=NOTE_STYLE)
+            self.console.out(cost_line(event.answer), style=THINKING_STYLE)
 
     def _write(self, event: Thinking | Said) -> None:
         text = event.text
@@ -104,6 +107,14 @@ def end_lines(answer: Answer) -> Iterator[str]:
         yield f"(ended by an error: {answer.error})"
 
 
+def cost_line(answer: Answer) -> str:
+    """What an answer took, and at which size the picture was seen."""
+    facts = [size_line(answer.seen), counted(answer.tokens.written, "token")]
+    if answer.seconds is not None:
+        facts.append(f"{answer.seconds.total:.1f} s")
+    return "  ".join(filter(None, facts))
+
+
 def size_line(shown: Mapping[str, Any] | None) -> str:
     """At which size the model saw the picture or video, where that is not the original one."""
     if shown is None or shown["original"] == shown["seen"]:
@@ -111,6 +122,12 @@ def size_line(shown: Mapping[str, Any] | None) -> str:
     (width, height), (seen_width, seen_height) = shown["original"], shown["seen"]
     what = f"video: {shown['frames']} frames of" if "frames" in shown else "picture:"
     return f"{what} {width}x{height}, seen as {seen_width}x{seen_height}"
+
+
+def ask_terminal() -> None:
+    """Have the terminal say now what it can show: later its reply, and what a person types meanwhile, would mix."""
+    if (shown := terminal_image(Image.new("RGB", (1, 1)))) is not None:
+        Console(file=io.StringIO()).print(shown)
 
 
 def terminal_image(image: Image.Image) -> RenderableType | None:
