@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from looktwice.console import open_console, whole_line
+from looktwice.console import open_console, say, whole_line
 
 LONG = " ".join(["outputs/a/long/path"] * 20)
 
@@ -104,3 +104,11 @@ def test_signs_keep_their_style(open_terminal) -> None:
 def test_files_get_texts_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     open_console().out("\x1b[31mred\u202e")
     assert capsys.readouterr().out == "\x1b[31mred\u202e\n"
+
+
+def test_a_line_is_said_raw_into_a_pipe_and_with_signs_on_a_terminal(open_terminal, capsys) -> None:
+    say("\x1b[31m\tred")
+    assert capsys.readouterr().out == "\x1b[31m\tred\n"
+    written = open_terminal()
+    say("\x1b[31m\tred", stderr=True)
+    assert written() == "\u241b[31m\tred\r\n"

@@ -50,6 +50,13 @@ def open_console(*, stderr: bool = False) -> Console:
     )
 
 
+def say(text: str, *, stderr: bool = False) -> None:
+    """Print a line at once: as it is into a file or a pipe, on a terminal with its control letters as signs."""
+    stream = sys.stderr if stderr else sys.stdout
+    is_seen = stream is not None and stream.isatty()
+    print(shown_controls(text) if is_seen else text, file=stream, flush=True)
+
+
 def whole_line(*parts: str | tuple[str, str]) -> Group:
     """A line that only the terminal itself wraps, of texts and texts with their style; print it with `crop=False`."""
     # a group, because `print` makes one text of bare ones, which no longer says that it is not to be wrapped

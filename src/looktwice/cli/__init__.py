@@ -11,7 +11,7 @@ from io import TextIOWrapper
 from looktwice import __version__
 from looktwice.cli import ask, chat, data, demo, export, train
 from looktwice.cli.arguments import run_one
-from looktwice.errors import LooktwiceError, short, shown_controls
+from looktwice.errors import LooktwiceError, short
 from looktwice.training.stopping import Interrupted
 
 VERBS = {"train": train.run, "ask": ask.run, "chat": chat.run, "data": data.run, "export": export.run, "demo": demo.run}
@@ -69,9 +69,9 @@ def _end(code: int, message: str) -> int:
     """Say what is left to say, if anybody still reads, and give back the exit code."""
     try:
         if message:
-            is_seen = sys.stderr is not None and sys.stderr.isatty()
-            told = shown_controls(message) if is_seen else message
-            print(f"looktwice: {told}", file=sys.stderr, flush=True)
+            from looktwice.console import say
+
+            say(f"looktwice: {message}", stderr=True)
     except OSError:
         pass
     for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -123,7 +123,7 @@ def show_answer(inference: OvisInference, keep: Callable[[Answer], None], **aske
     It is kept before it is printed: who reads what is printed may leave.
     """
     from looktwice.asking.events import Done
-    from looktwice.console import open_console
+    from looktwice.console import open_console, say
     from looktwice.report.live_answer import LiveAnswer, plain_lines
 
     console = open_console()
@@ -134,7 +134,7 @@ def show_answer(inference: OvisInference, keep: Callable[[Answer], None], **aske
     assert isinstance(done, Done)
     keep(done.answer)
     for line in plain_lines(done.answer):
-        print(line)
+        say(line)
 
 
 def _check_drawing(path: Path, what: dict[str, Any]) -> None:

@@ -88,6 +88,8 @@ class Talk:
 
     def go_through(self, lines: Iterator[str]) -> int:
         """Answer line by line; a line that fails is told and passed over. 1 if one did that nobody typed."""
+        from looktwice.console import say
+
         for line in map(str.strip, lines):
             if line == "/quit":
                 break
@@ -95,7 +97,7 @@ class Talk:
                 self._obey(line)
             except LooktwiceError as error:
                 self.num_errors += 1
-                print(f"looktwice: {error}", file=sys.stderr)
+                say(f"looktwice: {error}", stderr=True)
         return 1 if self.num_errors and not sys.stdin.isatty() else 0
 
     def _obey(self, line: str) -> None:
