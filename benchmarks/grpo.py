@@ -31,6 +31,7 @@ from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.interface import Request
 from looktwice.geometry import Size
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
+from looktwice.model.vision_cache import encoder
 from looktwice.model.weights import TINY, locate, save_model
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.packing import PackedBatch, pack
@@ -158,7 +159,7 @@ class Step:
         """A whole step as shipped: rollouts together, and the update."""
         scripts = self.scripts()
         with self.learner.images_kept():
-            engine = BuiltinEngine(self.learner.base, encode=self.learner.encode_images)
+            engine = BuiltinEngine(self.learner.base, encode=encoder(self.learner.base, self.learner.vision_cache))
             engine.run([Request(prompt=self.prompt, drivers=scripts, max_new_tokens=BEFORE_CROP)])
             for script in scripts:
                 script.check()

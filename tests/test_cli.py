@@ -272,19 +272,20 @@ TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "1
         ({"WORLD_SIZE": "2", "RANK": "0"}, {}, "(WORLD_SIZE) without LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start them"),
         ({"WORLD_SIZE": "two"}, {}, "WORLD_SIZE is 'two'; it must be a number"),
         ({}, {"distributed": "fsdp"}, "distributed is fsdp, and one process has nobody to share the model with"),
-        (TORCHRUN, {"stage": "grpo"}, "started as one of 2 processes; R-GRPO trains in one"),
-        (TORCHRUN, {"stage": "both"}, "started as one of 2 processes; R-GRPO trains in one"),
         (TORCHRUN, {"device": "auto"}, "device is auto, and of several processes each takes the GPU of its local rank"),
         (
             TORCHRUN,
             {"distributed": "fsdp", "quantization": "nf4", "use_lora": True},
             "quantization nf4 does not go with fsdp; use --distributed ddp, or leave it out",
         ),
+        (
+            TORCHRUN,
+            {"stage": "grpo", "distributed": "fsdp", "exact": True},
+            "exact True does not go with fsdp; use --distributed ddp, or leave it out",
+        ),
     ],
 )
-def test_several_processes_are_those_of_torchrun_and_do_stage_1(
-    variables, settings, told, command, refusal, monkeypatch
-) -> None:
+def test_several_processes_are_those_of_torchrun(variables, settings, told, command, refusal, monkeypatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert told in refusal(command(**settings))
@@ -303,10 +304,10 @@ def test_an_error_that_all_processes_have_is_told_by_rank_0(command, monkeypatch
         monkeypatch.setenv(name, value)
     waited: list[float] = []
     monkeypatch.setattr(launch.time, "sleep", waited.append)  # in which torchrun ends it
-    assert main(command(stage="grpo")) == 1
+    assert main(command(stage="grpo", device="auto")) == 1
     assert waited == [launch.SECONDS_BEFORE_RANK_0]
     told = capsys.readouterr()
-    assert told.err.startswith("looktwice: rank 1: started as one of 2 processes") and told.out == ""
+    assert told.err.startswith("looktwice: rank 1: device is auto, and of several processes") and told.out == ""
 
 
 def test_a_run_without_steps_is_refused(command, refusal) -> None:

@@ -61,6 +61,10 @@ def test_an_unknown_key_names_the_nearest_one(config_class, key, hint) -> None:
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
     assert refusal(GRPOConfig, surrogate="cispo", epsilon=0.2).startswith("epsilon: cispo has no such bound")
+    assert "one update older, so exact cannot hold" in refusal(GRPOConfig, one_step_off=True, exact=True)
+    sharded = {"one_step_off": True, "distributed": "fsdp"}
+    assert refusal(GRPOConfig, **sharded).startswith("one_step_off needs the whole model once more for sampling")
+    assert GRPOConfig(**sharded, vllm_servers="http://a:1").one_step_off
 
 
 @pytest.mark.parametrize("key", ["zzz", "deepseed", "cache", "reference"])
@@ -533,6 +537,7 @@ TRAIN_FLAGS = [
     "--grpo_bf16",
     "--grpo_config",
     "--grpo_deterministic",
+    "--grpo_distributed",
     "--grpo_eval_steps",
     "--grpo_fp16",
     "--grpo_freeze",
@@ -558,6 +563,7 @@ TRAIN_FLAGS = [
     "--grpo_output_dir",
     "--grpo_overwrite",
     "--grpo_part_learning_rates",
+    "--grpo_process_timeout",
     "--grpo_report_to",
     "--grpo_resume",
     "--grpo_resume_from_checkpoint",
@@ -610,6 +616,7 @@ TRAIN_FLAGS = [
     "--num_minibatches",
     "--num_workers",
     "--offload_activations",
+    "--one_step_off",
     "--optim",
     "--overwrite",
     "--part_learning_rates",

@@ -338,6 +338,8 @@ class StageConfig(Config):
         ("tensorboard",), "where metrics are shown: tensorboard,wandb,trackio, several or none"
     )
     deterministic: bool = knob(False, "same bits in each run on one machine; costs time on a GPU")
+    distributed: Literal["ddp", "fsdp"] = knob("ddp", "each process of torchrun has the whole model, or a share (fsdp)")
+    process_timeout: Annotated[Number, Field(gt=0)] = knob(600.0, "seconds to wait for a process that is late")
 
     @property
     def frozen_parts(self) -> tuple[Part, ...]:
@@ -369,8 +371,6 @@ class SFTConfig(StageConfig):
     output_dir: Place = knob(Path("outputs/sft"), "run folder", flag="sft_output_dir")
     num_workers: NonNegativeInt | None = knob(None, "processes preparing samples; default: up to 4 on a GPU, else 0")
     num_train_epochs: Epochs = knob(3.0, "passes over the training data", flag="num_epochs")
-    distributed: Literal["ddp", "fsdp"] = knob("ddp", "each process of torchrun has the whole model, or a share (fsdp)")
-    process_timeout: Annotated[Number, Field(gt=0)] = knob(600.0, "seconds to wait for a process that is late")
 
 
 REWARDS = ("robust", "paper", "code")
@@ -462,6 +462,7 @@ class GRPOConfig(StageConfig):
     stop_on_alarm: Annotated[tuple[AlarmName | Literal["all"], ...], BeforeValidator(split_commas)] = knob(
         (), "alarms that end the run, by name with commas, or all"
     )
+    one_step_off: bool = knob(False, "make the next rollouts during the update, from the weights before it")
     exact: bool = knob(False, "logprobs of rollouts and training alike to the last bit; costs time")
 
     @model_validator(mode="after")
@@ -482,6 +483,15 @@ class GRPOConfig(StageConfig):
             )
         if self.vllm_servers and self.exact:
             raise ValueError("vllm_servers: vLLM has other kernels, so exact cannot hold; leave one of the two out")
+        if self.one_step_off and self.exact:
+            raise ValueError(
+                "one_step_off: rollouts are one update older, so exact cannot hold; leave one of the two out"
+            )
+        if self.one_step_off and self.distributed == "fsdp" and not self.vllm_servers:
+            raise ValueError(
+                "one_step_off needs the whole model once more for sampling, which fsdp is to avoid; sample with "
+                "--vllm_servers, or leave one of the two out"
+            )
         if self.vllm_servers and (self.top_p < 1 or self.top_k > 0):
             raise ValueError(
                 "vllm_servers: vLLM does not tell the plain logprobs that training needs under top_p or top_k; leave "

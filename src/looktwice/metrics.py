@@ -43,7 +43,7 @@ METRICS: dict[str, str] = {
     "time/update_s": "seconds of the policy updates",
     "time/eval_s": "seconds of the evaluation",
     "time/saving_s": "seconds of writing checkpoints, trajectories and pages since the step before",
-    "time/data_s": "seconds of reading prompts and their pictures",
+    "time/waiting_s": "seconds of waiting for samples to be prepared, for other processes, or for rollouts made ahead",
     "time/idle_share": "share of the time since the step before in which the model neither sampled here nor trained",
     "perf/sampled_tokens_per_s": "sampled tokens per second of sampling",
     "perf/trained_tokens_per_s": "trained tokens per second of the policy updates",

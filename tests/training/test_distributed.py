@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from tests.training.processes import Ended, assert_same_weights, logged, run_two
 from torch.distributed import HashStore
 
-import looktwice
 from looktwice.cli.train import train_configs
 from looktwice.config import SFTConfig
 from looktwice.data.lengths import Refit, sequence_lengths
@@ -34,7 +27,6 @@ from looktwice.formats.sample_file import read_samples
 from looktwice.inference import OvisInference
 from looktwice.launch import Launch, RankError
 from looktwice.messages import question_about
-from looktwice.metrics import LOG_FILE
 from looktwice.training import distributed
 from looktwice.training.distributed import DistributedError, Replicated, World
 from looktwice.training.folder import checkpoints
@@ -58,15 +50,6 @@ def load_pair() -> ModuleType:
 pair = load_pair()
 
 
-class Ended(NamedTuple):
-    """How the two processes ended: exit codes and what each said, by rank."""
-
-    folder: Path
-    codes: list[int]
-    errors: list[str]
-    seconds: float
-
-
 @pytest.fixture(scope="module")
 def both(model_folder, dataset, tmp_path_factory) -> Ended:
     """One process does what it does alone, then two do all of `pair.py`."""
@@ -83,45 +66,7 @@ def both(model_folder, dataset, tmp_path_factory) -> Ended:
     pair.meet_faults(World(), folder, folder / "one" / "faults")
     for way in ("full", "lora"):
         pair.run(folder, folder / "one" / way, save_steps=1, **pair.WAYS[way])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = str(Path(looktwice.__file__).parents[1])
-    started = time.perf_counter()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return Ended(folder, [process.returncode for process in processes], errors, time.perf_counter() - started)
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a saved model or adapter."""
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_same_weights(folder: Path, expected: Path, *, within: float = 1e-5) -> None:
-    found, wanted = tensors(folder), tensors(expected)
-    assert found.keys() == wanted.keys() and found
-    for name, tensor in found.items():
-        # what a key bias adds is the same for all keys: its gradient is rounding, which Adam makes a whole step of
-        if not name.endswith("k_proj.bias"):
-            assert torch.linalg.norm(tensor - wanted[name]) <= within * torch.linalg.norm(wanted[name]), name
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return run_two(SCRIPT, folder)
 
 
 @pytest.mark.parametrize("way", pair.WAYS)
@@ -231,10 +176,10 @@ def test_gradients_are_summed_in_buckets_of_one_dtype(monkeypatch) -> None:
 def test_the_commands_of_the_page_on_scaling_parse() -> None:
     page = (SCRIPT.parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in re.findall(r"```bash\n(.*)\n```", page)]
-    assert len(commands) == 5
+    assert len(commands) == 9
     for words in commands:
-        stage, *_, config, _ = train_configs(words[words.index("train") + 1 :])
-        assert stage == "sft" and (config.distributed == "fsdp") == ("fsdp" in words)
+        stage, *_, sft, grpo = train_configs(words[words.index("train") + 1 :])
+        assert ((sft if stage == "sft" else grpo).distributed == "fsdp") == ("fsdp" in words)
         assert (words[0] == "torchrun") == ("-m" in words)
 
 

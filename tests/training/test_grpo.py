@@ -19,10 +19,10 @@ from looktwice.metrics import METRICS
 from looktwice.model.numerics import NumericsError
 from looktwice.rewards import Reward
 from looktwice.training.alarms import ALARMS
-from looktwice.training.grpo import further, refill, train_grpo, train_step
+from looktwice.training.grpo import Stage2, train_grpo
 from looktwice.training.policy import improve
 from looktwice.training.rollouts import roll_out
-from looktwice.training.sets import LengthReport
+from looktwice.training.sets import LengthReport, Prompts
 from looktwice.training.sft import train_sft
 
 
@@ -63,7 +63,7 @@ def test_every_step_is_logged_with_what_the_table_of_metrics_explains(run) -> No
             "time/rollout_s",
             "time/reward_s",
             "time/reference_s",
-            "time/data_s",
+            "time/waiting_s",
             "time/idle_share",
             "perf/sampled_tokens_per_s",
             "perf/trained_tokens_per_s",
@@ -179,15 +179,13 @@ def test_no_picture_is_encoded_twice_in_a_step_where_vision_is_frozen(load, data
     paid = iter([0.0, 1.0] * 2)
     settings = {"drop_constant_groups": False, "mask_truncated_completions": False}
     config = learner.config.model_copy(update=settings)
-    metrics = train_step(
+    stage = Stage2(
         learner,
-        samples,
         config,
         lambda played: [Reward(total=next(paid)) for _ in played],
         learner.freeze_reference(),
-        lambda batch, count: [],
-        with_canaries=False,
     )
+    metrics = stage.step(samples, with_canaries=False)
     assert metrics["loss"] != 0 and sum(encoded) == 2
     assert learner.vision_cache is None
 
@@ -202,6 +200,12 @@ def test_groups_without_signal_are_replaced_by_further_prompts(load, dataset) ->
     learner = load(num_generations=2, max_new_tokens=3, refill_batches=3)
     samples = read_samples(dataset.rl, dataset.rl.parent)
     asked: list[tuple[int, int]] = []
+
+    class Further:
+        def further(self, step: int, batch: int, *, per_step: int, count: int) -> list[Sample]:
+            asked.append((batch, count))
+            return samples[2 : 2 + count]
+
     paid_calls = iter(range(100))
 
     def pay(played):
@@ -209,12 +213,8 @@ def test_groups_without_signal_are_replaced_by_further_prompts(load, dataset) ->
         has_signal = next(paid_calls) > 1
         return [Reward(total=float(place % 2 and has_signal)) for place in range(len(played))]
 
-    def more(batch: int, count: int) -> list[Sample]:
-        asked.append((batch, count))
-        return samples[2 : 2 + count]
-
     groups = roll_out(learner, samples[:2], learner.config, pay)
-    found = refill(learner, groups, learner.config, pay, more)
+    found = Stage2(learner, learner.config, pay, prompts=Further()).refill(groups)
     assert asked == [(0, 2), (1, 2)]
     assert [[rollout.reward.total for rollout in group] for group in found] == [[0.0, 1.0]] * 2
     ids = [group[0].trajectory.completion_ids for group in (*groups, *found)]
@@ -226,14 +226,10 @@ def test_further_prompts_follow_from_seed_and_step_and_are_none_of_the_run(proce
     config = GRPOConfig(refill_batches=2)
     order = BatchOrder(len(samples), samples_per_step=2, num_epochs=1, max_steps=None, seed=0)
     data = DataConfig(train_data_path=dataset.rl, image_base_path=dataset.rl.parent)
-    drawn = [
-        further(step, order, samples, config, processor, data, LengthReport(config), batch, 2)
-        for step in range(2)
-        for batch in range(2)
-    ]
-    wanted = [[samples[number] for number in order[order.total_steps + place]] for place in range(4)]
-    assert drawn == wanted
-    assert len(further(0, order, samples, config, processor, data, LengthReport(config), 0, 1)) == 1
+    prompts = Prompts(samples, order, processor, data, LengthReport(config))
+    drawn = [prompts.further(step, batch, per_step=2, count=2) for step in range(2) for batch in range(2)]
+    assert drawn == [[samples[number] for number in order[order.total_steps + place]] for place in range(4)]
+    assert len(prompts.further(0, 0, per_step=2, count=1)) == 1
 
 
 def test_an_adapter_goes_on_without_its_dropout(run, model_folder, dataset, tmp_path, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from looktwice.training import phases as phases_module
+from looktwice.training.distributed import World
 from looktwice.training.phases import Phases
 
 
@@ -20,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_what_is_neither_sampling_here_nor_training_is_idle(is_sampled_here, idle, clock) -> None:
     phases = Phases()
     for phase, seconds in (("rollout", 2), ("reward", 3), ("update", 4)):
-        with phases.of(phase):
+        with phases.during(phase):
             clock[0] += seconds
     clock[0] += 1
     assert phases.take(is_sampled_here=is_sampled_here) == pytest.approx(
@@ -30,17 +31,42 @@ def test_what_is_neither_sampling_here_nor_training_is_idle(is_sampled_here, idl
 
 def test_what_was_taken_is_not_taken_again(clock) -> None:
     phases = Phases()
-    with phases.of("update"):
+    with phases.during("update"):
         clock[0] += 1
     phases.take()
-    with phases.of("saving"):
+    with phases.during("saving"):
         clock[0] += 2
     assert phases.take() == {"time/saving_s": 2, "time/idle_share": 1}
 
 
+def test_what_a_process_waits_for_others_in_a_phase_is_none_of_it_and_times_are_means_of_all(clock) -> None:
+    class OfTwo(World):
+        size = 2
+
+        def gather(self, items):
+            return [*items, *((name, value + 2) for name, value in items)]
+
+    world = OfTwo()
+    phases = Phases(world)
+    with phases.during("update"):
+        clock[0] += 4
+        world.waited += 1
+    taken = phases.take()
+    assert (taken["time/update_s"], taken["time/waiting_s"], taken["time/idle_share"]) == (4, 2, 1.25)
+    assert world.waited == 0
+
+
+def test_phases_of_rollouts_made_ahead_are_added(clock) -> None:
+    phases, ahead = Phases(), Phases()
+    with ahead.during("rollout"):
+        clock[0] += 3
+    phases.add(ahead)
+    assert phases.take() == {"time/rollout_s": 3, "time/idle_share": 0} and not ahead.seconds
+
+
 def test_a_phase_that_fails_has_taken_its_time_too(clock) -> None:
     phases = Phases()
-    with pytest.raises(ValueError), phases.of("eval"):
+    with pytest.raises(ValueError), phases.during("eval"):
         clock[0] += 1
         raise ValueError
     assert phases.take()["time/eval_s"] == 1

@@ -12,7 +12,6 @@ from torch import Tensor
 from looktwice.config import GRPOConfig
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
-from looktwice.rewards import Reward
 from looktwice.training.learner import Scores
 from looktwice.training.policy import Minibatch, PolicyLoss
 
@@ -84,15 +83,16 @@ def of_looktwice(policy: Tensor, old: Tensor, ref: Tensor, **settings: object) -
     config = GRPOConfig(max_new_tokens=MAX_TOKENS, **settings)
     examples = [Example(input_ids=[1] * (length + 1), loss_mask=[False, *[True] * length]) for length in LENGTHS]
     rollouts = {}
-    for example, length, advantage, row in zip(examples, LENGTHS, ADVANTAGES.tolist(), old.tolist()):
-        trajectory = SimpleNamespace(
-            is_sampled=[True] * length, sampling_logprobs=row[:length], drawn_logprobs=row[:length]
+    for number, (example, length) in enumerate(zip(examples, LENGTHS)):
+        row = old[number, :length].tolist()
+        rollouts[id(example)] = SimpleNamespace(
+            trajectory=SimpleNamespace(is_sampled=[True] * length, sampling_logprobs=row, drawn_logprobs=row),
+            advantage=float(ADVANTAGES[number]),
+            reference_logprobs=ref[number, :length].tolist() if config.beta else None,
+            old_logprobs=None,
         )
-        rollouts[id(example)] = SimpleNamespace(trajectory=trajectory, advantage=advantage, reward=Reward(total=0.0))
     loss = PolicyLoss(config, rollouts)
     loss.begin(Minibatch([], sum(LENGTHS), len(LENGTHS)))
-    if config.beta:
-        loss.reference = {id(example): row[: len(example) - 1] for example, row in zip(examples, ref)}
     return loss(Scores(policy[MASK.bool()], None), pack(examples))
 
 

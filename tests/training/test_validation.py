@@ -12,7 +12,7 @@ from looktwice.config import DataConfig, GRPOConfig
 from looktwice.engine.sampling import Sampling
 from looktwice.formats.sample_file import read_samples
 from looktwice.rollout.episode import play
-from looktwice.training import validation
+from looktwice.training.sampler import Sampler
 from looktwice.training.sets import LengthReport
 from looktwice.training.validation import validate
 
@@ -21,22 +21,22 @@ CROPPED = f"<think>\n{CALL}\n</think>\n\n<answer>7{END}"
 
 
 @pytest.fixture
-def validated(load, dataset, tmp_path, monkeypatch: pytest.MonkeyPatch):
+def validated(load, dataset, tmp_path):
     """Asks questions whose gold answer is 7, the policy writing these scripts; gives the metrics and what was asked."""
     learner = load(num_generations=2)
 
     def ask(*asked: list[str], **settings: object) -> tuple[dict[str, float], list[int]]:
         scripts, counts = iter(asked), []
 
-        def scripted(learner, groups, config) -> None:
-            counts.append(len(groups))
-            if groups:
-                play(ScriptedEngine(learner.processor, next(scripts)), groups, Sampling(), [0] * len(groups))
+        class Scripted(Sampler):
+            def play(self, groups, config, seeds, images):
+                counts.append(len(groups))
+                play(ScriptedEngine(learner.processor, next(scripts)), groups, Sampling(), seeds)
 
-        monkeypatch.setattr(validation, "sample_episodes", scripted)
         samples = [replace(sample, solution="7") for sample in read_samples(dataset.eval, dataset.eval.parent)]
         config = GRPOConfig(output_dir=tmp_path, max_new_tokens=200, **settings)
-        return validate(learner, samples[: len(asked[0])], DataConfig(), config, LengthReport(config)), counts
+        sampler = Scripted(learner, config)
+        return validate(learner, samples[: len(asked[0])], DataConfig(), config, LengthReport(config), sampler), counts
 
     return ask
 

@@ -225,8 +225,7 @@ def refuse_idle_flags(stage: str, flags: Mapping[str, Any]) -> None:
     of_stage_2 += [f"grpo_{flag_of(GRPOConfig, name)}" for name in SHARED]
     idle = {
         "sft": dict.fromkeys(of_stage_2, "it belongs to stage 2"),
-        "grpo": {"sft_output_dir": "it belongs to stage 1", "model_name": "stage 2 starts from --sft_checkpoint"}
-        | dict.fromkeys(("distributed", "process_timeout"), "R-GRPO trains in one process"),
+        "grpo": {"sft_output_dir": "it belongs to stage 1", "model_name": "stage 2 starts from --sft_checkpoint"},
         "both": {"sft_checkpoint": "stage 2 starts from the model of stage 1"},
     }[stage]
     for flag, reason in idle.items():

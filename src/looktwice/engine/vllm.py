@@ -155,6 +155,12 @@ class VllmEngine:
         with ThreadPoolExecutor(len(self.servers)) as threads:
             list(threads.map(lambda server: server.load_weights(folder, version), self.servers))
 
+    def note_weights(self, version: str) -> None:
+        """Note that another process has pushed the weights of `version`: what follows is theirs, and of what the
+        servers held before they know nothing more."""
+        for server in self.servers:
+            server.note_weights(version)
+
     def _let_in(self) -> None:
         """Give each new group to the server with the least to do, and start what has room."""
         while self._arrivals:

@@ -136,10 +136,15 @@ class VllmServer:
             if not self._ask("POST", "/reset_prefix_cache")["success"]:
                 raise ServerError(f"{self.address}: the cache of the old weights is still in use; push again")
             self._ask("POST", "/update_weight_version", {"new_version": version})
-            self.weight_version = version
+            self.note_weights(version)
         finally:
             self.settle([*self._held], is_held=False)  # the server forgot all pictures
             self._ask("POST", RESUME)
+
+    def note_weights(self, version: str) -> None:
+        """Note that the server has weights of this version, for which it forgot all pictures."""
+        self.weight_version = version
+        self.settle([*self._held], is_held=False)
 
     def features(self, prompt: Prompt, sent: list[str], *, is_full: bool) -> dict[str, Any]:
         """The pictures of a prompt as the endpoint takes them; the keys of those whose pixels are in it go to `sent`.

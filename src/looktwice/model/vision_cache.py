@@ -6,6 +6,7 @@ Legend: P patches of all pictures, I pictures, A visual tokens, F features of a 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -141,6 +142,14 @@ class VisionCache:
                 for start in (0, middle, 2 * middle):
                     digest.update(numbers[start : start + BLOCK].float().cpu().numpy().data)
         return digest.hexdigest()
+
+
+def encoder(model: Ovis2_5ForConditionalGeneration, cache: VisionCache | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes vectors [A, D] of pictures [P, C * p * p], [I, 3] on the host: the cache where it keeps them, else the
+    model."""
+    if cache is None or cache.kind != "image_features":
+        return model.get_image_features
+    return lambda pixel_values, image_grid_thw: cache.inputs(pixel_values, image_grid_thw)["image_features"]
 
 
 def is_trained(*modules: nn.Module) -> bool:

@@ -37,7 +37,11 @@ class Checkpoints:
             return False
         minutes = (time.monotonic() - self.saved_at) / 60
         is_time = self.config.save_minutes is not None and minutes >= self.config.save_minutes
-        return is_best or is_time or self.learner.step % self.save_steps == 0
+        return is_best or is_time or self.is_planned(self.learner.step)
+
+    def is_planned(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step whatever it brings."""
+        return self.config.save_total_limit > 0 and step % self.save_steps == 0
 
     @property
     def place(self) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -41,6 +42,9 @@ class World:
     rank, size, kind = 0, 1, "alone"
     can_repeat = True
     """Whether this process can take rows again when its memory runs out."""
+    waited = 0.0
+    """Seconds of waiting for the others, wherever they tell each other something and before gradients are summed, which
+    nobody has taken account of yet."""
 
     @property
     def is_main(self) -> bool:
@@ -84,6 +88,12 @@ class World:
         """The model, whose trained weights are the same in all processes, as they hold it."""
         return model
 
+    @contextmanager
+    def whole_model(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts this process has all weights of the model, and runs it as often as it likes, without the
+        others. All of them enter and leave it at the same time; inside another block it does nothing."""
+        yield
+
     def even(self, rows: Sequence[PackedBatch], step: int) -> Iterable[PackedBatch]:
         """The rows of this process, and rows without weight where the way it holds the model asks for them."""
         return rows
@@ -123,22 +133,30 @@ class Replicated(World):
     def at(self, phase: str, step: int) -> None:
         self.watchdog.at(phase, step)
 
-    def sum(self, *values: float) -> list[float]:
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Something that is over when the others have come to the same place, which takes them as long as it does."""
         self.watchdog.arrive()
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
+
+    def sum(self, *values: float) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        with self.waiting():
+            dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, items: Sequence[T]) -> list[T]:
-        self.watchdog.arrive()
         everyone: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everyone, list(items))
+        with self.waiting():
+            dist.all_gather_object(everyone, list(items))
         return [item for each in everyone for item in each]
 
     def from_main(self, function: Callable[[], T]) -> T:
         result: list[Any] = [function() if self.is_main else None]
-        self.watchdog.arrive()
-        dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+        with self.waiting():
+            dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         return cast(T, result[0])
 
     def wait_for_all(self) -> None:
@@ -173,9 +191,9 @@ class Replicated(World):
         return model
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.watchdog.arrive()
         has_one = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        dist.all_reduce(has_one)
+        with self.waiting():
+            dist.all_reduce(has_one)
         gradients = []
         for parameter, number in zip(parameters, has_one.tolist()):
             if number:

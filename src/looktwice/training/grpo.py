@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.custom_reward import load_reward
-from looktwice.data.order import BatchOrder
 from looktwice.data.sample import Sample
 from looktwice.errors import TrainingError
 from looktwice.metrics import LOG_FILE
 from looktwice.model.exact import without_dropout
 from looktwice.model.numerics import as_json
 from looktwice.paths import write_result
-from looktwice.processing.processor import Ovis2_5Processor, load_processor
+from looktwice.processing.processor import load_processor
 from looktwice.report.rollout_page import write_rollout_page
 from looktwice.rewards import RewardFunction
+from looktwice.training.ahead import Ahead
 from looktwice.training.alarms import Watch, read_history
 from looktwice.training.canaries import check_rollouts
 from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.determinism import deterministic
+from looktwice.training.distributed import World
 from looktwice.training.folder import ROLLOUT_PAGES, TRAJECTORIES, checkpoint_of, claimed
+from looktwice.training.join import joined
 from looktwice.training.learner import Learner, Reference
 from looktwice.training.overview import show_overview
 from looktwice.training.policy import carries_signal, improve
-from looktwice.training.rollouts import Rollout, roll_out, tell_failures
+from looktwice.training.record import fingerprint
+from looktwice.training.rollouts import Rollout, know_of_all, roll_out, tell_failures
 from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
-from looktwice.training.sets import LengthReport, fitted, load_sets
-from looktwice.training.start import check_processes
+from looktwice.training.sampler import Sampler
+from looktwice.training.sets import LengthReport, Prompts, load_sets
 from looktwice.training.stopping import stop_requests
 from looktwice.training.telemetry import rollout_metrics
 from looktwice.training.trajectories import drop_later, write_trajectories
@@ -42,8 +46,16 @@ NUMERICS = "numerics.json"
 
 
 def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path:
-    """Run R-GRPO from the SFT checkpoint and give back the folder of the final model."""
-    check_processes(model, config)
+    """Run R-GRPO from the SFT checkpoint and give back the folder of the final model.
+
+    Under torchrun every process calls this, and rank 0 alone writes and shows.
+    """
+    with joined(model, config) as world:
+        return train_in(world, model, data, config)
+
+
+def train_in(world: World, model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path:
+    """`train_grpo` as one of the processes of a world."""
     start = str(config.sft_checkpoint_path)
     processor = load_processor(start, data)
     samples, held_out, refits, sizes = load_sets(data, processor, "grpo")
@@ -54,58 +66,76 @@ def train_grpo(model: ModelConfig, data: DataConfig, config: GRPOConfig) -> Path
         from looktwice.engine.vllm import VllmEngine
 
         VllmEngine(config.vllm_servers, processor.config)
-    with claimed(config.output_dir), stop_requests() as stop, deterministic(config.deterministic):
-        record = planned("grpo", settings, order, start)
-        learner = Learner.load(start, model, config, processor, total_steps=order.total_steps, is_exact=config.exact)
+    with (
+        claimed(config.output_dir) if world.is_main else nullcontext(),
+        stop_requests() as stop,
+        deterministic(config.deterministic),
+    ):
+        record = world.from_main(lambda: planned("grpo", settings, order, start))
+        total = order.total_steps
+        learner = Learner.load(start, model, config, processor, total_steps=total, is_exact=config.exact, world=world)
+        world.check_alike("the model", lambda: learner.start)
+        world.check_alike("--train_data", lambda: [*map(fingerprint, data.train_data_path)])
         if dropped := without_dropout(learner.model):
             print(f"stage 2 goes on without the adapter's dropout of {dropped}: what is sampled has none")
         reference = learner.freeze_reference() if config.beta > 0 else None
         checkpoint = checkpoint_of(config)
         record = begin(learner, record, settings, order)
         history = read_history(checkpoint.parent / LOG_FILE, last=learner.step) if checkpoint else []
-        drop_later(config.output_dir / TRAJECTORIES, learner.step)
+        if world.is_main:
+            drop_later(config.output_dir / TRAJECTORIES, learner.step)
         watch = Watch(config.alarms, config.stop_on_alarm, history)
-        if config.exact:
+        if config.exact and world.is_main:
             write_result(config.output_dir / NUMERICS, as_json(learner.numerics()))
-        lengths = LengthReport(config)
-        lengths.note(refits)
+        lengths = LengthReport(config, world)
+        lengths.note(refits if world.is_main else [])
+        lengths.collect()
         lengths.show()
-        with open_recorder(learner, record, settings, sizes, shown=SHOWN, title="R-GRPO") as recorder:
+        with (
+            open_recorder(learner, record, settings, sizes, shown=SHOWN, title="R-GRPO")
+            if world.is_main
+            else nullcontext() as recorder,
+            closing(Sampler(learner, config, is_apart=config.one_step_off)) as sampler,
+        ):
             saves = Checkpoints(learner, record, order)
-            show_overview(recorder.console, learner, order, model)
+            if recorder:
+                show_overview(recorder.console, learner, order, model)
+            ahead = Ahead(learner, config, pay, sampler) if config.one_step_off else None
+            asked = Prompts(samples, order, processor, data, lengths)
+            stage = Stage2(learner, config, pay, reference, asked, sampler, ahead)
             is_checked = False
             eval_every = config.eval_steps or order.steps_per_epoch
             stop.arm()
             while learner.step < order.total_steps:
+                world.at("rollouts", learner.step + 1)
                 started = time.perf_counter()
-                with learner.phases.of("data"):
-                    prompts = fitted([samples[number] for number in order[learner.step]], processor, data, lengths)
+                with learner.phases.during("waiting"):
+                    prompts = asked.of(learner.step)
+                    # after a checkpoint nothing is made ahead, so that a run that goes on from it does the same
+                    is_ahead = ahead and learner.step + 1 < order.total_steps and not saves.is_planned(learner.step + 1)
+                    coming = asked.of(learner.step + 1) if is_ahead else []
                 metrics: dict[str, float] = {}
                 if prompts:
                     # once a run, also after a resume: three forwards of one rollout
-                    more = partial(further, learner.step, order, samples, config, processor, data, lengths)
-                    metrics = train_step(
-                        learner,
-                        prompts,
-                        config,
-                        pay,
-                        reference,
-                        more,
-                        with_canaries=not is_checked,
-                        folder=config.output_dir,
-                    )
+                    metrics = stage.step(prompts, with_canaries=not is_checked, coming=coming)
+                    stage.write(config.output_dir)
                     is_checked = True
                 learner.step += 1
                 metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
                 if held_out and is_due(learner, eval_every):
-                    with learner.phases.of("eval"):
-                        metrics |= validate(learner, held_out, data, config, lengths)
+                    if ahead:
+                        ahead.wait()
+                    with learner.phases.during("eval"):
+                        metrics |= validate(learner, held_out, data, config, lengths, sampler)
+                lengths.collect()
                 metrics |= lengths.metrics | learner.phases.take(is_sampled_here=not config.vllm_servers)
                 alarms, told = watch.note(learner.step, metrics)
-                close_step(learner, recorder, metrics | alarms, saves, stop, must_log=bool(told))
+                is_saved = close_step(learner, recorder, metrics | alarms, saves, stop, must_log=bool(told))
                 for line in told:
                     print(line)
                 heed_alarms(learner, watch, saves)
+                if ahead and is_saved:
+                    ahead.drop()
         lengths.show()
         return save_final(learner, record, stop, alarms=watch.on)
 
@@ -124,90 +154,88 @@ def heed_alarms(learner: Learner, watch: Watch, saves: Checkpoints) -> None:
     raise TrainingError(f"step {learner.step}: stopped by alarm {reason}{kept}")
 
 
-def train_step(
-    learner: Learner,
-    prompts: Sequence[Sample],
-    config: GRPOConfig,
-    pay: RewardFunction,
-    reference: Reference | None,
-    more: Callable[[int, int], list[Sample]],
-    *,
-    with_canaries: bool,
-    folder: Path | None = None,
-) -> dict[str, float]:
-    """Rollouts of the prompts, their rewards, and the update on those that carry signal.
+@dataclass
+class Stage2:
+    """What the steps of a run have in common, and a step. All processes call its methods at the same time."""
 
-    With `refill_batches` groups without signal are replaced by those of `more` prompts. Into the run folder, where
-    there is one, all are written as far as the settings ask for it.
-    """
-    with learner.images_kept():
-        groups = roll_out(learner, prompts, config, pay)
-        tell_failures(groups)
-        metrics = rollout_metrics(groups)
-        if with_canaries:
-            episodes = [rollout.episode for group in groups for rollout in group]
-            metrics |= check_rollouts(learner, episodes, temperature=config.temperature)
-        refilled = refill(learner, groups, config, pay, more)
-        update = improve(learner, [*groups, *refilled], config, reference)
+    learner: Learner
+    config: GRPOConfig
+    pay: RewardFunction
+    reference: Reference | None = None
+    prompts: Prompts | None = None
+    """Where further ones come from, for `refill_batches`."""
+    sampler: Sampler | None = None
+    ahead: Ahead | None = None
+    groups: list[list[Rollout]] = field(default_factory=list)
+    """The rollouts of the last step."""
+
+    def step(
+        self, prompts: Sequence[Sample], *, with_canaries: bool, coming: Sequence[Sample] = ()
+    ) -> dict[str, float]:
+        """Rollouts of the prompts, their rewards, and the update on those that carry signal.
+
+        Where rollouts are made `ahead`, those of the `coming` prompts are begun before the update. With
+        `refill_batches` groups without signal are replaced by those of further prompts.
+        """
+        learner, config = self.learner, self.config
+        groups, images = (self.ahead.take() if self.ahead else None) or (None, None)
+        with learner.images_kept(images):
+            groups = groups or roll_out(learner, prompts, config, self.pay, self.sampler)
+            tell_failures(groups)
+            metrics = rollout_metrics(groups)
+            if with_canaries:
+                metrics |= self.canaries(groups)
+            refilled = self.refill(groups)
+            if self.ahead and coming:
+                self.ahead.begin(learner.step + 1, coming)
+            self.groups = [*groups, *refilled]
+            metrics |= improve(learner, self.groups, config, self.reference)
         if config.refill_batches:
             dropped = sum(not carries_signal(group, config) for group in groups) / len(groups)
-            update |= {"group/dropped": dropped, "group/refilled": float(len(refilled))}
-        metrics |= update
-    if folder:
-        with learner.phases.of("saving"):
-            write_rollouts(folder, learner, [*groups, *refilled], config)
-    num_rollouts = sum(map(len, groups))
-    for name, phase, tokens in (("sampled", "rollout", "num_tokens"), ("trained", "update", "trained_tokens")):
-        if seconds := learner.phases.seconds.get(phase):
-            metrics[f"perf/{name}_tokens_per_s"] = num_rollouts * metrics[f"rollout/{tokens}"] / seconds
-    return metrics
+            metrics |= {"group/dropped": dropped, "group/refilled": float(len(refilled))}
+        num_rollouts = sum(map(len, groups))
+        for name, phase, tokens in (("sampled", "rollout", "num_tokens"), ("trained", "update", "trained_tokens")):
+            if seconds := learner.phases.seconds.get(phase):
+                metrics[f"perf/{name}_tokens_per_s"] = num_rollouts * metrics[f"rollout/{tokens}"] / seconds
+        return metrics
 
+    def refill(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
+        """Groups with signal of further prompts, as many as the step's own lack, or `refill_batches` found (DAPO, arXiv
+        2503.14476)."""
+        learner, config = self.learner, self.config
+        found: list[list[Rollout]] = []
+        num_played = len(groups)
+        num_wanted = sum(not carries_signal(group, config) for group in groups)
+        for batch in range(config.refill_batches):
+            if self.prompts is None or len(found) == num_wanted:
+                break
+            count = num_wanted - len(found)
+            more = self.prompts.further(learner.step, batch, per_step=config.refill_batches, count=count)
+            others = roll_out(learner, more, config, self.pay, self.sampler, first=num_played)
+            num_played += len(more)
+            found += [group for group in others if carries_signal(group, config)]
+        return found
 
-def refill(
-    learner: Learner,
-    groups: Sequence[Sequence[Rollout]],
-    config: GRPOConfig,
-    pay: RewardFunction,
-    more: Callable[[int, int], list[Sample]],
-) -> list[list[Rollout]]:
-    """Groups with signal of further prompts, as many as the step's own lack, or `refill_batches` found (DAPO, arXiv
-    2503.14476)."""
-    found: list[list[Rollout]] = []
-    num_played = len(groups)
-    num_wanted = sum(not carries_signal(group, config) for group in groups)
-    for batch in range(config.refill_batches):
-        if len(found) == num_wanted:
-            break
-        prompts = more(batch, num_wanted - len(found))
-        others = roll_out(learner, prompts, config, pay, first=num_played)
-        num_played += len(prompts)
-        found += [group for group in others if carries_signal(group, config)]
-    return found
+    def canaries(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+        """What the canaries say in the first process that has a rollout; each looks at one of its own."""
+        learner = self.learner
+        episodes = [rollout.episode for group in groups for rollout in group if rollout.is_own]
+        with learner.world.whole_model(learner.model):
+            seen = check_rollouts(learner, episodes, temperature=self.config.temperature) if episodes else {}
+        return next(filter(None, learner.world.gather([seen])), {})
 
+    def write(self, folder: Path) -> None:
+        """Leave the rollouts of the coming step in the run folder: for machines of each step, for people now and then.
 
-def further(
-    step: int,
-    order: BatchOrder,
-    samples: Sequence[Sample],
-    config: GRPOConfig,
-    processor: Ovis2_5Processor,
-    data: DataConfig,
-    lengths: LengthReport,
-    batch: int,
-    count: int,
-) -> list[Sample]:
-    """So many prompts of the batches with which a step is refilled: those of the order behind the end of the run, so
-    that they too follow from seed and step."""
-    place = order.total_steps + step * config.refill_batches + batch
-    return fitted([samples[number] for number in order[place][:count]], processor, data, lengths)
-
-
-def write_rollouts(folder: Path, learner: Learner, groups: Sequence[Sequence[Rollout]], config: GRPOConfig) -> None:
-    """Leave the rollouts of the coming step in the run folder: for machines of each step, for people now and then."""
-    step = learner.step + 1
-    if config.keep_trajectories:
-        keep = config.keep_trajectories
-        write_trajectories(folder / TRAJECTORIES, step, groups, run_seed=config.seed, keep=keep)
-    every = config.rollout_page_steps
-    if every and (step in (1, learner.total_steps) or step % every == 0):
-        write_rollout_page(folder / ROLLOUT_PAGES / f"step-{step}.html", step, groups)
+        Of several processes rank 0 writes: trajectories of all, and a page of the rollouts whose pictures it has.
+        """
+        learner, config, step = self.learner, self.config, self.learner.step + 1
+        with learner.phases.during("saving"):
+            if keep := config.keep_trajectories:
+                know_of_all(learner.world, self.groups)
+                if learner.world.is_main:
+                    write_trajectories(folder / TRAJECTORIES, step, self.groups, run_seed=config.seed, keep=keep)
+            every = config.rollout_page_steps
+            own = [group for group in self.groups if all(rollout.is_own for rollout in group)]
+            if own and learner.world.is_main and every and (step in (1, learner.total_steps) or step % every == 0):
+                write_rollout_page(folder / ROLLOUT_PAGES / f"step-{step}.html", step, own)

@@ -14,7 +14,7 @@ from itertools import count
 
 import torch.distributed as dist
 
-from looktwice.config import ModelConfig, SFTConfig
+from looktwice.config import ModelConfig, StageConfig
 from looktwice.errors import LooktwiceError, one_line
 from looktwice.launch import Launch, RankError, speaking_once
 from looktwice.model.weights import pick_device
@@ -30,7 +30,7 @@ _joins = count()
 
 
 @contextmanager
-def joined(model: ModelConfig, config: SFTConfig) -> Iterator[World]:
+def joined(model: ModelConfig, config: StageConfig) -> Iterator[World]:
     """The processes of this run, once all of them are here. An error of one ends all, and is told once.
 
     Raises ConfigError for what several processes cannot do, and DistributedError when one is gone.

@@ -33,6 +33,7 @@ from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.numerics import numerics_of
 from looktwice.model.offload import activations_on_host
+from looktwice.model.placement import exchange
 from looktwice.model.quantization import quantization_of
 from looktwice.model.vision_cache import VisionCache, is_trained
 from looktwice.model.weights import load_model, load_trained, write_model
@@ -97,7 +98,7 @@ class Learner:
         self.start: str | None = None
         self.is_exact = False
         self.guard = NonfiniteGuard(config.skip_nonfinite)
-        self.phases = Phases()
+        self.phases = Phases(self.world)
         self.tokens_that_fit: int | None = None
         self.vision_cache: VisionCache | None = None
         if config.vision_cache is not None:
@@ -212,25 +213,23 @@ class Learner:
         ):
             yield
 
-    @contextmanager
-    def images_kept(self) -> Iterator[None]:
-        """While it lasts no picture is encoded twice, in rollouts, updates and reference, where vision is frozen."""
+    def images_of_a_step(self) -> VisionCache | None:
+        """What can keep the pictures of a step where vision is frozen; None where it is trained."""
+        if self.vision_cache is not None:
+            return self.vision_cache
         vision = self.base.model.visual_tokenizer, self.base.model.vte
-        if self.vision_cache is not None or is_trained(*vision):
-            yield
-            return
-        self.vision_cache = VisionCache(self.base, max_bytes=KEPT_BYTES)
+        return None if is_trained(*vision) else VisionCache(self.base, max_bytes=KEPT_BYTES)
+
+    @contextmanager
+    def images_kept(self, images: VisionCache | None = None) -> Iterator[None]:
+        """While it lasts no picture is encoded twice, in rollouts, updates and reference, where vision is frozen, and
+        none that `images` keep already."""
+        before = self.vision_cache
+        self.vision_cache = images or self.images_of_a_step()
         try:
             yield
         finally:
-            self.vision_cache = None
-
-    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Vectors [A, D] of pictures [P, C * p * p], [I, 3] on the host, from the cache where they are kept."""
-        cache = self.vision_cache
-        if cache is not None and cache.kind == "image_features":
-            return cache.inputs(pixel_values, image_grid_thw)["image_features"]
-        return self.base.get_image_features(pixel_values, image_grid_thw)
+            self.vision_cache = before
 
     def numerics(self) -> dict[str, str]:
         """What the last bits of the logprobs depend on, as things are now; see `numerics_of`."""
@@ -520,7 +519,8 @@ def lora_settings(config: StageConfig, *, only_given: bool = False) -> dict[str,
 
 
 class Reference:
-    """Frozen values of the trained parameters; `active()` puts them in place for a while."""
+    """Frozen values of the trained parameters; `active()` puts them in place for a while. Where those are in shares,
+    so are these."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -528,11 +528,12 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        live = [parameter.data for parameter in self.parameters]
-        for parameter, value in zip(self.parameters, self.frozen):
-            parameter.data = value
+        self._exchange()
         try:
             yield
         finally:
-            for parameter, value in zip(self.parameters, live):
-                parameter.data = value
+            self._exchange()
+
+    def _exchange(self) -> None:
+        pairs = zip(self.parameters, self.frozen, strict=True)
+        self.frozen = [exchange(parameter, value) for parameter, value in pairs]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -34,9 +35,6 @@ from looktwice.training.losses import (
 )
 from looktwice.training.rollouts import Rollout
 
-Logprobs = Mapping[int, Tensor]
-"""Logprobs of the trained tokens [N] of an example, by its id."""
-
 
 def improve(
     learner: Learner, groups: Sequence[Sequence[Rollout]], config: GRPOConfig, reference: Reference | None
@@ -60,6 +58,13 @@ class Paid(Protocol):
 
     @property
     def trajectory(self) -> Trajectory: ...
+
+
+class Trained(Paid, Protocol):
+    """One that the policy is updated on, with the logprobs that are known of its sampled ids."""
+
+    reference_logprobs: list[float] | None
+    old_logprobs: list[float] | None
 
 
 AnyPaid = TypeVar("AnyPaid", bound=Paid)
@@ -121,17 +126,17 @@ def in_minibatches(groups: Sequence[Sequence[AnyPaid]], config: GRPOConfig, step
 
 
 class Minibatch(NamedTuple):
-    """The rollouts of one optimizer step, packed, and what the step's loss is divided by."""
+    """The rows of one optimizer step that are this process's own, and what the loss of all rows is divided by."""
 
     rows: list[PackedBatch]
     num_tokens: int
     num_sequences: int
 
-
-def minibatch(learner: Learner, rollouts: Sequence[Rollout]) -> Minibatch:
-    """The packed rows of rollouts and their counts."""
-    num_tokens = sum(sum(rollout.trajectory.is_sampled) for rollout in rollouts)
-    return Minibatch(learner.rows([rollout.episode.example for rollout in rollouts]), num_tokens, len(rollouts))
+    @classmethod
+    def of(cls, learner: Learner, rollouts: Sequence[Rollout]) -> Minibatch:
+        num_tokens = sum(sum(rollout.trajectory.is_sampled) for rollout in rollouts)
+        own = [rollout.episode.example for rollout in rollouts if rollout.is_own]
+        return cls(learner.rows(own), num_tokens, len(rollouts))
 
 
 def update_policy(
@@ -139,78 +144,81 @@ def update_policy(
 ) -> dict[str, float]:
     """`num_iterations` passes over the rollouts of groups, in minibatches of one optimizer step each.
 
-    Metrics are means over the steps. Where one step trains on what the present policy sampled here, its own forward is
-    the only one: no logprobs are computed before it.
-    Raises NumericsError under exact mode when the first would not compute as the sampler did.
+    The groups are those of all processes, each of which trains on its own. Metrics are means over the steps. Where one
+    step trains on what the present policy sampled here, its own forward is the only one: no logprobs are computed
+    before it. Raises NumericsError under exact mode when the first would not compute as the sampler did.
     """
-    trained = [rollout for group in groups for rollout in group]
+    world = learner.world
+    own = [rollout for group in groups for rollout in group if rollout.is_own]
     if config.exact:
         numerics = learner.numerics()
-        for rollout in trained:
+        for rollout in own:
             check_same_numerics(trainer=numerics, sampler=rollout.numerics)
-    parts = [minibatch(learner, part) for part in in_minibatches(groups, config, learner.step)]
-    rows = [row for part in parts for row in part.rows]
-    loss = PolicyLoss(config, {id(rollout.episode.example): rollout for rollout in trained})
-    if reference is not None:
-        with reference.active(), learner.phases.of("reference"):
-            loss.reference = learner.logprobs(rows, temperature=config.temperature)
-    has_one_step = len(parts) * config.num_iterations == 1
-    if config.correction != "none" and not has_one_step:
-        with learner.phases.of("reference"):
-            loss.old = learner.logprobs(rows, temperature=config.temperature)
-    for name, known in (("reference_logprobs", loss.reference or {}), ("old_logprobs", loss.old or {})):
-        for rollout in trained if known else ():
-            setattr(rollout, name, known[id(rollout.episode.example)].tolist())
-    options = {
-        "temperature": config.temperature,
-        "with_entropy": True,
-        "entropy_gradient": config.entropy_coef > 0,
-    }
+    parts = [Minibatch.of(learner, part) for part in in_minibatches(groups, config, learner.step)]
+    loss = PolicyLoss(config, {id(rollout.episode.example): rollout for rollout in own})
+    loss.know(learner, parts, reference)
+    options = {"temperature": config.temperature, "with_entropy": True, "entropy_gradient": config.entropy_coef > 0}
     updates: list[Update] = []
     sums: Counter[str] = Counter()
+    gaps: list[tuple[str, float]] = []
     for _ in range(config.num_iterations):
         for part in parts:
+            world.at("rows", learner.step + 1)
             loss.begin(part)
-            with learner.phases.of("update"):
+            with learner.phases.during("update"):
                 updates.append(learner.update(part.rows, loss, **options))
             for example, logprobs in loss.policy.items():
                 loss.rollouts[example].trainer_logprobs.append(logprobs.tolist())
             sums.update(loss.means())
-            if len(updates) == 1:
-                first = loss.gap()
-    means = {name: value / len(updates) for name, value in sums.items()}
+            gaps = gaps or world.gather([*loss.gap().items()])
+    metrics: defaultdict[str, float] = defaultdict(float)
+    for name, value in world.gather([*sums.items()]):
+        metrics[name] += value / len(updates)
+    metrics |= {
+        "gap/max": max((value for name, value in gaps if name == "gap/max"), default=0.0),
+        "gap/ratio": sum(value for name, value in gaps if name == "gap/ratio"),
+        "loss": sum(update.loss for update in updates) / len(updates),
+        "optim/grad_norm": updates[-1].grad_norm,
+        "optim/lr": learner.optimizer.param_groups[0]["lr"],
+        "optim/updates": float(len(updates)),
+    }
     if num_splits := sum(update.num_splits for update in updates):
-        means["memory/row_splits"] = float(num_splits)
-    return (
-        first
-        | means
-        | {
-            "loss": sum(update.loss for update in updates) / len(updates),
-            "optim/grad_norm": updates[-1].grad_norm,
-            "optim/lr": learner.optimizer.param_groups[0]["lr"],
-            "optim/updates": float(len(updates)),
-        }
-    )
+        metrics["memory/row_splits"] = float(num_splits)
+    return dict(metrics)
 
 
 @dataclass
 class PolicyLoss:
     """The loss of rows of rollouts, as `Learner.update` calls it, and what is seen on the way.
 
-    `reference` and `old` are logprobs by the starting policy and by this one before its first update, where they are
-    needed; `policy` those of the present step.
+    `policy` are the logprobs of the present step's rollouts, by the id of their example.
     """
 
     config: GRPOConfig
     rollouts: Mapping[int, Rollout]
     """By the id of their example."""
-    reference: Logprobs | None = None
-    old: Logprobs | None = None
     part: Minibatch | None = None
     policy: dict[int, Tensor] = field(default_factory=dict)
     seen: dict[int, tuple[int, dict[str, float]]] = field(default_factory=dict)
     """By the id of an example its trained tokens and the means of its row: what is said again, because memory ran out
     afterwards, takes the place of what was said before."""
+
+    def know(self, learner: Learner, parts: Sequence[Minibatch], reference: Reference | None) -> None:
+        """Compute the logprobs that the loss needs beside those of the update's own forward."""
+        config, world = self.config, learner.world
+        rows = [row for part in parts for row in part.rows]
+        has_one_step = len(parts) * config.num_iterations == 1
+        for name, weights in (
+            ("reference_logprobs", reference and reference.active()),
+            ("old_logprobs", config.correction != "none" and not has_one_step and nullcontext()),
+        ):
+            if not weights:
+                continue
+            world.at("reference", learner.step + 1)
+            with learner.phases.during("reference"), weights, world.whole_model(learner.model):
+                found = learner.logprobs(rows, temperature=config.temperature)
+            for example, logprobs in found.items():
+                setattr(self.rollouts[example], name, logprobs.tolist())
 
     def begin(self, part: Minibatch) -> None:
         """What follows are rows of one optimizer step."""
@@ -220,12 +228,10 @@ class PolicyLoss:
 
     def __call__(self, scores: Scores, row: PackedBatch) -> Tensor:
         assert self.part is not None
-        config, device = self.config, scores.logprobs.device
-        facts = TokenFacts.of(
-            [self.rollouts[id(example)] for example in row.examples],
-            reference=None if self.reference is None else of_row(self.reference, row),
-            old=None if self.old is None else of_row(self.old, row),
-        ).to(device)
+        if not row.num_loss_tokens:  # one without weight, beside those of other processes
+            return scores.logprobs.sum()
+        config = self.config
+        facts = TokenFacts.of([self.rollouts[id(example)] for example in row.examples]).to(scores.logprobs.device)
         per_token, seen = token_loss(scores.logprobs, facts, config)
         if scores.entropy is not None:
             seen["policy/entropy"] = scores.entropy.detach().mean()
@@ -247,11 +253,14 @@ class PolicyLoss:
         return dict(sums)
 
     def gap(self) -> dict[str, float]:
-        """How far trainer and sampler are apart, as a step sees it: before the first update the gap between engines."""
+        """How far trainer and sampler are apart, as a step sees it: before the first update the gap between engines.
+
+        The largest, and this process's share of the mean ratio.
+        """
         assert self.part is not None
         pairs = self.seen.values()
         ratio = sum(num_tokens * means["gap/ratio"] for num_tokens, means in pairs) / self.part.num_tokens
-        return {"gap/max": max(means["gap/max"] for _, means in pairs), "gap/ratio": ratio}
+        return {"gap/max": max((means["gap/max"] for _, means in pairs), default=0.0), "gap/ratio": ratio}
 
 
 class TokenFacts(NamedTuple):
@@ -267,7 +276,7 @@ class TokenFacts(NamedTuple):
     old: Tensor | None = None
 
     @classmethod
-    def of(cls, rollouts: Sequence[Paid], *, reference: Tensor | None = None, old: Tensor | None = None) -> TokenFacts:
+    def of(cls, rollouts: Sequence[Trained]) -> TokenFacts:
         """Those of rollouts, one after the other."""
         tokens = [
             (trajectory.sampling_logprobs[place], trajectory.drawn_logprobs[place], rollout.advantage, number)
@@ -277,6 +286,8 @@ class TokenFacts(NamedTuple):
             if is_sampled
         ]
         sampling, drawn, advantages, sequences = map(torch.tensor, zip(*tokens))
+        reference = _joined([one.reference_logprobs for one in rollouts])
+        old = _joined([one.old_logprobs for one in rollouts])
         return cls(sampling, drawn, advantages, sequences, reference, old)
 
     def to(self, device: torch.device) -> TokenFacts:
@@ -322,11 +333,6 @@ def share_of(per_token: Tensor, sequences: Tensor, config: GRPOConfig, num_token
     )
 
 
-def of_row(known: Logprobs, row: PackedBatch) -> Tensor:
-    """The logprobs of the trained tokens of a row [N]."""
-    return torch.cat([known[id(example)] for example in row.examples])
-
-
 def surrogate(policy: Tensor, old: Tensor, advantages: Tensor, sequences: Tensor, config: GRPOConfig) -> Surrogate:
     """The configured surrogate."""
     given = {"clip_low": config.epsilon, "clip_high": config.epsilon_high, "delta": config.delta}
@@ -342,3 +348,9 @@ def surrogate(policy: Tensor, old: Tensor, advantages: Tensor, sequences: Tensor
         case "reinforce":
             return reinforce_surrogate(policy, old, advantages)
     return policy_surrogate(policy, old, advantages, **bounds)
+
+
+def _joined(logprobs: Sequence[list[float] | None]) -> Tensor | None:
+    """One after the other, [N]; None where they are not known."""
+    known = [one for one in logprobs if one is not None]
+    return torch.tensor([number for one in known for number in one]) if known else None

@@ -104,14 +104,18 @@ def replayed_loss(parts: Sequence[Sequence[Recorded]], config: GRPOConfig) -> fl
 
 def _loss_of_update(trained: Sequence[Recorded], number: int, config: GRPOConfig) -> float:
     own = [_sampled(one, one.trajectory.sampling_logprobs) for one in trained]
+    has_old = any(one.old_logprobs for one in trained)
     policy = [one.trainer_logprobs[number] if one.trainer_logprobs else logprobs for one, logprobs in zip(trained, own)]
-    reference = old = None
-    if config.beta:
-        # what was not trained counts as no way from the start
-        reference = _joined([one.reference_logprobs or logprobs for one, logprobs in zip(trained, policy)])
-    if any(one.old_logprobs for one in trained):
-        old = _joined([one.old_logprobs or logprobs for one, logprobs in zip(trained, policy)])
-    facts = TokenFacts.of(trained, reference=reference, old=old)
+    known = [
+        replace(
+            one,
+            # what was not trained counts as no way from the start
+            reference_logprobs=(one.reference_logprobs or logprobs) if config.beta else None,
+            old_logprobs=(one.old_logprobs or logprobs) if has_old else None,
+        )
+        for one, logprobs in zip(trained, policy)
+    ]
+    facts = TokenFacts.of(known)
     per_token, _ = token_loss(_joined(policy), facts, config)
     return float(share_of(per_token, facts.sequences, config, len(per_token), len(trained)))
 

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from uuid import uuid4
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
 
 from looktwice.answers import Solution
 from looktwice.config import GRPOConfig
 from looktwice.data.examples import processor_for
 from looktwice.data.sample import Sample
-from looktwice.engine.builtin import BuiltinEngine
-from looktwice.engine.sampling import Sampling, mixed_seed
+from looktwice.engine.sampling import mixed_seed
 from looktwice.errors import TrainingError, counted, one_line
-from looktwice.model.adapters import merged
-from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.model.vision_cache import VisionCache
+from looktwice.processing.images import PatchedImage
+from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.rewards import Reward, RewardFunction
 from looktwice.rollout.conversation import in_model_frame
-from looktwice.rollout.episode import Episode, EpisodeRules, Look, play, start_episodes
+from looktwice.rollout.episode import Episode, EpisodeRules, Look, start_episodes
 from looktwice.rollout.trajectory import Trajectory
+from looktwice.training.distributed import World
 from looktwice.training.learner import Learner
+from looktwice.training.phases import Phases
+from looktwice.training.sampler import Sampler
+from looktwice.training.shares import costs_of
 
 NO_ROOM = "longer than the memory of the cache; set --cache_tokens higher, or --max_new_tokens or --max_pixels lower"
-RUN = uuid4().hex[:8]
-"""Tells the weights that this process pushes to servers from those of another."""
-SERVED_WEIGHTS = "served_weights"
-"""Folder in that of the run from which vLLM servers read the policy."""
 
 
 @dataclass(kw_only=True)
@@ -45,29 +46,133 @@ class Rollout:
     reference_logprobs: list[float] | None = None
     old_logprobs: list[float] | None = None
     """Those of the policy before the step's first update, where more than one corrects by importance."""
+    is_own: bool = True
+    """Whether this process made it. Another one's episode has its trajectory, and the sizes of its pictures."""
 
     @property
     def trajectory(self) -> Trajectory:
         return self.episode.trajectory
 
 
-def roll_out(
-    learner: Learner, samples: Sequence[Sample], config: GRPOConfig, pay: RewardFunction, *, first: int = 0
-) -> list[list[Rollout]]:
-    """Sample `num_generations` rollouts of each prompt with crops executed, and reward them.
+class MadeAhead(NamedTuple):
+    """For which step rollouts are made, counted from 0, what keeps their pictures, and where their time is counted."""
 
-    `first` is the place of the first prompt among all of the step, which with seed and step decides what is drawn.
+    step: int
+    images: VisionCache | None
+    phases: Phases
+
+
+def roll_out(
+    learner: Learner,
+    samples: Sequence[Sample],
+    config: GRPOConfig,
+    pay: RewardFunction,
+    sampler: Sampler | None = None,
+    *,
+    first: int = 0,
+) -> list[list[Rollout]]:
+    """Sample `num_generations` rollouts of each prompt with crops executed, and reward them; groups in order.
+
+    `first` is the place of the first prompt among all of the step, which with seed and step decides what is drawn. Of
+    several processes each takes whole groups, and all of them call this at the same time, with the same samples.
+    They all get all rollouts, of which another process's are its records alone.
     """
-    episodes = begin_episodes(learner.processor, samples, config)
-    with learner.phases.of("rollout"):
-        numerics = sample_episodes(learner, episodes, config, first=first)
-    played = [(episode.trajectory, sample.solution) for sample, group in zip(samples, episodes) for episode in group]
-    with learner.phases.of("reward"):
+    sampler = sampler or Sampler(learner, config)
+    places = own_places(learner, samples, config)
+    with learner.world.whole_model(learner.model):
+        sampler.take_weights(learner.step)
+        own = make_rollouts(learner, samples, places, config, pay, sampler, first=first)
+    return of_all(learner, samples, places, own)
+
+
+def own_places(learner: Learner, samples: Sequence[Sample], config: GRPOConfig) -> list[int]:
+    """Places of the prompts whose groups fall to this process: of each prompt the ids of its rollouts count, which are
+    not known yet, and its own."""
+    if learner.world.size == 1:
+        return [*range(len(samples))]
+    rollouts = config.num_generations * config.max_new_tokens
+    return learner.world.share([rollouts + length for length in costs_of(samples, learner.processor)])
+
+
+def make_rollouts(
+    learner: Learner,
+    samples: Sequence[Sample],
+    places: Sequence[int],
+    config: GRPOConfig,
+    pay: RewardFunction,
+    sampler: Sampler,
+    ahead: MadeAhead | None = None,
+    *,
+    first: int = 0,
+) -> list[list[Rollout]]:
+    """The groups of the prompts at these places, sampled and rewarded without the other processes: for this step, or
+    `ahead` for another."""
+    step, images, phases = ahead or MadeAhead(learner.step, learner.vision_cache, learner.phases)
+    own = [samples[place] for place in places]
+    with phases.during("waiting"):
+        episodes = begin_episodes(learner.processor, own, config)
+    with phases.during("rollout"):
+        numerics = sampler.play(episodes, config, seeds_of(config, step, [first + place for place in places]), images)
+    played = [(episode.trajectory, sample.solution) for sample, group in zip(own, episodes) for episode in group]
+    with phases.during("reward"):
         rewards = iter(rewarded(played, pay))
     return [
         [Rollout(episode=episode, sample=sample, reward=next(rewards), numerics=numerics) for episode in group]
-        for sample, group in zip(samples, episodes)
+        for sample, group in zip(own, episodes)
     ]
+
+
+def seeds_of(config: GRPOConfig, step: int, places: Sequence[int]) -> list[int]:
+    """The seeds of groups: the step, counted from 0, and the place of a prompt among all of it decide the random
+    numbers of its rollouts."""
+    return [mixed_seed(config.seed, step, place) for place in places]
+
+
+def of_all(
+    learner: Learner, samples: Sequence[Sample], places: Sequence[int], own: list[list[Rollout]]
+) -> list[list[Rollout]]:
+    """The groups of all processes in the order of their prompts; `own` are those of this one, at these places."""
+    if learner.world.size == 1:
+        return own
+    records = [[Record.of(rollout) for rollout in group] for group in own]
+    groups = dict(zip(places, own))
+    for place, group in learner.world.gather([*zip(places, records)]):
+        groups.setdefault(place, [record.rollout(samples[place]) for record in group])
+    return [groups[place] for place in range(len(samples))]
+
+
+def know_of_all(world: World, groups: Sequence[Sequence[Rollout]]) -> None:
+    """Tell rank 0 the logprobs that the other processes' updates computed of their rollouts."""
+    if world.size == 1:
+        return
+    rollouts = [rollout for group in groups for rollout in group]
+    names = ("trainer_logprobs", "reference_logprobs", "old_logprobs")
+    own = [
+        (place, {name: getattr(rollout, name) for name in names})
+        for place, rollout in enumerate(rollouts)
+        if rollout.is_own
+    ]
+    for place, known in world.gather(own):
+        for name, logprobs in known.items():
+            setattr(rollouts[place], name, logprobs)
+
+
+class Record(NamedTuple):
+    """What another process is told of a rollout: nothing to sample or train with, and no pixels."""
+
+    trajectory: Trajectory
+    reward: Reward
+    images: list[PatchedImage]
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> Record:
+        images = [replace(one, pixel_values=torch.empty(0)) for one in rollout.episode.example.images]
+        return cls(rollout.trajectory, rollout.reward, images)
+
+    def rollout(self, sample: Sample) -> Rollout:
+        episode = object.__new__(Episode)  # one that is over
+        episode.trajectory, episode.example = self.trajectory, Example(images=self.images)
+        return Rollout(episode=episode, sample=sample, reward=self.reward, is_own=False)
 
 
 def begin_episodes(
@@ -90,34 +195,6 @@ def begin_episodes(
         for episode in groups[-1]:
             episode.example.where = sample.where
     return groups
-
-
-def sample_episodes(
-    learner: Learner, groups: Sequence[Sequence[Episode]], config: GRPOConfig, *, first: int = 0
-) -> Mapping[str, str]:
-    """Play groups of sibling episodes with the present policy, here or on vLLM servers that get its weights first.
-
-    Gives what the bits of the logprobs depended on, under exact mode.
-    """
-    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k)
-    seeds = [mixed_seed(config.seed, learner.step, first + place) for place in range(len(groups))]
-    if config.vllm_servers:
-        from looktwice.engine.vllm import VllmEngine  # needs the extra
-
-        servers = VllmEngine(config.vllm_servers, learner.processor.config, max_rollouts=config.rollout_batch_size)
-        servers.push_weights(learner.model, config.output_dir / SERVED_WEIGHTS, version=f"{RUN}-{learner.step}")
-        play(servers, groups, sampling, seeds)
-        return {}
-    # a merged weight has other bits than a layer and its adapter
-    with learner.precision(), nullcontext() if config.exact else merged(learner.base):
-        engine = BuiltinEngine(
-            learner.base,
-            max_rows=config.rollout_batch_size,
-            cache_tokens=config.cache_tokens,
-            encode=learner.encode_images,
-        )
-        play(engine, groups, sampling, seeds)
-        return learner.numerics() if config.exact else {}
 
 
 def rewarded(played: Sequence[tuple[Trajectory, Solution]], pay: RewardFunction) -> list[Reward]:

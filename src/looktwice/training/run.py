@@ -108,8 +108,9 @@ def close_step(
     stop: StopRequest,
     *,
     must_log: bool = False,
-) -> None:
-    """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due.
+) -> bool:
+    """Log and show a finished step, and write `checkpoint-N`, from which a run can go on, when one is due: whether one
+    was.
 
     Of several processes only rank 0 has a recorder, and decides what is due; a signal to one of them is one to all.
     Raises Interrupted, with the step saved, where a signal asked the run to stop.
@@ -124,13 +125,15 @@ def close_step(
             recorder.log(learner.step, metrics)
     stop.agree(world.gather)
     is_last = learner.step == learner.total_steps
-    if world.from_main(lambda: saves.is_due(metrics)) or (stop.agreed and not is_last):
+    is_saved = world.from_main(lambda: saves.is_due(metrics)) or bool(stop.agreed and not is_last)
+    if is_saved:
         if recorder:
             recorder.flush()
-        with learner.phases.of("saving"):
+        with learner.phases.during("saving"):
             saves.save()
     if not is_last:
         stop.heed(is_done=False)
+    return is_saved
 
 
 def save_final(learner: Learner, record: Record, stop: StopRequest, *, alarms: Sequence[str] = ()) -> Path:

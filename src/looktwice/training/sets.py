@@ -7,12 +7,14 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple, overload
 
 from looktwice.config import DataConfig, Stage, StageConfig
 from looktwice.data.lengths import Refit, fit_lengths, purposes_of
+from looktwice.data.order import BatchOrder
 from looktwice.data.problems import View, refuse
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, counted
@@ -201,5 +203,30 @@ def fitted(
     prompts, refits = fit_lengths(
         samples, processor, max_length=data.max_length, length_policy=data.length_policy, purpose="prompt"
     )
-    lengths.note(refits)
+    lengths.note(refits if lengths.world.is_main else [])  # all processes meet the same ones
     return prompts
+
+
+class Prompts:
+    """The prompts of each step of stage 2."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        order: BatchOrder,
+        processor: Ovis2_5Processor,
+        data: DataConfig,
+        lengths: LengthReport,
+    ) -> None:
+        self.samples, self.order = samples, order
+        self.processor, self.data, self.lengths = processor, data, lengths
+        self.of = lru_cache(2)(self._of)
+        """Those of a step, counted from 0; asked for again where they are looked at before their turn."""
+
+    def further(self, step: int, batch: int, *, per_step: int, count: int) -> list[Sample]:
+        """So many prompts of one of the `per_step` batches that a step may be refilled with: those of the order behind
+        the end of the run, so that they too follow from seed and step."""
+        return self._of(self.order.total_steps + step * per_step + batch)[:count]
+
+    def _of(self, place: int) -> list[Sample]:
+        return fitted([self.samples[number] for number in self.order[place]], self.processor, self.data, self.lengths)

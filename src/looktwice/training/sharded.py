@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +44,7 @@ class Sharded(Replicated):
 
     kind = "each with a share of the model (fsdp)"
     can_repeat = False  # the others are in the middle of the same row
+    has_root = is_whole = False
 
     def loads_on(self, device: str) -> str:
         return "cpu"  # no GPU needs to hold it whole
@@ -54,6 +57,31 @@ class Sharded(Replicated):
         self.config = cast(Ovis2_5Config, base_of(model).config)
         shard(base_of(model), device, self.size)
         return model
+
+    @contextmanager
+    def whole_model(self, model: nn.Module) -> Iterator[None]:
+        if self.is_whole:
+            yield
+            return
+        base = base_of(model)
+        units = [module for module in base.modules() if isinstance(module, FSDPModule)]
+        if not self.has_root:  # which is the module whose forward comes first
+            with torch.no_grad():
+                base(**idle_row(self.config, with_image=False).model_inputs(base.device))
+            self.has_root = True
+        self.watchdog.arrive()
+        for unit in units:
+            unit.reshard()  # what a forward without backward left whole may be older
+            unit.unshard()
+        set_kept(base, is_whole=True)
+        self.is_whole = True
+        try:
+            yield
+        finally:
+            self.is_whole = False
+            set_kept(base, is_whole=False)
+            for unit in units:
+                unit.reshard()
 
     def even(self, rows: Sequence[PackedBatch], step: int) -> Iterator[PackedBatch]:
         self.watchdog.arrive()
@@ -92,17 +120,28 @@ def shard(base: Ovis2_5ForConditionalGeneration, device: str, size: int) -> None
     for part in (tokenizer.vit, tokenizer.head, base.model.vte):
         if not any(parameter.requires_grad for parameter in part.parameters()):
             frozen |= set(part.to(device).parameters())
-    layers = [*base.model.language_model.layers]
+    stacks = [[*base.model.language_model.layers]]
     if not frozen.intersection(tokenizer.vit.parameters()):
-        layers += tokenizer.vit.encoder.layers
-    for layer in layers:
+        stacks.append([*tokenizer.vit.encoder.layers])
+    for layer in chain.from_iterable(stacks):
         fully_shard(layer, mesh=mesh)
     fully_shard(base, mesh=mesh, ignored_params=frozen)
+    for stack in stacks:
+        for earlier, later in pairwise([base, *stack]):
+            # or the one would be gathered that ran before it, perhaps in a forward that other processes did not run
+            later.set_modules_to_backward_prefetch([earlier])
     for module in base.modules():
         if isinstance(module, FSDPModule):
             # gradients are summed, not averaged; the loss has its divisor
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def set_kept(base: Ovis2_5ForConditionalGeneration, *, is_whole: bool) -> None:
+    """Whether layers stay whole after they ran; the unit with the root does so always, until backward is over."""
+    root = cast(FSDPModule, base)
+    root.set_reshard_after_forward(not is_whole)
+    root.set_reshard_after_forward(False, recurse=False)
 
 
 def idle_row(config: Ovis2_5Config, *, with_image: bool) -> PackedBatch:
@@ -126,6 +165,7 @@ def side_by_side(row: PackedBatch, other: PackedBatch) -> PackedBatch:
         position_ids=torch.cat([row.position_ids, other.position_ids], dim=1),
         loss_mask=torch.cat([row.loss_mask, other.loss_mask], dim=1),
         cu_seqlens=torch.cat([row.cu_seqlens, row.cu_seqlens[-1] + other.cu_seqlens[1:]]),
+        parents=None if row.parents is None else torch.cat([row.parents, row.parents.new_tensor([-1])]),
         pixel_values=other.pixel_values,
         image_grid_thw=other.image_grid_thw,
         image_index=other.image_index,

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward
+from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, StageConfig, check_reward
 from looktwice.errors import ConfigError
 from looktwice.launch import Launch, launched
 from looktwice.model.location import base_quantization, local_adapter, locate
@@ -42,7 +42,7 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
 def check_processes(model: ModelConfig, config: StageConfig) -> Launch:
     """Who this process is among those of the run. Raises ConfigError for what several processes, or one, cannot do."""
     launch = launched()
-    is_sharded = isinstance(config, SFTConfig) and config.distributed == "fsdp"
+    is_sharded = config.distributed == "fsdp"
     if launch.size == 1:
         if is_sharded:
             raise ConfigError(
@@ -50,15 +50,11 @@ def check_processes(model: ModelConfig, config: StageConfig) -> Launch:
                 "--nproc_per_node N -m looktwice train ..., or leave it out"
             )
         return launch
-    if not isinstance(config, SFTConfig):
-        raise ConfigError(
-            f"started as one of {launch.size} processes; R-GRPO trains in one: start it by itself, and sample on more "
-            "GPUs with --vllm_servers"
-        )
     if is_sharded:
         whole = {"quantization": model.quantization != "none"}
         whole["offload_activations"] = config.offload_activations
         whole["optim"] = config.optim not in ("adamw_torch", "adamw_torch_fused")
+        whole["exact"] = isinstance(config, GRPOConfig) and config.exact
         for name in filter(whole.get, whole):
             value = model.quantization if name == "quantization" else getattr(config, name)
             raise ConfigError(f"{name} {value} does not go with fsdp; use --distributed ddp, or leave it out")

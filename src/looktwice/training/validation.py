@@ -11,14 +11,21 @@ from looktwice.evaluation.controls import control_look
 from looktwice.rollout.episode import Look
 from looktwice.rollout.trajectory import Trajectory
 from looktwice.training.learner import Learner
-from looktwice.training.rollouts import begin_episodes, sample_episodes
+from looktwice.training.rollouts import begin_episodes, own_places, seeds_of
+from looktwice.training.sampler import Sampler
 from looktwice.training.sets import LengthReport, fitted
 
 
 def validate(
-    learner: Learner, samples: Sequence[Sample], data: DataConfig, config: GRPOConfig, lengths: LengthReport
+    learner: Learner,
+    samples: Sequence[Sample],
+    data: DataConfig,
+    config: GRPOConfig,
+    lengths: LengthReport,
+    sampler: Sampler | None = None,
 ) -> dict[str, float]:
     """The metrics `eval/...` of greedy answers, judged by the rules of `answers.py`; none where no question fits.
+    Processes share the questions out, and all get all metrics.
 
     With `eval_tool_gain` the questions are asked again without the tool. An answer without a call would come out the
     same, so only the others are.
@@ -32,7 +39,7 @@ def validate(
     if not asked:
         return {}
     with learner.images_kept():
-        answers = greedy_answers(learner, asked, config)
+        answers = greedy_answers(learner, asked, config, sampler=sampler)
         with_tool = judged(answers, asked)
         metrics = {
             "eval/accuracy": with_tool.accuracy,
@@ -42,7 +49,7 @@ def validate(
             return metrics
         places = [place for place, answer in enumerate(answers) if answer.calls]
         look = control_look("no_crop", learner.processor, config.seed)
-        again = greedy_answers(learner, [asked[place] for place in places], config, look)
+        again = greedy_answers(learner, [asked[place] for place in places], config, look, sampler=sampler)
     by_itself = [*answers]
     for place, answer in zip(places, again):
         by_itself[place] = answer
@@ -55,14 +62,27 @@ def validate(
 
 
 def greedy_answers(
-    learner: Learner, samples: Sequence[Sample], config: GRPOConfig, look: Look | None = None
+    learner: Learner,
+    samples: Sequence[Sample],
+    config: GRPOConfig,
+    look: Look | None = None,
+    *,
+    sampler: Sampler | None = None,
 ) -> list[Trajectory]:
     """One greedy answer of the policy to each question; `look` replaces the crop tool."""
     greedy = config.model_copy(update={"num_generations": 1, "temperature": 0.0})
-    size = config.rollout_batch_size
-    answers = []
+    sampler, world = sampler or Sampler(learner, config), learner.world
+    size = config.rollout_batch_size * world.size
+    answers: list[Trajectory] = []
     for first in range(0, len(samples), size):
-        groups = begin_episodes(learner.processor, samples[first : first + size], greedy, look)
-        sample_episodes(learner, groups, greedy)
-        answers += [episode.trajectory for [episode] in groups]
+        world.at("evaluation", learner.step)
+        asked = samples[first : first + size]
+        places = own_places(learner, asked, greedy)
+        groups = begin_episodes(learner.processor, [asked[place] for place in places], greedy, look)
+        with world.whole_model(learner.model):
+            sampler.take_weights(learner.step)
+            sampler.play(groups, greedy, seeds_of(greedy, learner.step, places), learner.vision_cache)
+        own = [(place, episode.trajectory) for place, [episode] in zip(places, groups)]
+        found = dict(world.gather(own))
+        answers += [found[place] for place in range(len(asked))]
     return answers
