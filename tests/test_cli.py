@@ -374,7 +374,7 @@ def test_a_signal_lets_the_step_be_saved_and_the_command_that_is_told_goes_on(
     assert [json.loads(row)["step"] for row in log] == [1, 2]
 
 
-@pytest.mark.parametrize(("module", "name"), [(grpo, "fitted"), (sft, "save_final")])
+@pytest.mark.parametrize(("module", "name"), [(grpo, "tell_failures"), (sft, "save_final")])
 def test_between_and_in_the_second_of_both_stages_its_own_command_is_told(
     module, name, signal_in_step, command, tmp_path, capsys
 ) -> None:
