@@ -20,6 +20,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self.sizes: dict[int, int] = {}
         if with_present:
+            gc.collect()  # what nobody holds but itself is not alive
             for thing in gc.get_objects():
                 if issubclass(type(thing), torch.Tensor) and thing.device.type != "meta":
                     self._see(thing.untyped_storage())

@@ -54,6 +54,6 @@ def publish(
     arguments = arguments or parser().parse_args()
     for name, value in figures.items():
         goal = (goals or {}).get(name.rpartition(".")[2], "")
-        print(f"{name:44} {value:12.4g}   {goal}".rstrip())
+        print(f"{name:56} {value:12.4g}   {goal}".rstrip())
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -379,7 +379,7 @@ def test_gradients_do_not_depend_on_where_chunks_end(
     model, batch = copy.deepcopy(model), pack(mix(2, 1, 0))
     whole = gradients(model, batch)
     monkeypatch.setattr(looktwice.model.logprobs, "LOGPROB_CHUNK", 3)
-    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 2)
+    monkeypatch.setitem(looktwice.model.visual_tokenizer.CHUNK, "cpu", 2)
     assert_same_gradients(gradients(model, batch), whole)
 
 

@@ -56,6 +56,11 @@ def test_the_table_mixes_its_rows_by_probability(table: VisualEmbedding) -> None
     torch.testing.assert_close(table(row)[0], 0.25 * table.weight[2] + 0.75 * table.weight[5])
 
 
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(looktwice.model.visual_tokenizer.CHUNK, "cpu", 3)
+    monkeypatch.setitem(looktwice.model.visual_tokenizer.BLOCK, "cpu", 2)
+
+
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_features_are_embedded_alike_in_one_chunk_or_many(
     tokenizer: VisualTokenizer, table: VisualEmbedding, monkeypatch: pytest.MonkeyPatch, with_gradients: bool
@@ -63,7 +68,7 @@ def test_features_are_embedded_alike_in_one_chunk_or_many(
     features = torch.randn(7, 32)
     with torch.set_grad_enabled(with_gradients):
         whole = embed_features(features, tokenizer, table)
-        monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
+        small_chunks(monkeypatch)
         torch.testing.assert_close(embed_features(features, tokenizer, table), whole)
 
 
@@ -80,7 +85,7 @@ def gradients_of(embed: Callable[[Tensor], Tensor], features: Tensor, *modules: 
 def test_chunks_give_vectors_and_gradients_of_the_plain_product(
     monkeypatch: pytest.MonkeyPatch, is_trained: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
+    small_chunks(monkeypatch)
     head, table = make_head(num_words=50, width=20)
     head.to(dtype).requires_grad_(is_trained)
     table.to(dtype).requires_grad_(is_trained)
@@ -119,7 +124,7 @@ class MostRows(TorchDispatchMode):
 
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_no_tensor_ever_holds_the_visual_words_of_all_tokens(monkeypatch: pytest.MonkeyPatch, is_trained: bool) -> None:
-    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
+    small_chunks(monkeypatch)
     head, table = make_head(num_words=50, width=20)
     head.requires_grad_(is_trained)
     table.requires_grad_(is_trained)
@@ -131,11 +136,8 @@ def test_no_tensor_ever_holds_the_visual_words_of_all_tokens(monkeypatch: pytest
     assert (forward.found, both.found) == (3, 3)
 
 
-def test_frozen_weights_over_frozen_features_keep_nothing_and_compute_nothing_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
-    monkeypatch.setattr(looktwice.model.visual_tokenizer, "checkpoint", None)
+def test_frozen_weights_over_frozen_features_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch)
     head, table = make_head(num_words=50, width=20)
     head.requires_grad_(False)
     table.requires_grad_(False)
@@ -146,7 +148,7 @@ def test_frozen_weights_over_frozen_features_keep_nothing_and_compute_nothing_ag
 def test_nothing_as_wide_as_the_visual_words_is_kept_for_backward(
     monkeypatch: pytest.MonkeyPatch, is_trained: bool
 ) -> None:
-    monkeypatch.setattr(looktwice.model.visual_tokenizer, "CHUNK", 3)
+    small_chunks(monkeypatch)
     head, table = make_head(num_words=50, width=20)
     head.requires_grad_(is_trained)
     table.requires_grad_(is_trained)
@@ -158,4 +160,28 @@ def test_nothing_as_wide_as_the_visual_words_is_kept_for_backward(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         embed_features(torch.randn(11, 32, requires_grad=True), head, table)
-    assert [tensor.shape for tensor in kept if 50 in tensor.shape] == []
+    weights = {id(weight) for module in (head, table) for weight in module.parameters()}
+    assert [tensor.shape for tensor in kept if 50 in tensor.shape and id(tensor) not in weights] == []
+
+
+@pytest.mark.parametrize("frozen", ["head", "table", "both"])
+def test_frozen_parts_get_no_gradient_and_leave_the_others_as_they_are(frozen: str) -> None:
+    head, table = make_head(num_words=50, width=20)
+    head.requires_grad_(frozen == "table")
+    table.requires_grad_(frozen == "head")
+    features = torch.randn(11, 32)
+    plain = gradients_of(lambda x: table(head.probabilities(x)), features, head.head, table)
+    found = gradients_of(lambda x: embed_features(x, head, table), features, head.head, table)
+    assert len(found) == {"head": 3, "table": 5, "both": 2}[frozen]
+    torch.testing.assert_close(found, plain)
+
+
+def test_under_autocast_gradients_are_those_of_the_plain_product() -> None:
+    head, table = make_head(num_words=50, width=20)
+    features = torch.randn(11, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = gradients_of(lambda x: table(head.probabilities(x)), features, head.head, table)
+        found = gradients_of(lambda x: embed_features(x, head, table), features, head.head, table)
+    for ours, wanted in zip(found, plain, strict=True):
+        assert ours.dtype == wanted.dtype
+        torch.testing.assert_close(ours, wanted, atol=2e-2 * float(wanted.detach().abs().max()), rtol=2e-2)

@@ -173,7 +173,7 @@ class _Logprobs(torch.autograd.Function):
         if inputs:
             hidden, weight, targets = inputs
             scorer = _Scorer(weight.to(ctx.dtype), ctx.temperature, size=len(targets), with_entropy=ctx.has_entropy)
-            by_head = _Total(weight)
+            by_head = WeightGradient(weight)
             for place in _chunks(len(targets)):
                 rows = hidden[place].to(ctx.dtype)
                 chunk = scorer(rows, targets[place])
@@ -194,7 +194,7 @@ class _LogprobSum(torch.autograd.Function):
         scorer = _Scorer(head, temperature, size=len(rows))
         total = rows.new_zeros((), dtype=torch.float32)
         by_row = torch.empty_like(rows) if with_gradients and ctx.needs_input_grad[0] else None
-        by_head = _Total(weight) if with_gradients and ctx.needs_input_grad[1] else None
+        by_head = WeightGradient(weight) if with_gradients and ctx.needs_input_grad[1] else None
         for place in _chunks(len(rows)):
             chunk = scorer(rows[place], targets[place])
             total += chunk.logprobs.sum()
@@ -220,8 +220,8 @@ def _chunks(count: int) -> list[slice]:
     return [slice(start, min(start + LOGPROB_CHUNK, count)) for start in range(0, count, LOGPROB_CHUNK)]
 
 
-class _Total:
-    """The gradient of the head's weight [V, D] over chunks, in the dtype of the weight."""
+class WeightGradient:
+    """The gradient of a weight [V, D] over chunks, in the dtype of the weight; rows past those given get none."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
@@ -229,13 +229,18 @@ class _Total:
 
     def add(self, slopes: Tensor, rows: Tensor) -> None:
         """Add slopes^T @ rows of a chunk: [C, V], [C, D]."""
-        rows = rows.to(slopes.dtype)
+        rows, num_words = rows.to(slopes.dtype), slopes.shape[1]
         if self.sum is None:
-            self.sum = torch.mm(slopes.T, rows).to(self.weight.dtype)
+            self.sum = torch.empty_like(self.weight)
+            self.sum[num_words:] = 0
+            if slopes.dtype == self.sum.dtype:
+                torch.mm(slopes.T, rows, out=self.sum[:num_words])
+            else:
+                self.sum[:num_words] = torch.mm(slopes.T, rows)
         elif slopes.dtype == self.sum.dtype:
-            self.sum.addmm_(slopes.T, rows)
+            self.sum[:num_words].addmm_(slopes.T, rows)
         else:
-            self.sum += torch.mm(slopes.T, rows)
+            self.sum[:num_words] += torch.mm(slopes.T, rows)
 
     @property
     def value(self) -> Tensor:

@@ -90,17 +90,18 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
     def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
         """Ids [B, T] -> vectors [B, T, D]: text ids looked up, indicators from the table, atoms from the pictures.
 
-        Merged out of place, so that frozen embeddings with input gradients work. Ids on the host, as packed rows have
-        them, keep a GPU from waiting.
         Raises ValueError when the number of atoms differs from the number of vectors.
         """
+        return self._show(input_ids, self._look_up(input_ids), image_features)
+
+    def _look_up(self, input_ids: Tensor) -> Tensor:
+        """Vectors [B, T, D] of text ids and indicators, and of anything for atoms.
+
+        Ids on the host, as packed rows have them, keep a GPU from waiting.
+        """
         config = self.config
-        is_atom = input_ids == config.image_token_id
-        num_features = 0 if image_features is None else len(image_features)
-        if int(is_atom.sum()) != num_features:
-            raise ValueError(f"{int(is_atom.sum())} visual tokens in input_ids, {num_features} in the pictures")
         is_indicator = torch.isin(input_ids, input_ids.new_tensor(config.indicator_token_ids))
-        words = input_ids.masked_fill(is_atom | is_indicator, 0)
+        words = input_ids.masked_fill((input_ids == config.image_token_id) | is_indicator, 0)
         embeds = self.language_model.embed_tokens(_copied(words, self.language_model.embed_tokens.weight))
         if is_indicator.any():
             rows = torch.zeros_like(input_ids)
@@ -109,9 +110,18 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
             numbers = config.visual_vocab_size - NUM_INDICATORS + rows[is_indicator]
             indicators = self.vte(_copied(numbers, self.vte.weight)).to(embeds)
             embeds = embeds.masked_scatter(_copied(is_indicator, embeds)[..., None], indicators)
-        if image_features is not None:
-            embeds = embeds.masked_scatter(_copied(is_atom, embeds)[..., None], image_features.to(embeds))
         return embeds
+
+    def _show(self, input_ids: Tensor, embeds: Tensor, image_features: Tensor | None) -> Tensor:
+        """The vectors with those of the pictures at the places of atoms; out of place, so that frozen embeddings with
+        input gradients work."""
+        is_atom = input_ids == self.config.image_token_id
+        num_features = 0 if image_features is None else len(image_features)
+        if int(is_atom.sum()) != num_features:
+            raise ValueError(f"{int(is_atom.sum())} visual tokens in input_ids, {num_features} in the pictures")
+        if image_features is None:
+            return embeds
+        return embeds.masked_scatter(_copied(is_atom, embeds)[..., None], image_features.to(embeds))
 
     def forward(
         self,
@@ -140,6 +150,9 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
+            # first, since backward goes the other way: it makes these gradients, as large as the weights, when those
+            # of the pictures need no more memory
+            embeds = self._look_up(input_ids)
             if tower_features is not None:
                 image_features = embed_features(tower_features, self.visual_tokenizer, self.vte)
             elif pixel_values is not None and len(pixel_values):
@@ -148,7 +161,7 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
                 image_features = self.get_image_features(pixel_values, image_grid_thw)
             if image_features is not None and image_index is not None:
                 image_features = self._repeat_images(image_features, image_grid_thw, image_index)
-            inputs_embeds = self.embed(input_ids, image_features)
+            inputs_embeds = self._show(input_ids, embeds, image_features)
         if cu_seqlens is not None:
             if inputs_embeds.shape[0] != 1 or past_key_values is not None:
                 raise ValueError("a packed batch is one row and uses no cache")

@@ -5,16 +5,24 @@ Legend: A visual tokens, F features of a token (s^2 * tower width), V visual voc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
 from looktwice.model.configuration import NUM_INDICATORS, Siglip2NavitConfig
-from looktwice.model.exact import alike
+from looktwice.model.exact import is_exact
+from looktwice.model.logprobs import WeightGradient
+from looktwice.model.precision import autocast_dtype
 from looktwice.model.vision import VisionTower
 
 HEAD_NORM_EPS = 1e-5
-CHUNK = 512
+CHUNK = {"cpu": 96, "cuda": 512}
+"""Visual tokens whose scores exist at a time. On a CPU 96 are about as fast a token as 512; those of 96 are 25 MB."""
+BLOCK = {"cpu": 8, "cuda": 512}
+"""Of them those that norm and softmax take at a time: 8 stay in a processor's cache, where both are 3 to 8 times as
+fast as over a chunk."""
 
 
 class VisualTokenizer(nn.Module):
@@ -46,18 +54,70 @@ class VisualEmbedding(nn.Embedding):
 
 
 def embed_features(features: Tensor, tokenizer: VisualTokenizer, table: VisualEmbedding) -> Tensor:
-    """Features [A, F] -> vectors [A, D], 512 tokens at a time, recomputed in backward where there is one.
+    """Features [A, F] -> vectors [A, D]. Scores of a chunk of tokens exist at a time, and backward computes them anew.
 
-    The softmax is 65,532 wide in released models. In bfloat16 a picture of 1792 x 1792 would take 2.0 GB at once, and
-    takes 0.3 GB in chunks; with gradients of the features 2.8 and 0.5 (`benchmarks/visual_tokens.py`).
+    The softmax is 65,532 wide in released models. In bfloat16 a picture of 1792 x 1792 would take 2.0 GB at once
+    (`benchmarks/visual_tokens.py`).
     """
+    # by name, which also finds the copy that PEFT trains of the head
+    linear, norm = (getattr(tokenizer.head, place) for place in ("0", "1"))
+    device = linear.weight.device
+    return _Mixture.apply(features.to(device), linear.weight, norm.weight, norm.bias, table.weight.to(device))
 
-    def embed(chunk: Tensor) -> Tensor:
-        return table(tokenizer.probabilities(chunk))
 
-    chunks = features.split(CHUNK)
-    weights = (*tokenizer.head.parameters(), *table.parameters())
-    has_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *weights))
-    if not has_backward or len(chunks) == 1:
-        return torch.cat([embed(chunk) for chunk in chunks])
-    return torch.cat([checkpoint(embed, chunk, use_reentrant=False, context_fn=alike) for chunk in chunks])
+class _Mixture(torch.autograd.Function):
+    """Head, norm, softmax and table in one, chunk by chunk in the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, words: Tensor, scale: Tensor, shift: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(features, words, scale, shift, rows)
+        ctx.dtype = dtype = autocast_dtype(features.device, words.dtype)
+        features, words, mixed = features.to(dtype), words.to(dtype), rows[: len(words)].to(dtype)
+        chunks = features.split(CHUNK.get(features.device.type, len(features)))
+        memory = features.new_empty(len(chunks[0]), len(words))
+        vectors = []
+        for chunk in chunks:
+            out = memory[: len(chunk)]
+            scores = F.linear(chunk, words) if is_exact() else torch.mm(chunk, words.T, out=out)
+            for block in scores.split(BLOCK.get(features.device.type, len(scores))):
+                block.copy_(_probabilities(block, scale, shift))
+            vectors.append(scores @ mixed)
+        return torch.cat(vectors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        features, words, scale, shift, rows = ctx.saved_tensors
+        needed, dtype, precise = ctx.needs_input_grad, ctx.dtype, torch.promote_types(words.dtype, torch.float32)
+        inputs, head, mixed, grad = (each.to(dtype) for each in (features, words, rows[: len(words)], grad))
+        leaves = [each.detach().to(precise).requires_grad_() for each in (scale, shift)]
+        by_features, by_words, by_rows = torch.empty_like(inputs), WeightGradient(words), WeightGradient(rows)
+        by_norm = [torch.zeros_like(each) for each in leaves]
+        size = CHUNK.get(grad.device.type, len(grad))
+        scores, slopes = (head.new_empty(min(size, len(grad)), len(head)) for _ in range(2))
+        for start in range(0, len(grad), size):
+            place = slice(start, min(start + size, len(grad)))
+            chunk = torch.mm(inputs[place], head.T, out=scores[: len(grad[place])])
+            by_chunk = torch.mm(grad[place], mixed.T, out=slopes[: len(chunk)])
+            width = BLOCK.get(grad.device.type, size)
+            for block, by_block in zip(chunk.split(width), by_chunk.split(width)):
+                leaf = block.to(precise, copy=True).requires_grad_()
+                with torch.enable_grad():
+                    found = _probabilities(leaf, *leaves)
+                by_leaf, *sums = torch.autograd.grad(found, [leaf, *leaves], by_block.to(precise))
+                block.copy_(found.detach())
+                by_block.copy_(by_leaf)
+                for total, each in zip(by_norm, sums):
+                    total += each
+            if needed[0]:
+                torch.mm(by_chunk, head, out=by_features[place])
+            if needed[1]:
+                by_words.add(by_chunk, inputs[place])
+            if needed[4]:
+                by_rows.add(chunk, grad[place])
+        by_scale, by_shift = (total.to(scale.dtype) for total in by_norm)
+        gradients = (by_features.to(features.dtype), by_words.value, by_scale, by_shift, by_rows.value)
+        return tuple(each if is_needed else None for each, is_needed in zip(gradients, needed))
+
+
+def _probabilities(scores: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(scores, scale.shape, scale, shift, HEAD_NORM_EPS).softmax(-1, dtype=torch.float32)
