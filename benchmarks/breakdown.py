@@ -1,4 +1,4 @@
-"""What a step is made of: its time by kind of operation, and by kind the bytes that are alive when it holds the most."""
+"""What a step is made of: its time by kind of operation, and by kind the bytes that are alive at its peak."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def kind_of_operation(name: str) -> str:
         return "autograd and our own functions"
     name = name.removeprefix("aten::")
     for kind, names in KINDS_OF_TIME.items():
-        if name in names.split() or any(name.startswith(each) for each in names.split() if len(each) > 4):
+        if name in names.split() or any(name.startswith(each) for each in names.split() if len(each) >= 4):
             return kind
     return "views and memory"
 
@@ -114,9 +114,9 @@ def maker() -> str:
     frame = sys._getframe(1)
     while frame := frame.f_back:  # type: ignore[assignment]
         path = Path(frame.f_code.co_filename)
-        if kind := KINDS_OF_BYTES.get(path.stem):
-            if "looktwice" in path.parts or path.stem == "modeling_qwen3":
-                return kind
+        is_known = "looktwice" in path.parts or path.stem == "modeling_qwen3"
+        if is_known and path.stem in KINDS_OF_BYTES:
+            return KINDS_OF_BYTES[path.stem]
         if path.stem == "graph":  # of torch.autograd: backward has no frames of ours
             return "gradients under way"
     return "others"
