@@ -725,6 +725,7 @@ def test_help_says_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None
     for shown in (
         "--max_tokens_per_row N ",
         "--min_pixels N ",
+        "several or none (tensorboard)",
         "--box_frame {original_px,resized_px,unit,norm1000} ",
         "--lr_scheduler_type {cosine,constant} ",
         "--part_learning_rates RATES ",

@@ -137,7 +137,9 @@ def test_a_bar_keeps_its_time_when_steps_take_minutes(tmp_path, monkeypatch) -> 
         assert re.search(r"  left 0:35:0\d$", recorder.lines(3, {})[0])
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.69314, "0.6931"), (2e-5, "2e-05"), (0, "0"), (123456.7, "123,457")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.69314, "0.6931"), (2e-5, "2e-05"), (0, "0"), (123456.7, "123,457"), (2e12, "2e+12")]
+)
 def test_a_number_is_shown_to_four_digits(value: float, text: str) -> None:
     assert four_digits(value) == text
 

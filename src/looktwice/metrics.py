@@ -31,19 +31,23 @@ METRICS: dict[str, str] = {
     "optim/lr": "learning rate",
     "optim/grad_norm": "gradient norm before clipping",
     "optim/skipped": "updates so far that were left out because loss or gradient was no number",
+    "optim/overflows": "updates so far that were left out because a gradient was too large for float16",
     "epoch": "passes over the training data so far",
     "data/too_long": "samples so far that were left out or shrunk because they were longer than max_length",
+    "memory/vision_cache_gb": "gigabytes of features that the vision cache holds",
+    "perf/vision_cache_hits": "share of the pictures since the step before that the vision cache had",
     "memory/row_splits": "rows that the step took more because memory ran out",
     "perf/tokens_per_s": "tokens of packed rows per second, prompts, pictures and the wait for data included",
     "time/step_s": "seconds of the whole step",
-    "time/data_wait_share": "share of the step that waited for samples to be prepared",
+    "time/data_wait_share": "share of the step that waited for samples, in the process that waited longest",
     "time/rollout_s": "seconds of sampling rollouts",
     "time/reward_s": "seconds of rewarding them",
     "time/reference_s": "seconds of the reference's logprobs",
     "time/update_s": "seconds of the policy updates",
     "time/eval_s": "seconds of the evaluation",
     "time/saving_s": "seconds of writing checkpoints, trajectories and pages since the step before",
-    "time/waiting_s": "seconds of waiting for samples to be prepared, for other processes, or for rollouts made ahead",
+    "time/data_s": "seconds of reading prompts and their pictures",
+    "time/waiting_s": "seconds of waiting for other processes, or for rollouts made ahead",
     "time/idle_share": "share of the time since the step before in which the model neither sampled here nor trained",
     "perf/sampled_tokens_per_s": "sampled tokens per second of sampling",
     "perf/trained_tokens_per_s": "trained tokens per second of the policy updates",
@@ -213,8 +217,8 @@ def short_name(name: str) -> str:
 
 
 def four_digits(value: float) -> str:
-    """A number to four digits: 0.6931, 2e-05, 18,384."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    """A number to four digits: 0.6931, 2e-05, 18,384; 1e+12 from a thousand million on."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def folded(facts: Sequence[str], width: int) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from tests.model.mixer import Mixer
 
 from looktwice.errors import ConfigError
+from looktwice.model.exact import ExactMode
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.vision_cache import VisionCache
 from looktwice.processing.packing import PackedBatch, pack
@@ -80,6 +81,25 @@ def test_a_folder_serves_the_next_run_and_only_the_same_weights_and_precision(fr
     assert cache.num_encoded == 3
     weight = frozen.model.visual_tokenizer.vit.encoder.layers[0].mlp.fc1.weight
     assert encoded(lambda: weight.data.mul_(1.5)) == 3
+
+
+def test_features_of_exact_mode_are_kept_apart(frozen, batch) -> None:
+    """They differ in the last bits."""
+    cache = VisionCache(frozen, max_bytes=10**9)
+    run(cache, batch)
+    with torch.no_grad(), ExactMode():
+        run(cache, batch)
+    assert cache.num_encoded == 6
+
+
+def test_it_says_how_many_pictures_it_had_since_it_was_asked_last(frozen, batch) -> None:
+    cache = VisionCache(frozen, max_bytes=10**9)
+    run(cache, batch)
+    size = {"memory/vision_cache_gb": cache.num_bytes / 1e9}
+    assert cache.take_metrics() == {**size, "perf/vision_cache_hits": 0}
+    run(cache, batch)
+    assert cache.take_metrics() == {**size, "perf/vision_cache_hits": 1}
+    assert cache.take_metrics() == size
 
 
 def test_a_broken_file_is_computed_anew(frozen, batch, tmp_path: Path, capsys) -> None:

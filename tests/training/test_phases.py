@@ -64,6 +64,14 @@ def test_phases_of_rollouts_made_ahead_are_added(clock) -> None:
     assert phases.take() == {"time/rollout_s": 3, "time/idle_share": 0} and not ahead.seconds
 
 
+def test_waiting_for_samples_has_its_share_of_the_step_as_in_stage_1(clock) -> None:
+    phases = Phases()
+    with phases.during("data"):
+        clock[0] += 1
+    clock[0] += 3
+    assert phases.take()["time/data_wait_share"] == 0.25
+
+
 def test_a_phase_that_fails_has_taken_its_time_too(clock) -> None:
     phases = Phases()
     with pytest.raises(ValueError), phases.during("eval"):

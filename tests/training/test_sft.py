@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,16 @@ def test_a_vision_cache_changes_no_loss_and_later_epochs_skip_the_tower(run, tmp
         _, lines = run(name, vision_cache="1GB", **settings, **more)
         assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
         assert len(passes) == 1
+        assert [line["perf/vision_cache_hits"] for line in lines] == [0, 1]
+        assert lines[0]["memory/vision_cache_gb"] == lines[1]["memory/vision_cache_gb"] > 0
     assert list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_updates_that_overflow_float16_are_counted(run, model_folder, monkeypatch) -> None:
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
+    final, lines = run(max_steps=2, num_train_epochs=0, fp16=True)
+    assert [line["optim/overflows"] for line in lines] == [1, 2]
+    assert weights(final) == weights(model_folder)
 
 
 def test_workers_give_the_validation_loss_that_one_process_gives(run, dataset) -> None:

@@ -143,7 +143,8 @@ def add_flags(
     group = parser.add_argument_group(title or (config_class.__doc__ or "").splitlines()[0].removesuffix("."))
     for name in names:
         field = config_class.model_fields[name]
-        default = "" if field.default in (None, (), {}) else f" ({field.default})"
+        words = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "" if words in (None, "", {}) else f" ({words})"
         help_text = f"{field.description}{default}".replace("%", "%%")
         flag = f"--{prefix}{flag_of(config_class, name)}"
         if field.annotation in (bool, bool | None):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from looktwice.drafts import UNFINISHED
 from looktwice.errors import CheckpointError, ConfigError, one_line
+from looktwice.model.exact import is_exact
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.precision import autocast_dtype
 
@@ -43,6 +44,7 @@ class VisionCache:
         self.kind: Kind = "tower_features" if is_trained(tokenizer.head, table) else "image_features"
         self.max_bytes = max_bytes
         self.num_bytes = self.num_encoded = 0
+        self.asked = self.missed = 0
         self.known: dict[bytes, Tensor | Path] = {}
         self.folder = folder
         if folder is not None:
@@ -58,12 +60,22 @@ class VisionCache:
         keys = [self._key(image, grid) for image, grid in zip(images, grids)]
         found = {key: features for key in set(keys) if (features := self._read(key)) is not None}
         missing = {key: number for number, key in enumerate(keys) if key not in found}
+        self.asked += len(set(keys))
+        self.missed += len(missing)
         new = self._encode([images[n] for n in missing.values()], [grids[n] for n in missing.values()])
         for key, features in zip(missing, new):
             self._keep(key, features)
             found[key] = features
         device = self.model.device
         return {self.kind: torch.cat([found[key].to(device, non_blocking=True) for key in keys])}
+
+    def take_metrics(self) -> dict[str, float]:
+        """How much it holds, and which share it had of the distinct pictures it was asked for since the last time."""
+        metrics = {"memory/vision_cache_gb": self.num_bytes / 1e9}
+        if self.asked:
+            metrics["perf/vision_cache_hits"] = 1 - self.missed / self.asked
+        self.asked = self.missed = 0
+        return metrics
 
     @torch.no_grad()
     def _encode(self, images: list[Tensor], grids: list[list[int]]) -> list[Tensor]:
@@ -77,9 +89,11 @@ class VisionCache:
         return list(encode(pixels, places).split(inner.num_visual_tokens(places)))
 
     def _key(self, pixels: Tensor, grid: list[int]) -> bytes:
-        """Of the picture as the tower sees it, after resizing, and the precision that is computed in."""
+        """Of the picture as the tower sees it, after resizing, and of how its features are computed: the precision, and
+        whether sums have the order of exact mode."""
         dtype = autocast_dtype(self.model.device, self.model.dtype)
-        digest = blake2b(pixels.contiguous().numpy().data, digest_size=DIGEST_BYTES, key=f"{grid} {dtype}".encode())
+        how = f"{grid} {dtype}" + " exact" * is_exact()
+        digest = blake2b(pixels.contiguous().numpy().data, digest_size=DIGEST_BYTES, key=how.encode())
         return digest.digest()
 
     def _keep(self, key: bytes, features: Tensor) -> None:

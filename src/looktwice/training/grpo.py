@@ -109,7 +109,7 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: GRPOCon
             while learner.step < order.total_steps:
                 world.at("rollouts", learner.step + 1)
                 started = time.perf_counter()
-                with learner.phases.during("waiting"):
+                with learner.phases.during("data"):
                     prompts = asked.of(learner.step)
                     # after a checkpoint nothing is made ahead, so that a run that goes on from it does the same
                     is_ahead = ahead and learner.step + 1 < order.total_steps and not saves.is_planned(learner.step + 1)

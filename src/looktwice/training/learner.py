@@ -98,6 +98,7 @@ class Learner:
         self.start: str | None = None
         self.is_exact = False
         self.guard = NonfiniteGuard(config.skip_nonfinite)
+        self.num_overflows = 0
         self.phases = Phases(self.world)
         self.tokens_that_fit: int | None = None
         self.vision_cache: VisionCache | None = None
@@ -286,6 +287,7 @@ class Learner:
         update = Update(loss=total, grad_norm=norm, num_splits=int(num_splits))
         # under fp16 a gradient may overflow: the scaler leaves the update out and takes a smaller scale
         checked = 0.0 if self.config.fp16 else norm
+        self.num_overflows += self.config.fp16 and not math.isfinite(norm)
         origins = [Origin(row.where, world.rank if world.size > 1 else None) for row in present]
         if not math.isfinite(total + checked):  # and the rows that it comes from may be another process's
             found = world.gather([*zip(losses, origins)])
@@ -380,6 +382,7 @@ class Learner:
                     "random": random_state(),
                     "skipped": (self.guard.in_a_row, self.guard.num_skipped),
                     "scaler": self.scaler.state_dict(),
+                    "overflows": self.num_overflows,
                     "rows": {name: vars(self).get(name) for name in ROW_LIMITS},
                 }
                 try:
@@ -419,7 +422,8 @@ class Learner:
         if saved.get("start") != self.start:
             raise CheckpointError(f"{folder}: its run started from another model; name that one to go on")
         if difference := first_difference(saved, self.trained()):
-            raise CheckpointError(f"{folder}: {difference}; resume with the same settings")
+            other = f"or start another run from its weights: --model_name {folder}"
+            raise CheckpointError(f"{folder}: {difference}; resume with the same settings, {other}")
         if moments is None:
             moments = read_moments(folder, self.optimizer, self.names)
         load_trained(self.model, folder)
@@ -429,6 +433,7 @@ class Learner:
             group |= settings
         self.step = step
         self.guard.in_a_row, self.guard.num_skipped = skipped
+        self.num_overflows = state.get("overflows", 0)
         is_given = self.config.max_tokens_per_row is not None or self.config.memory_efficient
         kept = ROW_LIMITS[-1:] if is_given else ROW_LIMITS
         vars(self).update({name: limits[name] for name in kept if limits.get(name) is not None})
@@ -501,12 +506,19 @@ def compile_layers(model: Ovis2_5ForConditionalGeneration) -> None:
 
 
 def first_difference(saved: dict[str, Any], present: dict[str, Any]) -> str | None:
-    """What a checkpoint has otherwise than the run that is to go on from it, if anything."""
-    for name in present | saved:
-        was, now = ("not trained" if facts.get(name) is None else facts[name] for facts in (saved, present))
-        if was != now:
-            return f"{name} was {was} and is {now}"
-    return None
+    """What a checkpoint has otherwise than the run that is to go on from it, if anything: a fact, else the parts that
+    are trained in one of them alone, else a weight."""
+    names = [name for name in present | saved if saved.get(name) != present.get(name)]
+    weights = [[name for name, fact in facts.items() if isinstance(fact, list)] for facts in (saved, present)]
+    was, now = ({part_of(name) for name in there} for there in weights)
+    if was != now and {*names} <= {*weights[0], *weights[1]}:
+        told = [*(f"{part} was trained and is frozen" for part in sorted(was - now))]
+        told += [f"{part} was frozen and is trained" for part in sorted(now - was)]
+        return ", ".join(told)
+    if not names:
+        return None
+    before, here = ("not trained" if facts.get(names[0]) is None else facts[names[0]] for facts in (saved, present))
+    return f"{names[0]} was {before} and is {here}"
 
 
 def lora_settings(config: StageConfig, *, only_given: bool = False) -> dict[str, Any]:

@@ -51,9 +51,19 @@ def run_facts(learner: Learner, order: BatchOrder, model: ModelConfig) -> dict[s
         **rollouts,
         "attention": ", ".join(sorted(attention)) + " (auto)" * (model.attn_implementation == "auto"),
         "gradient checkpointing": recomputed + " (auto)" * is_auto,
+        **({} if config.vision_cache is None else {"vision cache": vision_cache_fact(learner)}),
         "precision": precision if quantization == "none" else f"{precision}, language model in {quantization}",
         "run folder": str(config.output_dir),
     }
+
+
+def vision_cache_fact(learner: Learner) -> str:
+    """What the vision cache keeps, how much of it, and where."""
+    cache, config = learner.vision_cache, learner.config
+    assert cache is not None
+    kept = "features of the tower" if cache.kind == "tower_features" else "vectors of pictures"
+    found = f", with {counted(len(cache.known), 'picture')} of earlier runs" if cache.known else ""
+    return f"{kept}, up to {config.vision_cache} in {config.vision_cache_dir or 'memory'}{found}"
 
 
 def what_trains(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from looktwice.training.distributed import World
 
-Phase = Literal["rollout", "reward", "reference", "update", "eval", "saving", "waiting"]
+Phase = Literal["rollout", "reward", "reference", "update", "eval", "saving", "data", "waiting"]
 BUSY: tuple[Phase, ...] = ("rollout", "reference", "update", "eval")
 """The phases in which the model of this process works. Rollouts that servers sample are none of them."""
 
@@ -49,6 +49,8 @@ class Phases:
             self.seconds["waiting"] += self.world.waited
         metrics = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
         metrics["time/idle_share"] = max(0.0, 1 - busy / (now - self.begun))
+        if "data" in self.seconds:
+            metrics["time/data_wait_share"] = self.seconds["data"] / (now - self.begun)
         self.seconds.clear()
         self.begun, self.world.waited = now, 0.0
         means: defaultdict[str, float] = defaultdict(float)

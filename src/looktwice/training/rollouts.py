@@ -109,7 +109,7 @@ def make_rollouts(
     `ahead` for another."""
     step, images, phases = ahead or MadeAhead(learner.step, learner.vision_cache, learner.phases)
     own = [samples[place] for place in places]
-    with phases.during("waiting"):
+    with phases.during("data"):
         episodes = begin_episodes(learner.processor, own, config)
     with phases.during("rollout"):
         numerics = sampler.play(episodes, config, seeds_of(config, step, [first + place for place in places]), images)

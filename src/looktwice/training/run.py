@@ -118,6 +118,10 @@ def close_step(
     config, world = learner.config, learner.world
     if learner.guard.num_skipped:
         metrics["optim/skipped"] = float(learner.guard.num_skipped)
+    if config.fp16:
+        metrics["optim/overflows"] = float(learner.num_overflows)
+    if learner.vision_cache:
+        metrics |= learner.vision_cache.take_metrics()
     if recorder:
         recorder.advance(learner.step)
         has_rare_ones = any(name.startswith(("eval/", "canary/")) for name in metrics)
