@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,7 +250,8 @@ def test_a_used_run_folder_is_refused_before_anything_is_loaded(stage, command, 
     used = tmp_path / "out" / ("sft" if stage == "sft" else "grpo") / "final_model"
     used.mkdir(parents=True)
     assert refusal(command(stage)) == (
-        f"DIR/out/{used.parent.name}: holds a run (final_model); replace it: --overwrite, or give another folder"
+        f"DIR/out/{used.parent.name}: holds a run (final_model); go on with it: --resume, replace it: --overwrite, or "
+        "give another folder"
     )
 
 
@@ -330,11 +332,15 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(
     assert main([*words, "--overwrite"]) == 130
     kept = f"{tmp_path}/out/sft/checkpoint-1 is kept; go on with: looktwice {shlex.join(words)} --resume"
     nothing = f"nothing is kept, as {tmp_path}/out/sft holds no checkpoint yet; start anew with: looktwice "
-    expected = kept if save_steps == 1 else nothing + shlex.join(words)
+    expected = kept if save_steps == 1 else f"{nothing}{shlex.join(words)} --overwrite"  # its log holds a step
     assert capsys.readouterr().err.endswith(f"looktwice: interrupted; {expected}\n")
 
 
-@pytest.mark.parametrize("how", [[], ["--overwrite"], ["--resume"], ["--resume", "a"], ["--resume=a"]])
+HOW = [[], ["--overwrite"], ["--resume"], ["--resume", "a"], ["--resume=a"], ["--grpo-resume-from-checkpoint", "a"]]
+HOW += [["--grpo_overwrite", "true"], ["--resume", "--grpo_resume", "--overwrite"]]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_the_command_that_goes_on_does_not_say_how_the_last_start_began(how) -> None:
     assert command_of(["--seed", "1", *how, "--lora_r", "4"]) == "looktwice train --seed 1 --lora_r 4"
 
@@ -374,22 +380,98 @@ def test_a_signal_lets_the_step_be_saved_and_the_command_that_is_told_goes_on(
     assert [json.loads(row)["step"] for row in log] == [1, 2]
 
 
-@pytest.mark.parametrize(("module", "name"), [(grpo, "tell_failures"), (sft, "save_final")])
-def test_between_and_in_the_second_of_both_stages_its_own_command_is_told(
+SHORT = {"max_steps": 1, "grpo_max_steps": 2, "num_generations": 2, "max_new_tokens": 4, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(("module", "name"), [(sft, "train_step"), (sft, "save_final"), (grpo, "tell_failures")])
+def test_both_stages_go_on_wherever_they_are_by_one_command(
     module, name, signal_in_step, command, tmp_path, capsys
 ) -> None:
     signal_in_step(module, name, signal.SIGTERM)
-    short = {"max_steps": 1, "grpo_max_steps": 2, "num_generations": 2, "max_new_tokens": 4, "learning_rate": 1e-4}
-    words = command("both", **short, part_learning_rates="vit=1e-6,llm=1e-5", freeze="embeddings")
-    assert main([*words, "--no-bf16"]) == 143
+    words = command("both", **{**SHORT, "max_steps": 2})
+    assert main(words) == 143
     told = capsys.readouterr().err.splitlines()[-1].partition("go on with: looktwice ")[2]
-    assert f" --sft_checkpoint {tmp_path}/out/sft/final_model" in told and told.endswith("--resume") == (module is grpo)
-    *_, expected = train_configs(words[1:])
-    stage, *_, given = train_configs(shlex.split(told.removesuffix(" --resume"))[1:])
-    start = {"sft_checkpoint_path": tmp_path / "out" / "sft" / "final_model"}
-    assert (stage, given) == ("grpo", expected.model_copy(update=start))
+    assert told == f"{shlex.join(words)} --resume"
     assert main(shlex.split(told)) == 0
-    assert (tmp_path / "out" / "grpo" / "final_model").is_dir()
+    lines = capsys.readouterr().out.splitlines()
+    out = tmp_path / "out"
+    done = f"stage 1 is done, all 2 steps: {out}/sft/final_model; for more raise --num_epochs or --max_steps"
+    assert (lines[0] == done) == (name != "train_step")
+    for stage in ("sft", "grpo"):
+        log = (out / stage / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in log] == [1, 2]
+    model = (out / "sft" / "final_model" / "model.safetensors").stat()
+    assert main(shlex.split(told)) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "stage 1 is done, all 2 steps",
+        "stage 2 is done, all 2 steps",
+    ]
+    assert (out / "sft" / "final_model" / "model.safetensors").stat() == model
+
+
+def test_a_stage_2_of_another_stage_1_is_refused_before_that_is_trained(command, refusal, tmp_path) -> None:
+    (tmp_path / "out" / "grpo" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "out" / "grpo" / "checkpoint-1" / "train_config.json").write_text(
+        '{"run": {"stage": "grpo", "order": {}, "step": 1, "files": {}}}'
+    )
+    message = refusal([*command("both"), "--resume"])
+    assert message.startswith(
+        "DIR/out/grpo/checkpoint-1: of a stage 2 that began from another model, as stage 1 is not"
+    )
+
+
+def test_a_resume_of_both_is_of_stage_1_alone_where_it_names_a_checkpoint() -> None:
+    both = ["--stage", "both"]
+    resumes = {
+        words: [str(config.resume_from_checkpoint) for config in train_configs([*both, *words.split()])[3:]]
+        for words in (
+            "--resume",
+            "--resume a",
+            "--grpo_resume",
+            "--resume a --grpo_resume b",
+            "--resume --grpo_resume b",
+        )
+    }
+    assert [*resumes.values()] == [
+        ["latest", "latest"],
+        ["a", "None"],
+        ["None", "latest"],
+        ["a", "b"],
+        ["latest", "b"],
+    ]
+
+
+def test_a_finished_run_is_made_longer_and_says_what_it_was_not_trained_with(command, tmp_path, capsys) -> None:
+    words = command(max_steps=1, lr_scheduler_type="constant", warmup_ratio=0)
+    assert main(words) == 0
+    assert main([*words, "--resume", "--learning_rate", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"stage 1 is done, all 1 step: {tmp_path}/out/sft/final_model; not trained with learning_rate 2e-05 -> 1.0; "
+        "for more raise --num_epochs or --max_steps"
+    )
+    assert main([*words, "--resume", "--max_steps", "2"]) == 0
+    log = (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in log] == [1, 2]
+
+
+def test_a_run_killed_before_its_final_model_writes_it_alone(command, tmp_path, capsys) -> None:
+    words = command(max_steps=1)
+    assert main(words) == 0
+    weights = tmp_path / "out" / "sft" / "final_model" / "model.safetensors"
+    saved = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    assert main([*words, "--resume"]) == 0
+    assert weights.read_bytes() == saved
+    told = capsys.readouterr().out
+    assert f"{tmp_path}/out/sft/checkpoint-1: going on with the final model alone\n" in told
+    log = (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in log] == [1]
+
+
+def test_a_model_that_was_being_replaced_starts_stage_2(command, tmp_path, model_folder) -> None:
+    shutil.copytree(model_folder, tmp_path / ".final_model.replaced")
+    words = command("grpo", **{name: SHORT[name] for name in ("num_generations", "max_new_tokens")}, max_steps=1)
+    assert main([*words, "--sft_checkpoint", str(tmp_path / "final_model")]) == 0
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(command, refusal, tmp_path) -> None:
@@ -630,6 +712,20 @@ def test_a_result_is_written_though_who_reads_has_left(words, data_folder, monke
         assert main(words.split()) == 141
     [result] = data_folder.glob("result*")
     assert result.stat().st_size > 100
+
+
+def test_a_run_goes_on_though_who_reads_its_output_has_left(command, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the lines of stdout nor the log on stderr end it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(command(max_steps=2)) == 0
+        assert (sys.stdout, sys.stderr) == (pipe, full)
+    log = (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in log] == [1, 2]
+    assert (tmp_path / "out" / "sft" / "final_model").is_dir()
 
 
 FULL = "looktwice: the output cannot be written (No space left on device); make room, or send it elsewhere\n"

@@ -1,10 +1,13 @@
-"""Consoles: where text is wrapped and coloured, where something may move, and what no text may do to a terminal."""
+"""Consoles: where text is wrapped, where something may move, what no text may do, and what becomes of it unread."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO, TextIOWrapper
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
@@ -61,3 +64,43 @@ def whole_line(*parts: str | tuple[str, str]) -> Group:
     """A line that only the terminal itself wraps, of texts and texts with their style; print it with `crop=False`."""
     # a group, because `print` makes one text of bare ones, which no longer says that it is not to be wrapped
     return Group(Text.assemble(*parts, no_wrap=True, overflow="ignore"))
+
+
+class Outlasting(FileIO):
+    """A stream that outlasts its reader: from when it cannot be written any more, what is written goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return super().write(data)
+
+
+@contextmanager
+def outlasting_readers() -> Iterator[None]:
+    """While it lasts nobody has to read stdout and stderr: a closed pipe, a terminal that is gone or a full disk ends
+    nothing."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_outlasting, before)
+    try:
+        yield
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _outlasting(stream: Any) -> Any:
+    """The stream as one that outlasts its reader, where it writes into a descriptor."""
+    if not isinstance(stream, TextIOWrapper):
+        return stream
+    with suppress(OSError):
+        stream.flush()
+    try:
+        raw = Outlasting(stream.fileno(), "w", closefd=False)
+    except OSError:  # one that a notebook or a test put there
+        return stream
+    return TextIOWrapper(BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True)

@@ -53,8 +53,9 @@ def test_each_file_of_data_is_named_with_its_fingerprint(settings) -> None:
 
 def test_a_run_that_goes_on_keeps_its_id_and_adds_a_start_and_a_new_one_does_not(settings, tmp_path) -> None:
     first = write_provenance(settings, "sft", [3, 4], "cpu", step=0)
-    second = write_provenance(settings, "sft", [3, 4], "cpu", step=7)
+    second = write_provenance(settings, "sft", [3, 4], "cpu", step=7, changed=["learning_rate 1 -> 2"])
     assert second["id"] == first["id"] and [start["step"] for start in second["starts"]] == [0, 7]
+    assert [start["changed"] for start in second["starts"]] == [[], ["learning_rate 1 -> 2"]]
     assert {"looktwice", "torch", "peft"} <= second["starts"][0]["packages"].keys()
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == second == read_run(tmp_path / "run")
     assert write_provenance(settings, "sft", [3, 4], "cpu", step=0)["id"] != first["id"]
@@ -70,6 +71,20 @@ def test_the_commit_of_the_code_is_named_and_whether_files_differ(tmp_path) -> N
     (tmp_path / "file").touch()
     subprocess.run(["git", "-C", tmp_path, "add", "file"], check=True)
     assert git_commit(tmp_path) == f"{commit}-dirty"
+
+
+@pytest.mark.parametrize("size", ["1", "4"])
+def test_the_number_of_processes_is_told_of_each_start(size, settings, monkeypatch) -> None:
+    for name, value in {
+        "WORLD_SIZE": size,
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    [start] = write_provenance(settings, "sft", [3, 4], "cpu", step=0)["starts"]
+    assert start["processes"] == int(size)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

@@ -113,7 +113,11 @@ def test_pixel_bounds_and_box_frame_of_the_run_are_saved_with_the_model(run, dat
 def test_a_resumed_run_ends_in_the_weights_and_the_log_of_an_uninterrupted_one(run, tmp_path) -> None:
     settings = {"num_train_epochs": 2, "train_batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
     whole, expected = run("whole", **settings)
-    assert sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
     resumed, lines = run("resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4", **settings)
     assert weights(resumed) == weights(whole)
     assert [line["step"] for line in lines] == [5, 6]
@@ -122,21 +126,21 @@ def test_a_resumed_run_ends_in_the_weights_and_the_log_of_an_uninterrupted_one(r
 
 
 def test_a_run_resumed_in_its_own_folder_logs_each_step_once(run, tmp_path) -> None:
-    run(max_steps=3, save_steps=1)
-    _, lines = run(max_steps=3, resume_from_checkpoint="latest")
+    final, _ = run(max_steps=3, save_steps=1)
+    _, lines = run(max_steps=3, resume_from_checkpoint=final.parent / "checkpoint-2")
     assert [line["step"] for line in lines] == [1, 2, 3]
 
 
 def test_a_run_goes_on_only_with_the_batches_it_began_with_unless_told(run) -> None:
     run(max_steps=2, save_steps=1, train_batch_size=2)
-    with pytest.raises(CheckpointError, match=r"checkpoint-1: .*batch_size was 2 and is 1"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: .*batch_size was 2 and is 1"):
         run(max_steps=2, resume_from_checkpoint="latest", train_batch_size=1)
     run(max_steps=3, resume_from_checkpoint="latest", train_batch_size=1, allow_changes=True)
 
 
 def test_a_run_goes_on_only_from_the_model_it_began_with(run, model_folder, tmp_path) -> None:
     final, _ = run(max_steps=2, save_steps=1, learning_rate=1e-3)
-    with pytest.raises(CheckpointError, match="checkpoint-1: its run started from another model"):
+    with pytest.raises(CheckpointError, match="checkpoint-2: its run started from another model"):
         train_sft(
             ModelConfig(model_name=str(final), device="cpu"),
             DataConfig(**run.data),
@@ -147,11 +151,13 @@ def test_a_run_goes_on_only_from_the_model_it_began_with(run, model_folder, tmp_
 def test_where_a_run_goes_on_is_told_first(run, tmp_path, capsys) -> None:
     run(max_steps=3, save_steps=1, train_batch_size=2)
     capsys.readouterr()
-    run(max_steps=3, resume_from_checkpoint="latest", save_steps=1, train_batch_size=2, learning_rate=1e-6)
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first == (
-        f"{tmp_path}/run/checkpoint-2: going on with step 3 of 3, epoch 0.67; learning_rate 2e-05 -> 1e-06"
-    )
+    run(max_steps=3, resume_from_checkpoint=tmp_path / "run" / "checkpoint-2", train_batch_size=2, learning_rate=1e-6)
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"{tmp_path}/run/checkpoint-2: going on with step 3 of 3, epoch 0.67",
+        "changed since then: learning_rate 2e-05 -> 1e-06",
+    ]
+    first, second = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert (first["changed"], second["changed"]) == ([], ["learning_rate 2e-05 -> 1e-06"])
 
 
 @pytest.mark.parametrize(("eval_steps", "evaluated"), [(None, [3, 6]), (2, [2, 4, 6]), (5, [5, 6])])

@@ -161,26 +161,6 @@ def add_flags(
                 group.add_argument(flag, nargs="+" if takes_several(config_class, name) else None, **options)
 
 
-def written_flags(config: Config, *, without: Sequence[str] = ()) -> list[str]:
-    """The words of a command line that set what the config was given, but for some fields."""
-    words: list[str] = []
-    for name in type(config).model_fields:
-        if name in config.model_fields_set and name not in without:
-            flag, value = f"--{flag_of(type(config), name)}", getattr(config, name)
-            words += [flag, *map(str, value)] if takes_several(type(config), name) else _flag_words(flag, value)
-    return words
-
-
-def _flag_words(flag: str, value: Any) -> list[str]:
-    if value is None or value in ((), {}):
-        return []
-    if isinstance(value, bool):
-        return [flag if value else _opposite(flag)]
-    if isinstance(value, Mapping):
-        value = [f"{name}={number}" for name, number in value.items()]
-    return [flag, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
-
-
 def _kinds_of(annotation: Any) -> list[Any]:
     """The types or the literal values a field takes, behind Optional and Annotated."""
     if get_origin(annotation) is Annotated:

@@ -8,12 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from looktwice.cli.arguments import Parser, add_flags, written_flags
+from looktwice.cli.arguments import Parser, add_flags
 from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
+from looktwice.console import outlasting_readers
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.launch import launched, speaking_once
 from looktwice.paths import place
-from looktwice.training.folder import FINAL_MODEL, check_place, checkpoints
+from looktwice.training.folder import (
+    FINAL_MODEL,
+    LATEST,
+    check_place,
+    checkpoint_of,
+    checkpoints,
+    holds_steps,
+    settle_start,
+)
 from looktwice.training.start import check_processes, check_request
 from looktwice.training.stopping import Interrupted
 
@@ -28,7 +37,8 @@ SHARED = [name for name in StageConfig.model_fields if name != "output_dir"]
 STAGE_1_ONLY = ("num_train_epochs", "learning_rate", "resume_from_checkpoint")
 """With `--stage both`, these flags without a `grpo_` prefix belong to stage 1 ..."""
 GRPO_LEARNING_RATE_SHARE = 0.25
-"""... but a learning rate given for stage 1 also sets stage 2's, at a quarter."""
+"""... but a learning rate given for stage 1 also sets stage 2's, at a quarter, and `--resume` alone is for both."""
+HOW_A_START_BEGAN = ("overwrite", "resume", "resume_from_checkpoint")
 REPLAYED = (
     *("preset", "reward", "reward_seconds", "reward_retries", "scale_rewards", "surrogate", "epsilon", "epsilon_high"),
     *("delta", "beta", "kl_estimator", "importance_correction", "importance_cap", "loss_aggregation"),
@@ -50,9 +60,18 @@ PATHS_MEND = "put it there, or name your data: --train_data FILE --image_base_pa
 @speaking_once()
 def run(words: Sequence[str]) -> None:
     """Fine-tune: stage 1 (SFT), stage 2 (R-GRPO) or both."""
-    stage, model, data, sft, grpo = train_configs(words)
+    configs = train_configs(words)
     if path := train_parser().parse_strictly(words)["replay"]:
-        return show_replay(path, grpo)
+        return show_replay(path, configs[-1])
+    with outlasting_readers():
+        run_stages(*configs, go_on=command_of(words))
+
+
+def run_stages(
+    stage: str, model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GRPOConfig, *, go_on: str
+) -> None:
+    """Run one stage or both; `go_on` is the command that starts the same again."""
+    settle_start(grpo.sft_checkpoint_path if stage == "grpo" else place(model.model_name))
     if stage == "grpo":
         if "sft_checkpoint_path" not in grpo.model_fields_set and not grpo.sft_checkpoint_path.exists():
             raise CheckpointError(f"{grpo.sft_checkpoint_path}: {NO_STAGE_1}")
@@ -65,14 +84,12 @@ def run(words: Sequence[str]) -> None:
     if stage != "grpo":
         from looktwice.training.sft import train_sft
 
-        after = command_of_stage_2(model, data, grpo) if stage == "both" else None
-        with told_when_interrupted(sft, go_on=command_of(words), after=after):
+        with told_when_interrupted(sft, go_on=go_on, is_last=stage == "sft"):
             train_sft(model, data, sft)
     if stage != "sft":
         from looktwice.training.grpo import train_grpo
 
-        go_on = command_of_stage_2(model, data, grpo) if stage == "both" else command_of(words)
-        with told_when_interrupted(grpo, go_on=go_on):
+        with told_when_interrupted(grpo, go_on=go_on, before=grpo.sft_checkpoint_path if stage == "both" else None):
             train_grpo(model, data, grpo)
 
 
@@ -98,6 +115,11 @@ def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GR
     if grpo.output_dir.absolute() == sft.output_dir.absolute():
         raise ConfigError(f"{grpo.output_dir}: the run folder of both stages; give each its own")
     check_place(grpo, str(grpo.sft_checkpoint_path))
+    if (checkpoint := checkpoint_of(grpo)) and not grpo.sft_checkpoint_path.exists():
+        raise ConfigError(
+            f"{checkpoint}: of a stage 2 that began from another model, as stage 1 is not done in {sft.output_dir}; "
+            "give stage 2 another folder (--grpo_output_dir)"
+        )
     from looktwice.custom_reward import load_reward
     from looktwice.processing.processor import load_processor
     from looktwice.training.sets import load_sets
@@ -107,19 +129,26 @@ def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GR
 
 
 @contextmanager
-def told_when_interrupted(config: StageConfig, *, go_on: str, after: str | None = None) -> Iterator[None]:
-    """Let a run that is stopped say what is in its folder, and the command that goes on: the one it was started with,
-    or, once its stage is done, the one of what comes after."""
+def told_when_interrupted(
+    config: StageConfig, *, go_on: str, before: Path | None = None, is_last: bool = True
+) -> Iterator[None]:
+    """Let a run that is stopped say what is kept, and the command that goes on: the one it was started with, and
+    `--resume` where there is something to go on from.
+
+    `before` is the model of the stage before, if there was one, and `is_last` says that no stage comes after.
+    """
     try:
         yield
     except KeyboardInterrupt as interrupt:
         found = checkpoints(config.output_dir)
+        kept = found[max(found)] if found else before
         if isinstance(interrupt, Interrupted) and interrupt.is_done:
-            told = f"{config.output_dir / FINAL_MODEL} is done" + (f"; go on with: {after}" if after else "")
-        elif found:
-            told = f"{found[max(found)]} is kept; go on with: {go_on} --resume"
+            told = f"{config.output_dir / FINAL_MODEL} is done" + ("" if is_last else f"; go on with: {go_on} --resume")
+        elif kept:
+            told = f"{kept} is kept; go on with: {go_on} --resume"
         else:
-            told = f"nothing is kept, as {config.output_dir} holds no checkpoint yet; start anew with: {go_on}"
+            anew = f"{go_on}{' --overwrite' * holds_steps(config.output_dir)}"
+            told = f"nothing is kept, as {config.output_dir} holds no checkpoint yet; start anew with: {anew}"
         interrupt.args = (told,)
         raise
 
@@ -127,24 +156,17 @@ def told_when_interrupted(config: StageConfig, *, go_on: str, after: str | None 
 def command_of(words: Sequence[str]) -> str:
     """The command of these words, as a shell takes it, without what said how that one start began."""
     kept: list[str] = []
-    is_value = False
+    is_left_out = False
     for word in words:
         if word.startswith("--"):
-            is_value = word in ("--resume", "--resume_from_checkpoint")
-        if not (is_value or word.startswith(("--resume=", "--resume_from_checkpoint=")) or word == "--overwrite"):
+            flag = word[2:].partition("=")[0].replace("-", "_").removeprefix("grpo_")
+            is_left_out = flag in HOW_A_START_BEGAN
+        if not is_left_out:
             kept.append(word)
     start = ["looktwice"]
     if (here := launched()).size > 1:
         start = ["torchrun", "--nproc_per_node", str(here.local_size), "-m", "looktwice"]
     return shlex.join([*start, "train", *kept])
-
-
-def command_of_stage_2(model: ModelConfig, data: DataConfig, grpo: GRPOConfig) -> str:
-    """The command that runs stage 2 of `--stage both` alone, from the model of stage 1."""
-    words = written_flags(model, without=("model_name",)) + written_flags(data)
-    return command_of(
-        ["--stage", "grpo", *words, *written_flags(grpo, without=("resume_from_checkpoint", "overwrite"))]
-    )
 
 
 def train_configs(words: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, SFTConfig, GRPOConfig]:
@@ -156,6 +178,8 @@ def train_configs(words: Sequence[str]) -> tuple[str, ModelConfig, DataConfig, S
     grpo_values = values["grpo_config"]
     if stage == "both" and "learning_rate" in flags and "learning_rate" not in grpo_values:
         grpo_values["learning_rate"] = GRPO_LEARNING_RATE_SHARE * number_of("learning_rate", flags["learning_rate"])
+    if stage == "both" and str(values["sft_config"].get("resume_from_checkpoint")) == LATEST:
+        grpo_values.setdefault("resume_from_checkpoint", LATEST)
     for name in SHARED:
         if (flag := f"grpo_{flag_of(GRPOConfig, name)}") in flags:
             grpo_values[name] = flags[flag]

@@ -30,10 +30,10 @@ class Checkpoints:
         self.best = best_of(self.folder / LOG_FILE, last=learner.step)
 
     def is_due(self, metrics: dict[str, float]) -> bool:
-        """Whether a checkpoint is due after the step of these metrics; never after the last one, of which
-        `final_model` is kept."""
+        """Whether a checkpoint is due after the step of these metrics; after the last one too, so that the run can be
+        made longer."""
         is_best = self._note_best(metrics)
-        if self.learner.step == self.learner.total_steps or not self.config.save_total_limit:
+        if not self.config.save_total_limit:
             return False
         minutes = (time.monotonic() - self.saved_at) / 60
         is_time = self.config.save_minutes is not None and minutes >= self.config.save_minutes
@@ -41,7 +41,7 @@ class Checkpoints:
 
     def is_planned(self, step: int) -> bool:
         """Whether a checkpoint is due after this step whatever it brings."""
-        return self.config.save_total_limit > 0 and step % self.save_steps == 0
+        return self.config.save_total_limit > 0 and (step == self.learner.total_steps or step % self.save_steps == 0)
 
     @property
     def place(self) -> Path:

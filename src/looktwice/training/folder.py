@@ -8,14 +8,14 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TextIO
 
 from looktwice.config import StageConfig
-from looktwice.drafts import UNFINISHED, settle_all
+from looktwice.drafts import UNFINISHED, settle, settle_all
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.metrics import LOG_FILE
 from looktwice.model.location import FINAL_MODEL, adapter_base, local_adapter
@@ -35,6 +35,8 @@ TRAJECTORIES = "trajectories"
 """The rollouts of each step of stage 2."""
 ROLLOUT_PAGES = "rollouts"
 """Pages of rollouts to look at."""
+LEFT_BY_A_START = (LEFT_OUT, TENSORBOARD, CONFIG_FILE, RUN_FILE, TRAJECTORIES, ROLLOUT_PAGES)
+"""What may be there before a step is finished."""
 LATEST = "latest"
 LOCK = ".lock"
 LOOKS = 5
@@ -50,22 +52,29 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 def checkpoint_of(config: StageConfig) -> Path | None:
     """The checkpoint to go on from: as named, or the latest of the run folder that is named or of this run's own.
 
-    Raises CheckpointError when there is none.
+    None where none is named, or this run has none yet. Raises CheckpointError when what is named is none.
     """
     named = config.resume_from_checkpoint
     if named is None:
         return None
-    folder = config.output_dir if str(named) == LATEST else named
-    if not os.path.isdir(folder):  # of a name that is too long Path.is_dir raises an error
-        raise CheckpointError(f"{folder}: no such folder to resume from; give a checkpoint-N or a run folder")
+    folder = config.output_dir if goes_on(config) else named
     if (folder / STATE_FILE).is_file():
         return folder
     if found := checkpoints(folder):
         return found[max(found)]
+    if goes_on(config):
+        return None
+    if not os.path.isdir(folder):  # of a name that is too long Path.is_dir raises an error
+        raise CheckpointError(f"{folder}: no such folder to resume from; give a checkpoint-N or a run folder")
     raise CheckpointError(
         f"{folder}: no checkpoint to resume from (no {STATE_FILE} and no checkpoint-N in it; {FINAL_MODEL} holds "
         "weights alone); a run writes one at each epoch's end, and by --save_steps and --save_minutes"
     )
+
+
+def goes_on(config: StageConfig) -> bool:
+    """Whether the run in the folder is to go on wherever it is: from its latest checkpoint, or at its beginning."""
+    return str(config.resume_from_checkpoint) == LATEST
 
 
 def check_run(config: StageConfig, start: str) -> None:
@@ -77,31 +86,33 @@ def check_run(config: StageConfig, start: str) -> None:
     if checkpoint:
         check_whole(checkpoint)
     in_the_way = of_another_run(folder, checkpoint)
-    if in_the_way and not config.overwrite:
+    if in_the_way and holds_steps(folder) and not (config.overwrite or goes_on(config)):
         names = ", ".join(path.name for path in in_the_way[:4]) + ", ..." * (len(in_the_way) > 4)
-        go_on = "go on with it: --resume, " if checkpoints(folder) else ""
-        raise ConfigError(f"{folder}: holds a run ({names}); {go_on}replace it: --overwrite, or give another folder")
+        raise ConfigError(
+            f"{folder}: holds a run ({names}); go on with it: --resume, replace it: --overwrite, or give another folder"
+        )
     for path in [*in_the_way, *later_checkpoints(folder, checkpoint)]:
         check_not_needed(path, start, checkpoint)
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise CheckpointError when a file of a checkpoint is missing or cut, naming the newest whole one beside it."""
+    """Raise CheckpointError when a file of a checkpoint is not as it was saved, naming the newest beside it whose files
+    all are."""
     try:
-        Record.read(checkpoint)
+        Record.of_whole(checkpoint)
     except CheckpointError as error:
         for _, other in sorted(checkpoints(checkpoint.parent).items(), reverse=True):
-            if other != checkpoint and _is_whole(other):
+            if other != checkpoint and (other / STATE_FILE).is_file() and record_of_whole(other):
                 raise CheckpointError(f"{error}; the newest that is whole: --resume {other}") from error
         raise
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def record_of_whole(folder: Path) -> Record | None:
+    """The record in a saved folder; None where there is none, or not all files are as they were saved."""
     try:
-        Record.read(checkpoint)
+        return Record.of_whole(folder)
     except CheckpointError:
-        return False
-    return (checkpoint / STATE_FILE).is_file()
+        return None
 
 
 def check_place(config: StageConfig, start: str) -> None:
@@ -111,26 +122,49 @@ def check_place(config: StageConfig, start: str) -> None:
     """
     check_run_folder(config.output_dir)
     check_free(config.output_dir)
+    settle_all(config.output_dir)
     check_run(config, start)
 
 
+def settle_start(model: Path) -> None:
+    """Where a process was killed between the two steps in which it replaced a model, end that, unless another one is at
+    work in the run folder."""
+    with suppress(ConfigError):
+        check_free(model.parent)
+        settle(model)
+
+
+def is_finished(config: StageConfig, record: Record) -> bool:
+    """Whether the run that is to go on, and trains what the record says, has come to its end: its final model is there
+    and whole. `check_run` has seen the checkpoint."""
+    checkpoint = checkpoint_of(config)
+    if config.resume_from_checkpoint is None or (checkpoint and not goes_on_in(config.output_dir, checkpoint)):
+        return False
+    if checkpoint and not (goes_on(config) or Record.read(checkpoint).step == record.order["steps"]):
+        return False  # it is to go back
+    found = record_of_whole(config.output_dir / FINAL_MODEL)
+    return found is not None and found.is_over and (found.stage, found.order) == (record.stage, record.order)
+
+
 def check_final_model(config: StageConfig, *, total_steps: int) -> None:
-    """Raise ConfigError when the final model that is there was trained for more steps than this run has, or does not
-    say for how many."""
+    """Raise ConfigError when the final model that is there was trained for more steps than this run has, or there is
+    nothing else to go on from. One beside a checkpoint that does not say of which run it is is set aside later."""
     folder = config.output_dir / FINAL_MODEL
     if not folder.exists() or config.overwrite:
         return
+    if checkpoint_of(config) is None:
+        raise ConfigError(
+            f"{folder}: not what this run would end with, or not whole, and there is no checkpoint to go on from; "
+            "give another folder, or replace it: --overwrite"
+        )
     try:
         step = Record.read(folder).step
-    except CheckpointError as error:
-        raise ConfigError(
-            f"{folder}: would be replaced at the end, and no file in it says by which run it was written; move it "
-            "away, or replace it: --overwrite"
-        ) from error
+    except CheckpointError:
+        return
     if step > total_steps:
         raise ConfigError(
             f"{folder}: trained for {step:,} steps, and this run ends with step {total_steps:,}; give another folder, "
-            "or replace it: --overwrite"
+            "or replace it: add --overwrite"
         )
 
 
@@ -148,9 +182,17 @@ def of_another_run(folder: Path, checkpoint: Path | None) -> list[Path]:
     """What a run left in the folder, unless it is the one that goes on from the checkpoint."""
     if checkpoint and goes_on_in(folder, checkpoint):
         return []
-    names = (FINAL_MODEL, LOG_FILE, LEFT_OUT, TENSORBOARD, CONFIG_FILE, RUN_FILE, TRAJECTORIES, ROLLOUT_PAGES)
-    there = [folder / name for name in names]
+    there = [folder / name for name in (FINAL_MODEL, LOG_FILE, *LEFT_BY_A_START)]
     return [*checkpoints(folder).values(), *(path for path in there if os.path.lexists(path))]
+
+
+def holds_steps(folder: Path) -> bool:
+    """Whether a run has come to a step there, or somebody else may have put there what one that has not would leave."""
+    log = folder / LOG_FILE
+    if checkpoints(folder) or os.path.lexists(folder / FINAL_MODEL) or (log.exists() and log.stat().st_size):
+        return True
+    is_started = (folder / RUN_FILE).is_file()  # written before the two that others may have put there
+    return not is_started and any(os.path.lexists(folder / name) for name in (CONFIG_FILE, TENSORBOARD))
 
 
 def later_checkpoints(folder: Path, checkpoint: Path | None) -> list[Path]:
@@ -167,19 +209,38 @@ def goes_on_in(folder: Path, checkpoint: Path) -> bool:
 
 
 def make_room(config: StageConfig, checkpoint: Path | None) -> None:
-    """Remove another run and what a killed process left half-written; checkpoints after the one to go on from are set
-    aside, or with `overwrite` removed. `check_run` has allowed it."""
+    """Remove another run and what a killed process left half-written. Of the run that goes on, what does not belong to
+    it is set aside, or with `overwrite` removed. `check_run` has allowed it."""
     folder = config.output_dir
-    later = later_checkpoints(folder, checkpoint)
-    if later and not config.overwrite:
-        aside = next(place for number in count(1) if not (place := folder / f"set_aside-{number}").exists())
-        aside.mkdir()
-        for path in later:
-            path.rename(aside / path.name)
-        print(f"{aside}: {', '.join(path.name for path in later)}, which came later")
-        later = []
-    for path in [*of_another_run(folder, checkpoint), *later, *folder.glob(f".*{UNFINISHED}")]:
+    old, beside = of_another_run(folder, checkpoint), later_checkpoints(folder, checkpoint)
+    if checkpoint and not old:
+        beside += unknown_final_model(folder)
+    elif goes_on(config) and holds_steps(folder):
+        old, beside = [], old
+    if beside and not config.overwrite:
+        set_aside(folder, beside)
+        beside = []
+    for path in [*old, *beside, *folder.glob(f".*{UNFINISHED}")]:
         remove(path)
+
+
+def unknown_final_model(folder: Path) -> list[Path]:
+    """The final model of a run folder, where it does not say of which run it is."""
+    final = folder / FINAL_MODEL
+    try:
+        Record.read(final)
+    except CheckpointError:
+        return [final] if final.exists() else []
+    return []
+
+
+def set_aside(folder: Path, paths: Sequence[Path]) -> None:
+    """Move these into a new folder in the run folder, and say so."""
+    aside = next(place for number in count(1) if not (place := folder / f"set_aside-{number}").exists())
+    aside.mkdir()
+    for path in paths:
+        path.rename(aside / path.name)
+    print(f"{aside}: {', '.join(path.name for path in paths)}, from which this run does not go on")
 
 
 def remove(path: Path) -> None:

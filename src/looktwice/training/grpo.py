@@ -32,7 +32,16 @@ from looktwice.training.overview import show_overview
 from looktwice.training.policy import carries_signal, improve
 from looktwice.training.record import fingerprint
 from looktwice.training.rollouts import Rollout, know_of_all, roll_out, tell_failures
-from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
+from looktwice.training.run import (
+    batch_order,
+    begin,
+    close_step,
+    is_due,
+    open_recorder,
+    planned,
+    save_final,
+    tell_finished,
+)
 from looktwice.training.sampler import Sampler
 from looktwice.training.sets import LengthReport, Prompts, load_sets
 from looktwice.training.stopping import stop_requests
@@ -72,6 +81,8 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: GRPOCon
         deterministic(config.deterministic),
     ):
         record = world.from_main(lambda: planned("grpo", settings, order, start))
+        if record.is_over:
+            return tell_finished(record, settings)
         total = order.total_steps
         learner = Learner.load(start, model, config, processor, total_steps=total, is_exact=config.exact, world=world)
         world.check_alike("the model", lambda: learner.start)

@@ -20,6 +20,7 @@ import yaml
 
 from looktwice.config import DataConfig
 from looktwice.drafts import file_draft
+from looktwice.launch import launched
 from looktwice.training.folder import CONFIG_FILE, RUN_FILE
 from looktwice.training.record import Settings, fingerprint, plain
 
@@ -38,23 +39,26 @@ OF_ONE_START = ("resume_from_checkpoint", "overwrite", "allow_changes")
 """Settings that say how a run was started, not what it is."""
 
 
-def write_provenance(settings: Settings, stage: str, sizes: Sequence[int], device: str, *, step: int) -> dict[str, Any]:
+def write_provenance(
+    settings: Settings, stage: str, sizes: Sequence[int], device: str, *, step: int, changed: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write the settings and the run file into the run folder, and give back what the latter says.
 
-    `sizes` are the samples of each training file. A run that goes on in its folder keeps its id, and adds a start.
+    `sizes` are the samples of each training file. A run that goes on in its folder keeps its id, and adds a start, with
+    the settings that `changed`.
     """
     _, data, config = settings
     folder = config.output_dir
-    write_config(folder / CONFIG_FILE, settings)
     before = read_run(folder) if step else {}
     run = {
         "id": before.get("id", uuid4().hex[:8]),
         "stage": stage,
         "data": data_facts(data, sizes),
-        "starts": [*before.get("starts", []), {"step": step, **environment(device)}],
+        "starts": [*before.get("starts", []), {"step": step, "changed": [*changed], **environment(device)}],
     }
     with file_draft(folder / RUN_FILE) as draft:
         draft.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    write_config(folder / CONFIG_FILE, settings)
     return run
 
 
@@ -103,6 +107,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "gpus": gpus,
         "threads": torch.get_num_threads(),
+        "processes": launched().size,
         "git": {
             "looktwice": git_commit(Path(__file__).parent),
             "folder": git_commit(Path.cwd()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +28,16 @@ OF_ONE_RUN |= {"eval_tool_gain", "keep_trajectories", "rollout_page_steps"}
 class Record:
     """One run. `order` is what the number of a step means: the data, how many samples a step takes, and their order.
 
-    `files` are those of the folder it was read from, with their sizes in bytes.
+    `files` are those of the folder it was read from, each with its size in bytes and its `fingerprint`, which older
+    ones lack. `step` is the one after which the folder was saved; of a run that is planned it is 0, or the last
+    one where there is nothing left to train.
     """
 
     stage: Stage
     order: dict[str, Any]
     settings: dict[str, dict[str, Any]]
     step: int = 0
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, tuple[int, str | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stage: Stage, settings: Settings, *, num_samples: int, total_steps: int) -> Record:
@@ -55,31 +58,43 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """The record in a folder of which all files are there, and whole but for JSON, which people edit.
-
-        Raises CheckpointError when one is not.
-        """
+        """The record in a folder, whatever became of its other files. Raises CheckpointError when there is none."""
         path = folder / RECORD_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             run = fields.pop("run")
-            record = cls(settings=fields, **{name: run[name] for name in ("stage", "order", "step", "files")})
+            files = {
+                name: (facts, None) if isinstance(facts, int) else (facts["bytes"], facts["fingerprint"])
+                for name, facts in run["files"].items()
+            }
+            return cls(settings=fields, files=files, **{name: run[name] for name in ("stage", "order", "step")})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: does not say what run it is of; resume from another checkpoint") from error
-        for name, size in record.files.items():
-            there = folder / name
-            is_whole = there.is_file() and (there.suffix == ".json" or there.stat().st_size == size)
-            if not is_whole:
-                found = f"{there.stat().st_size:,} bytes" if there.is_file() else "missing"
-                raise CheckpointError(
-                    f"{there}: {found}, was saved with {size:,} bytes; copy the folder again, or resume from another"
-                )
+
+    @classmethod
+    def of_whole(cls, folder: Path) -> Record:
+        """The record in a folder of which all files are as they were saved. JSON has only to be JSON, since people
+        edit it, and our own messages tell them to.
+
+        Raises CheckpointError naming one that is not.
+        """
+        record = cls.read(folder)
+        for name, (size, saved) in record.files.items():
+            path = folder / name
+            if found := _damage(path, size, saved):
+                raise CheckpointError(f"{path}: {found}; copy the folder again, or resume from another")
         return record
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left to train."""
+        return bool(self.step == self.order["steps"])
 
     def write(self, folder: Path, *, step: int) -> None:
         """Write the record of a folder that holds all its other files, saved after `step` steps."""
         # a model card is for people to write on
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix != ".md"}
+        paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
+        files = {path.name: {"bytes": path.stat().st_size, "fingerprint": fingerprint(path)} for path in paths}
         run = {"stage": self.stage, "step": step, "order": self.order, "files": files}
         text = json.dumps({"run": run, **self.settings}, indent=2) + "\n"
         (folder / RECORD_FILE).write_text(text, encoding="utf-8")
@@ -94,19 +109,14 @@ class Record:
             raise CheckpointError(
                 f"{checkpoint}: of stage {saved.stage}, this run is {self.stage}; resume from one of its own"
             )
-        if saved.step >= self.order["steps"]:
-            raise ConfigError(
-                f"{checkpoint}: saved after step {saved.step:,}, and this run ends with step {self.order['steps']:,}, "
-                "so nothing would be trained; raise --max_steps or --num_epochs, or leave the checkpoint out"
-            )
         changed = {
             name: f"{name} was {saved.order.get(name)} and is {value}"
             for name, value in self.order.items()
             if saved.order.get(name) != value
         }
-        if changed and not allow_changes:
-            # which samples a step takes does not depend on how many steps there are
-            schedule_alone = set(changed) == {"steps"}
+        # which samples a step takes does not depend on how many steps there are
+        schedule_alone = set(changed) == {"steps"}
+        if changed and not allow_changes and not (schedule_alone and self._keeps_rate_of(saved)):
             price = (
                 "the learning rate goes on by another schedule" if schedule_alone else "samples are seen again or never"
             )
@@ -114,14 +124,45 @@ class Record:
                 f"{checkpoint}: saved by another run than this: {'; '.join(changed.values())}. Go on with the same, or "
                 f"accept with --allow_changes that {price}"
             )
+        if saved.step > self.order["steps"]:
+            raise ConfigError(
+                f"{checkpoint}: saved after step {saved.step:,}, and this run ends with step {self.order['steps']:,}, "
+                "so nothing would be trained; raise --max_steps or --num_epochs, or leave the checkpoint out"
+            )
 
-    def changes_since(self, saved: Record) -> Iterator[str]:
-        """The settings that are not as they were, each in a few words."""
+    def _keeps_rate_of(self, saved: Record) -> bool:
+        """Whether the learning rate goes on as it would have, were there as many steps as before: it is constant, and
+        the warm-up is over by both counts."""
+        for record in (self, saved):
+            settings = record.settings.get(f"{record.stage.upper()}Config", {})
+            warmup = math.ceil(settings.get("warmup_ratio", 1.0) * record.order["steps"])
+            if settings.get("lr_scheduler_type") != "constant" or saved.step < warmup:
+                return False
+        return True
+
+    def changes_since(self, saved: Record) -> Iterator[tuple[str, str]]:
+        """The settings that are not as they were: their names, and in a few words what became of them."""
         for kind, values in self.settings.items():
             was = saved.settings.get(kind, {})
             for name, value in values.items():
                 if name in was and was[name] != value and name not in OF_ONE_RUN:
-                    yield f"{name} {was[name]} -> {value}"
+                    yield name, f"{name} {was[name]} -> {value}"
+
+
+def _damage(path: Path, size: int, saved: str | None) -> str | None:
+    """What is wrong with a file that was saved with this size and fingerprint, if anything."""
+    if not path.is_file():
+        return f"missing, was saved with {size:,} bytes"
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return "no whole JSON any more"
+    elif (there := path.stat().st_size) != size:
+        return f"{there:,} bytes, was saved with {size:,} bytes"
+    elif saved is not None and fingerprint(path) != saved:
+        return "damaged: other bytes than were saved, though as many"
+    return None
 
 
 def plain(settings: Settings) -> dict[str, dict[str, Any]]:

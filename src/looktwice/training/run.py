@@ -11,16 +11,27 @@ from peft import PeftModel
 from looktwice.config import LORA_KNOBS, Stage, StageConfig
 from looktwice.data.mixture import Mixture
 from looktwice.data.order import BatchOrder
+from looktwice.errors import counted
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import adapter_settings
 from looktwice.trackers import TrackedRun, open_trackers
 from looktwice.training.card import model_card
 from looktwice.training.checkpoints import Checkpoints
-from looktwice.training.folder import FINAL_MODEL, check_final_model, check_run, checkpoint_of, make_room
+from looktwice.training.folder import (
+    FINAL_MODEL,
+    check_final_model,
+    check_run,
+    checkpoint_of,
+    goes_on,
+    is_finished,
+    make_room,
+)
 from looktwice.training.learner import Learner
 from looktwice.training.provenance import write_provenance
 from looktwice.training.record import Record, Settings, plain
 from looktwice.training.stopping import StopRequest
+
+STAGE_NAMES: dict[Stage, str] = {"sft": "stage 1", "grpo": "stage 2", "both": "both stages"}
 
 
 def batch_order(sizes: Sequence[int], config: StageConfig, weights: Sequence[float] = ()) -> BatchOrder:
@@ -37,17 +48,37 @@ def batch_order(sizes: Sequence[int], config: StageConfig, weights: Sequence[flo
 
 
 def planned(stage: Stage, settings: Settings, order: BatchOrder, start: str) -> Record:
-    """The record of a run that may start from the model `start`, and go on from its checkpoint if it names one.
+    """The record of a run that may start from the model `start`, and go on from its checkpoint if it names one; it
+    `is_over` where the run has ended and its final model is there.
 
     Raises ConfigError and CheckpointError where the run folder, or the checkpoint, is not for this run.
     """
     _, _, config = settings
     check_run(config, start)
     record = Record.of(stage, settings, num_samples=order.num_samples, total_steps=order.total_steps)
+    if is_finished(config, record):
+        return replace(record, step=order.total_steps)
     if checkpoint := checkpoint_of(config):
         record.check_goes_on(Record.read(checkpoint), checkpoint, allow_changes=config.allow_changes)
+    if checkpoint or goes_on(config):
         check_final_model(config, total_steps=order.total_steps)
     return record
+
+
+def tell_finished(record: Record, settings: Settings) -> Path:
+    """Say that the run had ended before, and which settings that are given now it was not trained with; give back its
+    final model."""
+    _, data, config = settings
+    folder = config.output_dir / FINAL_MODEL
+    # what LoRA is may have come with the adapter it started from
+    given = (config.model_fields_set | data.model_fields_set) - {*LORA_KNOBS.values(), "use_lora"}
+    idle = [change for name, change in record.changes_since(Record.read(folder)) if name in given]
+    told = f"; not trained with {', '.join(idle)}" if idle else ""
+    print(
+        f"{STAGE_NAMES[record.stage]} is done, all {counted(record.step, 'step')}: {folder}{told}; "
+        "for more raise --num_epochs or --max_steps"
+    )
+    return folder
 
 
 def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrder) -> Record:
@@ -57,7 +88,11 @@ def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrde
         saved = Record.read(checkpoint)
         learner.resume(checkpoint)
         place = f"step {learner.step + 1:,} of {order.total_steps:,}, epoch {order.epoch(learner.step):.2f}"
-        print(f"{checkpoint}: going on with {place}", *record.changes_since(saved), sep="; ")
+        print(f"{checkpoint}: going on with {place if learner.step < order.total_steps else 'the final model alone'}")
+        for _, change in record.changes_since(saved):
+            print(f"changed since then: {change}")
+    elif goes_on(learner.config):
+        print(f"{learner.config.output_dir}: no checkpoint yet, so the run starts with its first step")
     learner.world.wait_for_all()  # who reads what is removed has read it
     if learner.world.is_main:
         make_room(learner.config, checkpoint)
@@ -74,7 +109,11 @@ def open_recorder(
     config = learner.config
     model, data, _ = settings
     *_, trained = as_trained(settings, learner)
-    run = write_provenance((model, data, trained), record.stage, sizes, str(learner.base.device), step=learner.step)
+    checkpoint = checkpoint_of(config) if learner.step else None
+    changed = [change for _, change in record.changes_since(Record.read(checkpoint))] if checkpoint else []
+    run = write_provenance(
+        (model, data, trained), record.stage, sizes, str(learner.base.device), step=learner.step, changed=changed
+    )
     tracked = TrackedRun(folder=config.output_dir, id=run["id"], settings=record.settings, start=learner.step)
     return Recorder(
         config.output_dir,
@@ -149,7 +188,7 @@ def save_final(learner: Learner, record: Record, stop: StopRequest, *, alarms: S
     folder = learner.config.output_dir / FINAL_MODEL
     card = model_card(learner, record) if learner.world.is_main else None
     learner.save(folder, record, with_optimizer=False, card=card)
-    stage = "stage 1" if record.stage == "sft" else "stage 2"
+    stage = STAGE_NAMES[record.stage]
     if learner.optimizer.state and alarms:
         print(f"{stage} ended with alarms on ({', '.join(alarms)}): {folder}; docs/method.md says what they mean")
     elif learner.optimizer.state:

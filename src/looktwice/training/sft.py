@@ -27,7 +27,16 @@ from looktwice.training.join import joined
 from looktwice.training.learner import Learner
 from looktwice.training.overview import show_overview
 from looktwice.training.record import fingerprint
-from looktwice.training.run import batch_order, begin, close_step, is_due, open_recorder, planned, save_final
+from looktwice.training.run import (
+    batch_order,
+    begin,
+    close_step,
+    is_due,
+    open_recorder,
+    planned,
+    save_final,
+    tell_finished,
+)
 from looktwice.training.sets import LengthReport, load_sets
 from looktwice.training.shares import Shares, own_share
 from looktwice.training.stopping import stop_requests
@@ -62,6 +71,8 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: SFTConf
         deterministic(config.deterministic),
     ):
         record = world.from_main(lambda: planned("sft", settings, order, model.model_name))
+        if record.is_over:
+            return tell_finished(record, settings)
         learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps, world=world)
         world.check_alike("the model", lambda: learner.start)
         world.check_alike("--train_data", lambda: [*map(fingerprint, data.train_data_path)])

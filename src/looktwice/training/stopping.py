@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from looktwice.launch import launched
@@ -45,7 +45,8 @@ class StopRequest:
         if not self.is_armed or (self.number is not None and number == signal.SIGINT and not is_repeated):
             raise Interrupted(number)
         if self.number is None and launched().rank == 0:
-            os.write(2, NOTED.encode())  # a handler may come in the middle of a print
+            with suppress(OSError):  # nobody may read it
+                os.write(2, NOTED.encode())  # a handler may come in the middle of a print
         self.number = self.number or number
         self.noted_at = time.monotonic()
 
