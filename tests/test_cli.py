@@ -225,7 +225,10 @@ def test_a_setting_that_does_not_go_with_the_start_is_refused(
 @pytest.mark.parametrize(
     ("reward", "problem"),
     [
-        ("robst", 'reward is "robst"; give one of robust, paper, code, or path.py:function. Did you mean "robust"?'),
+        (
+            "robst",
+            'reward is "robst"; give one of robust, paper, code, accuracy, or path.py:function. Did you mean "robust"?',
+        ),
         ("none.py:score", "reward file none.py does not exist"),
     ],
 )

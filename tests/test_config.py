@@ -132,7 +132,7 @@ def test_the_home_of_the_user_is_known_wherever_a_path_is_taken(monkeypatch: pyt
     assert (
         InferenceConfig(model_path=Path("~/m")).model_path == ModelConfig(model_name="~/m").model_name == "/home/ada/m"
     )
-    assert GRPOConfig(reward="~/r.py:score").reward == "/home/ada/r.py:score"
+    assert GRPOConfig(reward=["paper", "~/r.py:score"]).reward == ("paper", "/home/ada/r.py:score")
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "sft.json", {"seed": 7})
     assert SFTConfig.read("~/sft.json") == {"seed": 7}
@@ -236,22 +236,22 @@ def test_each_preset_sets_what_it_stands_for() -> None:
         for preset in ("robust", "paper", "code")
     }
     assert seen == {
-        "robust": ("robust", True, "token_mean", True, 8),
-        "paper": ("paper", False, "seq_mean_token_mean", True, 8),
-        "code": ("code", False, "seq_mean_token_mean", False, 5),
+        "robust": (("robust",), True, "token_mean", True, 8),
+        "paper": (("paper",), False, "seq_mean_token_mean", True, 8),
+        "code": (("code",), False, "seq_mean_token_mean", False, 5),
     }
     assert (GRPOConfig(preset="code").max_turns, GRPOConfig().max_turns) == (8, 6)
 
 
 def test_an_explicit_knob_wins_over_the_preset() -> None:
     config = GRPOConfig(preset="code", num_generations=3, reward="robust")
-    assert (config.num_generations, config.reward, config.loss_aggregation) == (3, "robust", "seq_mean_token_mean")
+    assert (config.num_generations, config.reward, config.loss_aggregation) == (3, ("robust",), "seq_mean_token_mean")
 
 
 def test_a_flag_wins_over_the_preset_of_a_file(tmp_path) -> None:
     path = write(tmp_path / "grpo.json", {"preset": "code", "max_turns": 2})
     *_, config = train_configs(["--grpo_config", str(path), "--num_generations", "6"])
-    assert (config.num_generations, config.max_turns, config.reward) == (6, 2, "code")
+    assert (config.num_generations, config.max_turns, config.reward) == (6, 2, ("code",))
 
 
 # -- files
@@ -583,6 +583,10 @@ TRAIN_FLAGS = [
     "--image_base_path",
     "--importance_cap",
     "--importance_correction",
+    "--judge_asked",
+    "--judge_concurrency",
+    "--judge_model",
+    "--judge_url",
     "--keep_best",
     "--keep_trajectories",
     "--kl_estimator",
@@ -629,8 +633,11 @@ TRAIN_FLAGS = [
     "--resume",
     "--resume_from_checkpoint",
     "--reward",
+    "--reward_cache",
     "--reward_retries",
     "--reward_seconds",
+    "--reward_terms",
+    "--reward_weights",
     "--rollout_batch_size",
     "--rollout_page_steps",
     "--save_minutes",

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from looktwice.custom_reward import CustomReward, load_reward
+from looktwice.config import GRPOConfig
+from looktwice.custom_reward import CustomReward
 from looktwice.errors import ConfigError
 from looktwice.geometry import Box, Size
-from looktwice.rewards import Reward
+from looktwice.rewarding.paying import load_rewards
+from looktwice.rewards import Played, Reward
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 
 
@@ -22,8 +24,12 @@ def rollout(text, *calls):
 
 
 def paid(reward, trajectory, solution) -> Reward:
-    [found] = reward([(trajectory, solution)])
+    [found] = reward([Played(trajectory, solution)])
     return found
+
+
+def load_reward(spec):
+    return load_rewards(GRPOConfig(reward=spec))
 
 
 def write_rewards(tmp_path, source):
@@ -43,20 +49,20 @@ def test_user_reward_gets_the_trajectory_and_the_solution(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "error"),
+    ("value", "error", "line"),
     [
-        ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("None", "TypeError: returned NoneType, not a number"),
-        ("'1.0'", "TypeError: returned str, not a number"),
-        ("float('nan')", "ValueError: returned nan, not a finite number"),
-        ("float('inf')", "ValueError: returned inf, not a finite number"),
-        ("10 ** 400", "OverflowError: int too large to convert to float"),
+        ("1 / 0", "ZeroDivisionError: division by zero", 2),
+        ("None", "TypeError: returned NoneType, not a number", 1),
+        ("'1.0'", "TypeError: returned str, not a number", 1),
+        ("float('nan')", "ValueError: returned nan, not a finite number", 1),
+        ("float('inf')", "ValueError: returned inf, not a finite number", 1),
+        ("10 ** 400", "OverflowError: int too large to convert to float", 1),
     ],
 )
-def test_failed_user_reward_is_marked_and_never_zero(tmp_path, value, error):
+def test_failed_user_reward_names_its_line_and_is_never_zero(tmp_path, value, error, line):
     path = write_rewards(tmp_path, f"def f(trajectory, solution):\n    return {value}")
     reward = paid(load_reward(f"{path}:f"), rollout("x"), "x")
-    assert reward.error == error
+    assert reward.error == f"{error} (my_rewards.py:{line})"
     assert math.isnan(reward.total)
     assert math.isnan(reward.accuracy)
 
@@ -108,7 +114,7 @@ def test_async_rewards_are_awaited_at_once() -> None:
         await together.wait()  # none goes on before all are here
         return len(trajectory.text)
 
-    rewards = CustomReward(judge, seconds=20)([(rollout(text), "x") for text in ("a", "bb", "ccc")])
+    rewards = CustomReward(judge, seconds=20)([Played(rollout(text), "x") for text in ("a", "bb", "ccc")])
     assert [reward.total for reward in rewards] == [1, 2, 3]
 
 
@@ -116,9 +122,9 @@ def test_a_function_of_trajectories_gets_all_at_once() -> None:
     def of_all(trajectories: list[Trajectory], solutions: list[str]) -> list[object]:
         return [len(one.text) if one.text else None for one in trajectories]
 
-    rewards = CustomReward(of_all)([(rollout(text), "x") for text in ("ab", "", "c")])
+    rewards = CustomReward(of_all)([Played(rollout(text), "x") for text in ("ab", "", "c")])
     assert [reward.error for reward in rewards] == [None, "TypeError: returned NoneType, not a number", None]
-    [short] = CustomReward(lambda trajectories, solutions: [])([(rollout("a"), "x")])
+    [short] = CustomReward(lambda trajectories, solutions: [])([Played(rollout("a"), "x")])
     assert short.error == "ValueError: gave 0 rewards for 1 trajectories"
 
 
@@ -150,7 +156,7 @@ def test_a_batch_has_the_time_of_all_its_rollouts() -> None:
         time.sleep(0.3)
         return [1.0 for _ in trajectories]
 
-    rewards = CustomReward(of_all, seconds=0.2)([(rollout("x"), "x")] * 8)
+    rewards = CustomReward(of_all, seconds=0.2)([Played(rollout("x"), "x")] * 8)
     assert [reward.error for reward in rewards] == [None] * 8
 
 
@@ -160,7 +166,7 @@ def sleeps(trajectory: Trajectory, solution: str) -> float:
 
 
 def test_after_three_that_hang_the_others_of_a_step_are_not_asked() -> None:
-    rewards = CustomReward(sleeps, seconds=0.05)([(rollout("x"), "x")] * 5)
+    rewards = CustomReward(sleeps, seconds=0.05)([Played(rollout("x"), "x")] * 5)
     assert [reward.error.split(",")[0] for reward in rewards] == [
         *["TimeoutError: took longer than 0.05 s"] * 3,
         *["TimeoutError: not asked"] * 2,
@@ -209,3 +215,18 @@ def test_the_example_of_the_documentation_pays(tmp_path) -> None:
     path = write_rewards(tmp_path, re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
     reward = paid(load_reward(f"{path}:score"), rollout("<think>a</think> <answer>cup</answer>"), "cup")
     assert reward.parts == {"accuracy": 1.0, "short": 0.1}
+
+
+@pytest.mark.parametrize("head", ["async def f(trajectory, solution)", "def f(trajectories, solutions)"])
+def test_a_failure_names_the_innermost_line_of_the_users_file(tmp_path, head) -> None:
+    path = write_rewards(
+        tmp_path, f"import json\ndef read(text):\n    return json.loads(text)\n{head}:\n    return read('{{')"
+    )
+    assert paid(load_reward(f"{path}:f"), rollout("x"), "x").error.endswith("(my_rewards.py:3)")
+
+
+def test_a_function_gets_what_else_is_known_by_the_names_of_its_parameters() -> None:
+    one = Played(rollout("x"), "x", question="What?", gold_boxes=(Box(1, 2, 3, 4),), group=7)
+    [single] = CustomReward(lambda trajectory, solution, group, question: group + len(question))([one])
+    [of_all] = CustomReward(lambda trajectories, solutions, groups, gold_boxes: [groups[0] + len(gold_boxes[0])])([one])
+    assert (single.total, of_all.total) == (12, 8)

@@ -30,7 +30,7 @@ LAYERS = (
     ("config", "messages", "calls", "model.configuration", "model.location"),
     ("processing",),
     ("model", "serving.modeling_ovis2_5"),
-    ("engine", "rollout", "judging", "answers", "grounding", "rewards", "custom_reward"),
+    ("engine", "rollout", "judging", "answers", "grounding", "rewards", "custom_reward", "rewarding"),
     ("data",),
     ("formats",),
     ("checking",),

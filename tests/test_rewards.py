@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from looktwice.geometry import Box, Size
 from looktwice.processing.chat_template import EARLY_STOP
-from looktwice.rewards import CODE, PAPER, REWARD_PRESETS, ROBUST, PresetReward, can_be_earned, score
+from looktwice.rewards import CODE, PAPER, REWARD_PRESETS, ROBUST, Played, PresetReward, can_be_earned, score
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 
 CROP = ToolCall(requested=Box(10, 20, 110, 90), box=Box(10, 20, 110, 90), size=Size(192, 128), error=None)
@@ -98,7 +98,8 @@ def test_code_preset_gates_only_the_region():
     assert reward.parts == pytest.approx({"accuracy": 0, "format": 0.5, "length": 0.1, "region": 0})
 
 
-RIGHT = f"<think>\n{'x' * 100}{OUR_BOX}</think>\n\n<answer>STOP</answer>"
+HUNDRED = "The sign stands far away, and its letters are too small to be read, so I look at it closer than that"
+RIGHT = f"<think>\n{HUNDRED}{OUR_BOX}</think>\n\n<answer>STOP</answer>"
 
 
 @pytest.mark.parametrize("preset", [PAPER, ROBUST])
@@ -140,7 +141,7 @@ def test_region_counts_a_box_once():
         ("<think>twelve <tool_response>Too thin.</tool_response>chars</think><answer>STOP</answer>", 12),
         (f"<think>twelve chars{EARLY_STOP}<answer>STOP</answer>", 12),
         ("<answer>STOP</answer>", 0),
-        (f"<think>{'x' * 999}</think><answer>STOP</answer>", 250),
+        (f"<think>{' '.join(map(str, range(999)))}</think><answer>STOP</answer>", 250),
     ],
 )
 def test_length_counts_the_reasoning_the_model_wrote(text, num_chars):
@@ -177,8 +178,8 @@ calls = st.lists(st.sampled_from([CROP, OTHER_CROP, REFUSED]))
 
 @given(texts, calls, st.sampled_from(["STOP", "GO"]), st.sampled_from(sorted(REWARD_PRESETS)))
 def test_every_rollout_is_paid_within_the_bounds(text, calls, solution, name):
-    [reward] = PresetReward(REWARD_PRESETS[name])([(rollout(text, *calls), solution)])
-    assert 0 <= reward.total <= {"paper": 2.75, "robust": 2.75, "code": 2.1}[name]
+    [reward] = PresetReward(REWARD_PRESETS[name])([Played(rollout(text, *calls), solution)])
+    assert 0 <= reward.total <= {"paper": 2.75, "robust": 2.75, "code": 2.1, "accuracy": 1}[name]
     assert reward.total == pytest.approx(sum(reward.parts.values()))
     assert reward.accuracy in (0, 1)
     if reward.accuracy == 0:
@@ -205,3 +206,54 @@ def test_a_gold_answer_can_be_earned_where_saying_it_is_right(solution, is_earna
 @given(st.text(max_size=40).filter(lambda text: text.split()))
 def test_whatever_text_can_be_earned(solution):
     assert can_be_earned(solution)
+
+
+# -- what robust does not pay
+
+SEEN = Size(400, 300)
+
+
+@pytest.mark.parametrize(
+    ("box", "region"),
+    [(Box(0, 0, 400, 300), 0.0), (Box(0, 0, 400, 151), 0.0), (Box(0, 0, 400, 150), 0.5), (Box(0, 0, 1, 1), 0.5)],
+)
+def test_a_crop_of_more_than_half_of_its_picture_is_no_region_in_robust(box, region):
+    crop = replace(CROP, box=box, image_number=2)
+    trajectory = replace(rollout(RIGHT, crop), image_sizes=(Size(4000, 3000), SEEN))
+    assert score(trajectory, "STOP", ROBUST).parts["region"] == region
+    assert score(trajectory, "STOP", PAPER).parts["region"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("thinking", "num_chars"),
+    [
+        ("a" * 250, 16),
+        ("aA" * 125, 16),
+        (f"{HUNDRED} " * 2, 116),
+        ("What is written on the sign at the corner?", 0),
+        ("Look: What is written on the sign at the corner?", 21),
+        ("sign", 0),
+    ],
+)
+def test_reasoning_that_repeats_itself_or_the_question_is_not_paid_in_robust(thinking, num_chars):
+    text = f"<think>{thinking}</think><answer>STOP</answer>"
+    question = "What is written on the  sign at the corner?"
+    assert score(rollout(text), "STOP", ROBUST, question=question).parts["length"] == pytest.approx(num_chars / 1000)
+    full = min(0.25, len(thinking.strip()) / 1000)
+    assert score(rollout(text), "STOP", PAPER, question=question).parts["length"] == pytest.approx(full)
+
+
+def test_accuracy_pays_nothing_but_the_right_answer():
+    assert score(rollout(RIGHT, CROP), "STOP", REWARD_PRESETS["accuracy"]).total == 1
+    assert score(rollout("STOP"), "STOP", REWARD_PRESETS["accuracy"]).total == 1
+
+
+def test_what_a_term_measured_is_kept_beside_what_it_paid():
+    reward = score(rollout(RIGHT, CROP), "GO", ROBUST)
+    assert reward.raw == {"accuracy": 0, "format": 1, "length": 100, "region": 1}
+    assert set(reward.parts.values()) == {0}
+
+
+def test_a_rollout_without_a_verdict_has_no_reward():
+    [reward] = PresetReward(verdicts=lambda played: [TimeoutError("no verdict")])([Played(rollout(RIGHT), "STOP")])
+    assert (reward.error, str(reward.total)) == ("TimeoutError: no verdict", "nan")

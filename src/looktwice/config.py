@@ -373,7 +373,9 @@ class SFTConfig(StageConfig):
     num_train_epochs: Epochs = knob(3.0, "passes over the training data", flag="num_epochs")
 
 
-REWARDS = ("robust", "paper", "code")
+REWARDS = ("robust", "paper", "code", "accuracy")
+TermName = Literal["curiosity", "redundancy", "necessity", "dual_iou", "overlong", "repetition", "misformat"]
+"""Further terms of a reward, see `rewarding/terms.py`."""
 AlarmName = Literal[
     "no_signal",
     "no_crops",
@@ -398,6 +400,12 @@ def check_reward(spec: str) -> None:
         raise ConfigError(f"reward file {path} does not exist; give path.py:function, relative to {Path.cwd()}")
 
 
+def check_rewards(config: GRPOConfig) -> None:
+    """Raise ConfigError unless each reward is one of REWARDS or a function in a file that is there."""
+    for spec in config.reward:
+        check_reward(spec)
+
+
 class GRPOConfig(StageConfig):
     """Stage 2: R-GRPO. `preset` fixes rewards and the algorithm's choices; a knob given here wins over it."""
 
@@ -408,9 +416,26 @@ class GRPOConfig(StageConfig):
     learning_rate: NonNegative = knob(5e-6, "peak learning rate")
     lr_scheduler_type: Literal["cosine", "constant"] = knob("constant", "learning rate after the warm-up")
     preset: Literal["robust", "paper", "code"] = knob("robust", "ours, the paper's choices, or its released code's")
-    reward: NameOrPath = knob("robust", "robust, paper, code, or path.py:function; default: the preset's")
-    reward_seconds: Annotated[Number, Field(gt=0)] = knob(60.0, "what a reward function may take for one rollout")
-    reward_retries: NonNegativeInt = knob(0, "times that a failed reward function is asked again")
+    reward: Annotated[tuple[NameOrPath, ...], BeforeValidator(one_or_several), Field(min_length=1)] = knob(
+        ("robust",), "robust, paper, code, accuracy or path.py:function; one or several", several=True
+    )
+    reward_weights: Annotated[tuple[Number, ...], BeforeValidator(one_or_several)] = knob(
+        (), "weights of several rewards, in their order; default: 1 each", several=True
+    )
+    reward_terms: Annotated[dict[TermName, Number], BeforeValidator(split_pairs)] = knob(
+        {}, "weights of further terms, such as curiosity=0.5,dual_iou=1, see docs/method.md"
+    )
+    reward_seconds: Annotated[Number, Field(gt=0)] = knob(
+        60.0, "what a reward function or judge may take for one rollout"
+    )
+    reward_retries: NonNegativeInt = knob(0, "times that a failed reward function or judge is asked again")
+    reward_cache: NameOrPath | None = knob(None, "memory, or a file: what was paid for the same text and calls")
+    judge_url: str | None = knob(None, "OpenAI-compatible server of a judge, such as http://host:8000/v1")
+    judge_model: str | None = knob(None, "name of the judge's model there; needs --judge_url")
+    judge_asked: Literal["undecided", "always"] = knob(
+        "undecided", "judge what the rules cannot decide, or every answer"
+    )
+    judge_concurrency: Positive = knob(8, "questions to the judge at a time")
     num_generations: Annotated[Whole, Field(ge=2)] = knob(8, "rollouts per prompt; advantages are centred within them")
     num_iterations: Positive = knob(1, "updates per batch of rollouts")
     beta: NonNegative = knob(0.0, "weight of the KL to the starting policy; 0 loads no reference")
@@ -464,6 +489,26 @@ class GRPOConfig(StageConfig):
     )
     one_step_off: bool = knob(False, "make the next rollouts during the update, from the weights before it")
     exact: bool = knob(False, "logprobs of rollouts and training alike to the last bit; costs time")
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> GRPOConfig:
+        weights, rewards = self.reward_weights, self.reward
+        if weights and len(weights) != len(rewards):
+            raise ValueError(
+                f"reward_weights: {counted(len(weights), 'weight')} for {counted(len(rewards), 'reward')}; give each"
+            )
+        if 0 in (*weights, *self.reward_terms.values()):
+            raise ValueError("reward_weights, reward_terms: a weight of 0 pays nothing; leave that reward or term out")
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise ValueError("judge_url, judge_model: a judge needs both, where it is and which model it is")
+        if self.judge_url is not None:
+            if not re.match(r"https?://\w", self.judge_url):
+                raise ValueError(
+                    f'judge_url: "{short(self.judge_url)}" is no address; begin it with http:// or https://'
+                )
+            if not set(rewards) & set(REWARDS):
+                raise ValueError(f"judge_url: only {', '.join(REWARDS)} ask a judge; give one of them, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_bounds(self) -> GRPOConfig:

@@ -8,6 +8,7 @@ import inspect
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,11 +18,8 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
-from looktwice.answers import Solution
-from looktwice.config import check_reward
 from looktwice.errors import ConfigError, nearest, short
-from looktwice.rewards import REWARD_PRESETS, PresetReward, Reward, RewardFunction
-from looktwice.rollout.trajectory import Trajectory
+from looktwice.rewards import Played, Reward, failed
 
 T = TypeVar("T")
 MARGIN_S = 5.0
@@ -32,37 +30,63 @@ HUNG = 3
 """Calls in a row that took too long, after which the others of the step are not made."""
 
 
+KNOWN_OF_ONE = ("question", "gold_boxes", "group")
+KNOWN_OF_ALL = ("questions", "gold_boxes", "groups")
+"""What else is known of rollouts, given to a function that has a parameter of that name."""
+
+
 class CustomReward:
     """Calls a function with (trajectory, solution), which gives a finite number, or a mapping of named ones that are
     added up (`accuracy` among them is what groups are filtered by). The solution is a text, or a tuple of texts where
-    the data lists several right answers.
+    the data lists several right answers. `question`, `gold_boxes` and `group` are given to a function that has
+    parameters of these names.
 
     An `async` function is awaited for all rollouts of a step at once. One whose first parameter is `trajectories` gets
-    lists of both and gives a list, in `seconds` times their number. What raises, gives anything else or takes longer
-    than `seconds` is tried `retries` times more, and then the reward of that rollout is failed, with the reason. All
-    calls run in threads, where `signal` does not work.
+    lists (also as `questions`, `gold_boxes`, `groups`) and gives one, in `seconds` times their number. What raises,
+    gives anything else or takes longer than `seconds` is tried `retries` times more, and then the reward of that
+    rollout is failed, with the reason and, where the function's `file` is known, the line in it. All calls run in
+    threads, where `signal` does not work.
     """
 
-    def __init__(self, function: Callable[..., Any], *, seconds: float = 60.0, retries: int = 0) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, seconds: float = 60.0, retries: int = 0, file: Path | None = None
+    ) -> None:
         self.function = function
         self.seconds = seconds
         self.retries = retries
+        self.file = file
+        self._parameters = _parameters(function)
+        self.takes_all = self._parameters[:1] == ["trajectories"]
 
-    def __call__(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
-        """The reward of each rollout and its gold answer."""
-        if _first_parameter(self.function) == "trajectories":
+    def __call__(self, rollouts: Sequence[Played]) -> list[Reward]:
+        """The reward of each rollout."""
+        if self.takes_all:
             return self._of_all(rollouts)
         if any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__))):
             return self._awaited_of_all(rollouts)
         rewards: list[Reward] = []
-        for pair in rollouts:
+        for one in rollouts:
             if len(rewards) >= HUNG and all(hung(reward) for reward in rewards[-HUNG:]):
                 rewards.append(
                     failed(TimeoutError(f"not asked, since {HUNG} before took longer than {self.seconds:g} s"))
                 )
             else:
-                rewards.append(self._of_one(partial(self.function, *pair)))
+                rewards.append(self._of_one(partial(self._call, one)))
         return rewards
+
+    def _call(self, one: Played) -> Any:
+        known = {name: getattr(one, name) for name in KNOWN_OF_ONE if name in self._parameters}
+        return self.function(one.trajectory, one.solution, **known)
+
+    def _failed(self, error: BaseException | None) -> Reward:
+        """A failed reward that names the innermost line of the user's file, or that of the function itself."""
+        if self.file is None:
+            return failed(error)
+        frames = traceback.extract_tb(error.__traceback__) if error else []
+        own = [frame.lineno for frame in frames if Path(frame.filename) == self.file]
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        line = own[-1] if own else code and code.co_firstlineno
+        return failed(error, f"{self.file.name}:{line}" if line else self.file.name)
 
     def _tried(self, call: Callable[[], T]) -> T:
         """What a call gives in one of its tries. Raises what the last one raises."""
@@ -75,13 +99,17 @@ class CustomReward:
         try:
             return self._tried(lambda: reward_of(within(call, self.seconds)))
         except Exception as error:
-            return failed(error)
+            return self._failed(error)
 
-    def _of_all(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
-        trajectories, solutions = [[*column] for column in zip(*rollouts)] or [[], []]
+    def _of_all(self, rollouts: Sequence[Played]) -> list[Reward]:
+        trajectories, solutions = [one.trajectory for one in rollouts], [one.solution for one in rollouts]
+        columns = zip(KNOWN_OF_ALL, KNOWN_OF_ONE)
+        known = {
+            name: [getattr(one, of_one) for one in rollouts] for name, of_one in columns if name in self._parameters
+        }
 
         def call() -> list[Any]:
-            found = self.function(trajectories, solutions)
+            found = self.function(trajectories, solutions, **known)
             values = [*(asyncio.run(found) if inspect.iscoroutine(found) else found)]
             if len(values) != len(rollouts):
                 raise ValueError(f"gave {len(values)} rewards for {len(rollouts)} trajectories")
@@ -90,33 +118,39 @@ class CustomReward:
         try:
             values = self._tried(lambda: within(call, self.seconds * len(rollouts)))
         except Exception as error:
-            return [failed(error) for _ in rollouts]
-        return [_rewarded(value) for value in values]
+            return [self._failed(error) for _ in rollouts]
+        return [self._rewarded(value) for value in values]
 
-    def _awaited_of_all(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
+    def _rewarded(self, value: Any) -> Reward:
+        try:
+            return reward_of(value)
+        except Exception as error:
+            return self._failed(error)
+
+    def _awaited_of_all(self, rollouts: Sequence[Played]) -> list[Reward]:
         """In a loop of its own thread, since a notebook has one already; one that never awaits holds up the others."""
         limit = self.seconds * (1 + self.retries) * max(1, len(rollouts))
         try:
             return within(lambda: asyncio.run(self._at_once(rollouts)), limit + MARGIN_S)
         except Exception as error:
-            return [failed(error) for _ in rollouts]
+            return [self._failed(error) for _ in rollouts]
 
-    async def _at_once(self, rollouts: Sequence[tuple[Trajectory, Solution]]) -> list[Reward]:
-        return await asyncio.gather(*(self._awaited(*pair) for pair in rollouts))
+    async def _at_once(self, rollouts: Sequence[Played]) -> list[Reward]:
+        return await asyncio.gather(*(self._awaited(one) for one in rollouts))
 
-    async def _awaited(self, trajectory: Trajectory, solution: Solution) -> Reward:
+    async def _awaited(self, one: Played) -> Reward:
         failure: BaseException | None = None
         for _ in range(1 + self.retries):
             started = time.monotonic()
             try:
                 async with asyncio.timeout(self.seconds) as limit:
-                    value = await self.function(trajectory, solution)
+                    value = await self._call(one)
                 if time.monotonic() - started <= self.seconds:
                     return reward_of(value)
                 failure = too_slow(self.seconds)  # it never awaited, or held on to what should have ended it
             except (Exception, SystemExit) as error:
                 failure = too_slow(self.seconds) if limit.expired() else error
-        return failed(failure)
+        return self._failed(failure)
 
 
 def reward_of(value: Any) -> Reward:
@@ -130,20 +164,8 @@ def reward_of(value: Any) -> Reward:
             raise ValueError(f"{where}returned {float(number)}, not a finite number")
     if parts:
         numbers = {str(name): float(number) for name, number in parts.items()}
-        return Reward(total=sum(numbers.values()), parts=numbers)
+        return Reward(total=sum(numbers.values()), parts=numbers, raw=numbers)
     return Reward(total=float(value))
-
-
-def _rewarded(value: Any) -> Reward:
-    try:
-        return reward_of(value)
-    except Exception as error:
-        return failed(error)
-
-
-def failed(error: BaseException | None) -> Reward:
-    text = " ".join(str(error).split())
-    return Reward(total=math.nan, error=f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def hung(reward: Reward) -> bool:
@@ -179,21 +201,11 @@ def within(call: Callable[[], Any], seconds: float) -> Any:
     raise RuntimeError(f"raised {type(error).__name__}({error})")
 
 
-def _first_parameter(function: Callable[..., Any]) -> str | None:
+def _parameters(function: Callable[..., Any]) -> list[str]:
     try:
-        return next(iter(inspect.signature(function).parameters), None)
+        return [*inspect.signature(function).parameters]
     except (TypeError, ValueError):  # some built-in functions tell none
-        return None
-
-
-def load_reward(spec: str, *, seconds: float = 60.0, retries: int = 0) -> RewardFunction:
-    """The reward of a setting: a preset's name, or `path.py:function` of the user, tried `1 + retries` times of so many
-    `seconds`. Raises ConfigError when the name, the file or the function cannot be used."""
-    check_reward(spec)
-    if spec in REWARD_PRESETS:
-        return PresetReward(REWARD_PRESETS[spec])
-    path, _, name = spec.rpartition(":")
-    return CustomReward(load_function(Path(path), name), seconds=seconds, retries=retries)
+        return []
 
 
 def load_function(path: Path, name: str) -> Callable[..., Any]:

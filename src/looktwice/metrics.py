@@ -56,7 +56,7 @@ METRICS: dict[str, str] = {
     "reward/format": "mean format term, as paid",
     "reward/length": "mean length term, as paid",
     "reward/region": "mean region term, as paid",
-    "reward/own/*": "mean of a part that a user's own reward names",
+    "reward/own/*": "mean of a further term, or of a part that a user's own reward names, as paid",
     "reward/total_right": "mean reward of rollouts whose answer is right by the rules",
     "reward/total_wrong": "mean reward of rollouts whose answer is wrong by the rules",
     "reward/failed": "share of rollouts without a reward: it raised, hung or was no number, or the rollout failed",

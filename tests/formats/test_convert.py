@@ -111,6 +111,15 @@ def test_one_question_about_one_image_comes_back_from_every_format(name: str, da
     assert set(writing.lost.counts) <= {"the crops, which need files of their own here"}
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_several_gold_boxes_come_back_from_every_format(name: str) -> None:
+    image = Message(role="user", parts=(ImagePart(source=BASE / "a.png"), TextPart(text="What?")))
+    conversation = Conversation(messages=(image, assistant("<answer>cup</answer>")))
+    boxes = (Box(1.0, 2.0, 3.0, 4.0), Box(5.0, 6.0, 7.0, 8.5))
+    sample = Sample(conversation=conversation, gold_box=boxes[0], more_gold_boxes=boxes[1:], where="d:1", field="")
+    assert [one.gold_boxes for one in read(name, written(name, sample)[0])] == [boxes]
+
+
 @pytest.mark.parametrize("name", FULL)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())

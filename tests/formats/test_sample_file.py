@@ -325,6 +325,14 @@ def test_several_gold_answers_are_a_list_and_one_in_a_list_is_one(tmp_path: Path
     assert [sample.solution for sample in samples] == [("cup", "2"), "mug"]
 
 
+def test_several_gold_boxes_are_a_list_and_one_in_a_list_is_one(read_one: Callable[..., Sample]) -> None:
+    one, other = [1, 2, 3, 4], [5, 6, 7, 8.5]
+    found = [read_one(box=box).gold_boxes for box in (one, [one], [one, other], [None] * 4)]
+    assert found == [(Box(1, 2, 3, 4),), (Box(1, 2, 3, 4),), (Box(1, 2, 3, 4), Box(5, 6, 7, 8.5)), ()]
+    with pytest.raises(DataError, match="a box runs from top-left"):
+        read_one(box=[one, [3, 2, 1, 4]])
+
+
 def test_the_gold_answer_of_ms_swift_is_read_and_ours_goes_before_it(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "<image>What?"}], "images": ["x.jpg"]}
     rows = [{**row, "solution": "<answer>B</answer>"}, {**row, "solution": "B", "answer": "C"}]

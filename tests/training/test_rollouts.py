@@ -14,7 +14,7 @@ from looktwice.errors import TrainingError
 from looktwice.formats.sample_file import read_samples
 from looktwice.metrics import METRICS
 from looktwice.processing.packing import pack
-from looktwice.rewards import PresetReward, Reward
+from looktwice.rewards import Played, PresetReward, Reward
 from looktwice.rollout.trajectory import StopReason
 from looktwice.training.rollouts import Rollout, rewarded, roll_out, tell_failures
 
@@ -23,7 +23,7 @@ def test_each_prompt_gets_its_group_in_order_and_each_rollout_its_reward(load, d
     learner = load(num_generations=3, max_new_tokens=5, rollout_batch_size=4)
     samples = read_samples(dataset.rl, dataset.rl.parent)[:2]
     groups = roll_out(
-        learner, samples, learner.config, lambda played: [Reward(total=float(solution) + 100) for _, solution in played]
+        learner, samples, learner.config, lambda played: [Reward(total=float(one.solution) + 100) for one in played]
     )
     assert [[rollout.sample for rollout in group] for group in groups] == [[sample] * 3 for sample in samples]
     assert [rollout.reward.total for group in groups for rollout in group] == [
@@ -47,7 +47,7 @@ def test_rollouts_of_another_step_are_others_and_those_of_the_same_step_the_same
 def test_rollouts_that_failed_are_told_and_stop_a_run_when_all_did(play_scripts, capsys) -> None:
     [good], [bad] = (play_scripts(script)[0] for script in (RIGHT, WRONG))
     bad.trajectory.stop_reason, bad.trajectory.error = "error", "ZeroDivisionError: in the tool"
-    rewards = rewarded([(one.trajectory, SAMPLE.solution) for one in (good, bad)], PresetReward())
+    rewards = rewarded([Played(one.trajectory, SAMPLE.solution) for one in (good, bad)], PresetReward())
     rollouts = [Rollout(episode=one, sample=SAMPLE, reward=reward) for one, reward in zip((good, bad), rewards)]
     assert rollouts[0].reward.error is None and rollouts[1].reward.error == "ZeroDivisionError: in the tool"
     tell_failures([rollouts])

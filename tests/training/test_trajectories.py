@@ -13,7 +13,7 @@ from looktwice.errors import ConfigError, DataError
 from looktwice.geometry import Box
 from looktwice.rewards import Reward
 from looktwice.rollout.trajectory import Trajectory
-from looktwice.training.rollouts import Rollout
+from looktwice.training.rollouts import Rollout, played_of
 from looktwice.training.trajectories import drop_later, read_trajectories, write_trajectories, written_steps
 
 
@@ -36,17 +36,18 @@ def write(tmp_path, *groups: list[Rollout], step: int = 1, keep: int = 9) -> lis
 def test_what_is_read_back_is_what_was_written(group, tmp_path) -> None:
     group[0].advantage, group[0].trainer_logprobs = 0.5, [[-0.1, -0.2], [-0.3, -0.4]]
     group[0].reference_logprobs = [-0.5, -0.6]
-    group[1].sample = replace(SAMPLE, solution=("7", "seven"))
+    boxes = (Box(0, 0, 48, 24), Box(1, 2, 3, 4))
+    group[1].sample = replace(SAMPLE, solution=("7", "seven"), gold_box=boxes[0], more_gold_boxes=boxes[1:])
     for rollout, drawn in zip(group, (-1.0, -2.0)):
         marks = rollout.trajectory.is_sampled
         rollout.trajectory.sampling_logprobs = [-1.0 if flag else 0.0 for flag in marks]
         rollout.trajectory.drawn_logprobs = [drawn if flag else 0.0 for flag in marks]
     write(tmp_path, group, group[1:])
     [first, second], [third] = read_trajectories(tmp_path / "step-1.jsonl.zst")
-    assert [one.group for one in (first, second, third)] == [0, 0, 1]
+    assert [one.played.group for one in (first, second, third)] == [0, 0, 1]
     for one, rollout in zip((first, second), group):
         assert one.trajectory == rollout.trajectory and isinstance(one.trajectory, Trajectory)
-        assert (one.reward, one.solution) == (rollout.reward, rollout.sample.solution)
+        assert (one.reward, one.played) == (rollout.reward, played_of(rollout.trajectory, rollout.sample, 0))
     assert first.advantage == 0.5
     assert first.trainer_logprobs == [pytest.approx([-0.1, -0.2]), pytest.approx([-0.3, -0.4])]
     assert first.reference_logprobs == pytest.approx([-0.5, -0.6])

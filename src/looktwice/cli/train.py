@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from looktwice.cli.arguments import Parser, add_flags
-from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_reward, flag_of
+from looktwice.config import Config, DataConfig, GRPOConfig, ModelConfig, SFTConfig, StageConfig, check_rewards, flag_of
 from looktwice.console import outlasting_readers
 from looktwice.errors import CheckpointError, ConfigError
 from looktwice.launch import launched, speaking_once
@@ -40,7 +40,17 @@ GRPO_LEARNING_RATE_SHARE = 0.25
 """... but a learning rate given for stage 1 also sets stage 2's, at a quarter, and `--resume` alone is for both."""
 HOW_A_START_BEGAN = ("overwrite", "resume", "resume_from_checkpoint")
 REPLAYED = (
-    *("preset", "reward", "reward_seconds", "reward_retries", "scale_rewards", "surrogate", "epsilon", "epsilon_high"),
+    *("preset", "reward", "reward_weights", "reward_terms", "reward_seconds", "reward_retries", "reward_cache"),
+    *(
+        "judge_url",
+        "judge_model",
+        "judge_asked",
+        "judge_concurrency",
+        "scale_rewards",
+        "surrogate",
+        "epsilon",
+        "epsilon_high",
+    ),
     *("delta", "beta", "kl_estimator", "importance_correction", "importance_cap", "loss_aggregation"),
     *("drop_constant_groups", "mask_truncated_completions", "truncated_in_statistics"),
 )
@@ -96,7 +106,7 @@ def run_stages(
 def show_replay(path: Path, config: GRPOConfig) -> None:
     """Show what the written rollouts of a run would be paid, and its loss, under the settings given here."""
     if "reward" in config.model_fields_set:
-        check_reward(config.reward)
+        check_rewards(config)
     from looktwice.console import open_console
     from looktwice.report.terminal import titled
     from looktwice.training.replay import replay_config, replay_table, replayed, run_of
@@ -111,7 +121,7 @@ def show_replay(path: Path, config: GRPOConfig) -> None:
 def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GRPOConfig) -> None:
     """Refuse what stage 2 cannot use, which should not wait for stage 1 to end."""
     check_processes(model, grpo)
-    check_reward(grpo.reward)
+    check_rewards(grpo)
     if grpo.output_dir.absolute() == sft.output_dir.absolute():
         raise ConfigError(f"{grpo.output_dir}: the run folder of both stages; give each its own")
     check_place(grpo, str(grpo.sft_checkpoint_path))
@@ -120,11 +130,11 @@ def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GR
             f"{checkpoint}: of a stage 2 that began from another model, as stage 1 is not done in {sft.output_dir}; "
             "give stage 2 another folder (--grpo_output_dir)"
         )
-    from looktwice.custom_reward import load_reward
     from looktwice.processing.processor import load_processor
+    from looktwice.rewarding.paying import load_rewards
     from looktwice.training.sets import load_sets
 
-    load_reward(grpo.reward)
+    load_rewards(grpo)
     load_sets(data, load_processor(model.model_name, data), "grpo")
 
 

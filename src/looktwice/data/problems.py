@@ -343,12 +343,11 @@ def call_box_problems(sample: Sample, view: View, headers: Sequence[ImageHeader 
 
 
 def gold_problems(sample: Sample, header: ImageHeader) -> Iterator[Problem]:
-    """What is wrong with the gold box of a sample, if it has one, on its first picture."""
-    if sample.gold_box is None:
-        return
+    """What is wrong with the gold boxes of a sample, if it has any, on its first picture."""
     field = ".".join(filter(None, (question_field(sample), "box")))
-    for reason, what in _gold_faults(sample.gold_box, header):
-        yield Problem(reason=reason, where=sample.where, field=field, what=f"{_written(sample.gold_box)}: {what}")
+    for box in sample.gold_boxes:
+        for reason, what in _gold_faults(box, header):
+            yield Problem(reason=reason, where=sample.where, field=field, what=f"{_written(box)}: {what}")
 
 
 def _call_faults(requested: Box, frame: BoxFrame, header: ImageHeader, view: View) -> Iterator[tuple[str, str]]:

@@ -23,21 +23,27 @@ class Sample:
     written, in `box_frame`; None means that nothing was said: the frame of the model. A call refers to the picture
     that it names, else to the first. A picture is a path, or a `data:` URL that holds the picture itself. `solution`
     is the short gold answer, "" without one, or several of which each is right; `gold_box` is in original pixels of
-    the first picture. `where` is "file:line" and `field` the place of the last answer in that row, such as
-    "QnA[1].A3". `policy` are pixel bounds of its own, where those of all would make it too long. `image_folder` is
-    where relative paths of pictures were taken from. `extra` are the fields of the row that mean nothing here; they
-    go along when a file is converted.
+    the first picture, as are `more_gold_boxes` where there are several. `where` is "file:line" and `field` the place
+    of the last answer in that row, such as "QnA[1].A3". `policy` are pixel bounds of its own, where those of all would
+    make it too long. `image_folder` is where relative paths of pictures were taken from. `extra` are the fields of the
+    row that mean nothing here; they go along when a file is converted.
     """
 
     conversation: Conversation
     box_frame: BoxFrame | None = None
     solution: Solution = ""
     gold_box: Box | None = None
+    more_gold_boxes: tuple[Box, ...] = ()
     where: str
     field: str
     policy: PixelPolicy | None = None
     image_folder: Path | None = dataclasses.field(default=None, compare=False)
     extra: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    @property
+    def gold_boxes(self) -> tuple[Box, ...]:
+        """All of them, in order; none where nothing was labelled."""
+        return (*filter(None, (self.gold_box,)), *self.more_gold_boxes)
 
     @property
     def prompt(self) -> Conversation:

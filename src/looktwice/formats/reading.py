@@ -186,19 +186,22 @@ class Fields:
             self.note(name, error.reason, str(error))
         return None
 
-    def gold_box(self) -> Box | None:
-        box = self.values.get("box")
-        if box is None or (isinstance(box, list) and box and all(side is None for side in box)):
-            return None
+    def gold_boxes(self) -> tuple[Box, ...]:
+        """The gold boxes: the one that `box` is, or those that it lists."""
+        written = self.values.get("box")
+        if written is None or (isinstance(written, list) and written and all(side is None for side in written)):
+            return ()
+        are_several = isinstance(written, list) and written and all(isinstance(box, list) for box in written)
+        boxes: list[object] = written if are_several else [written]  # type: ignore[assignment]
         try:
-            return check_box(box)
+            return tuple(map(check_box, boxes))
         except BoxError as error:
             self.note(
                 "box",
                 BOX_REASONS[error.reason],
                 f"{error}; write [x1, y1, x2, y2] in original pixels or remove the field",
             )
-            return None
+            return ()
 
     def frame(self, name: str = "box_frame") -> BoxFrame | None:
         """The frame of the boxes in calls, if it is said."""
@@ -230,7 +233,7 @@ def finish(
     `frames` were found beside single boxes; `answer_field` is the place of the last answer in the object of `row`.
     """
     extra = row.extra() if extra is None else extra
-    gold_box = row.gold_box()
+    boxes = row.gold_boxes()
     said = {frame for frame in (*frames, row.frame()) if frame}
     if len(said) > 1:
         row.note(
@@ -241,7 +244,8 @@ def finish(
         conversation=conversation,
         box_frame=min(said, default=reading.box_frame),
         solution=_solution(row, reading, conversation, answer_field),
-        gold_box=gold_box,
+        gold_box=next(iter(boxes), None),
+        more_gold_boxes=boxes[1:],
         image_folder=reading.image_base_path,
         where=row.where,
         field=f"{row.path}{answer_field}",

@@ -61,8 +61,9 @@ class Writing:
             fields["answer"] = sample.solution if isinstance(sample.solution, str) else list(sample.solution)
         elif not sample.solution and (found is not None or ANSWER_OPEN in sample.response):
             self.lose(sample, "that the answer block is not the gold answer")
-        if sample.gold_box:
-            fields["box"] = [_number(side) for side in sample.gold_box]
+        if sample.gold_boxes:
+            boxes = [[_number(side) for side in box] for box in sample.gold_boxes]
+            fields["box"] = boxes if len(boxes) > 1 else boxes[0]
         if sample.box_frame:
             fields["box_frame"] = sample.box_frame
         return fields

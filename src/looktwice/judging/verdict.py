@@ -44,6 +44,12 @@ def says_the_same(prediction: str, gold: str) -> bool:
     return _says(prediction, gold, _ALL_KINDS)
 
 
+def is_decided(gold: str) -> bool:
+    """Whether the rules alone tell right from wrong for a gold answer: an option, yes or no, a moment, a quantity."""
+    gold = plain(gold)
+    return any(kind(gold) is not None for kind in (_choice, _yes_or_no, _moment, _quantity))
+
+
 def _says(prediction: str, gold: str, kinds: tuple[Kind, ...]) -> bool:
     if _tidy(prediction) == _tidy(gold):
         return bool(_tidy(prediction))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
-from looktwice.custom_reward import load_reward
 from looktwice.data.sample import Sample
 from looktwice.errors import TrainingError
 from looktwice.metrics import LOG_FILE
@@ -18,6 +17,7 @@ from looktwice.model.numerics import as_json
 from looktwice.paths import write_result
 from looktwice.processing.processor import load_processor
 from looktwice.report.rollout_page import write_rollout_page
+from looktwice.rewarding.paying import load_rewards
 from looktwice.rewards import RewardFunction
 from looktwice.training.ahead import Ahead
 from looktwice.training.alarms import Watch, read_history
@@ -68,7 +68,7 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: GRPOCon
     start = str(config.sft_checkpoint_path)
     processor = load_processor(start, data)
     samples, held_out, refits, sizes = load_sets(data, processor, "grpo")
-    pay = load_reward(config.reward, seconds=config.reward_seconds, retries=config.reward_retries)
+    pay = load_rewards(config)
     order = batch_order(sizes, config, data.train_weights)
     settings = (model, data, config)
     if config.vllm_servers:  # one that cannot be used is told before the model is loaded

@@ -17,10 +17,10 @@ from statistics import fmean as mean
 import torch
 
 from looktwice.config import GRPOConfig
-from looktwice.custom_reward import load_reward
 from looktwice.errors import ConfigError
 from looktwice.metrics import LOG_FILE
 from looktwice.report.tables import Table
+from looktwice.rewarding.paying import load_rewards
 from looktwice.rewards import Reward, RewardFunction
 from looktwice.training.alarms import read_history
 from looktwice.training.folder import CONFIG_FILE, TRAJECTORIES
@@ -57,7 +57,7 @@ class ReplayedStep:
 
 def replayed(run: Path, config: GRPOConfig) -> Iterator[ReplayedStep]:
     """The steps of a run whose rollouts are in its folder, in order."""
-    pay = load_reward(config.reward, seconds=config.reward_seconds, retries=config.reward_retries)
+    pay = load_rewards(config)
     steps = written_steps(run / TRAJECTORIES)
     losses = {int(line["step"]): line.get("loss") for line in read_history(run / LOG_FILE, last=max(steps, default=0))}
     for step, path in steps.items():
@@ -69,7 +69,7 @@ def replay_step(
 ) -> ReplayedStep:
     """One step; `loss` is that of the run."""
     before = [one.reward for group in groups for one in group]
-    played = [(one.trajectory, one.solution) for group in groups for one in group]
+    played = [one.played for group in groups for one in group]
     after = rewarded(played, pay)
     each = iter(after)
     anew = [[replace(one, reward=next(each), advantage=0.0) for one in group] for group in groups]

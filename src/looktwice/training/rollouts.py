@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from looktwice.answers import Solution
 from looktwice.config import GRPOConfig
 from looktwice.data.examples import processor_for
 from looktwice.data.sample import Sample
@@ -18,7 +17,7 @@ from looktwice.errors import TrainingError, counted, one_line
 from looktwice.model.vision_cache import VisionCache
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.rewards import Reward, RewardFunction
+from looktwice.rewards import Played, Reward, RewardFunction
 from looktwice.rollout.conversation import in_model_frame
 from looktwice.rollout.episode import Episode, EpisodeRules, Look, start_episodes
 from looktwice.rollout.trajectory import Trajectory
@@ -113,7 +112,11 @@ def make_rollouts(
         episodes = begin_episodes(learner.processor, own, config)
     with phases.during("rollout"):
         numerics = sampler.play(episodes, config, seeds_of(config, step, [first + place for place in places]), images)
-    played = [(episode.trajectory, sample.solution) for sample, group in zip(own, episodes) for episode in group]
+    played = [
+        played_of(episode.trajectory, sample, place)
+        for place, sample, group in zip(places, own, episodes)
+        for episode in group
+    ]
     with phases.during("reward"):
         rewards = iter(rewarded(played, pay))
     return [
@@ -197,11 +200,22 @@ def begin_episodes(
     return groups
 
 
-def rewarded(played: Sequence[tuple[Trajectory, Solution]], pay: RewardFunction) -> list[Reward]:
-    """The rewards of finished rollouts with their gold answers; failed where the rollout did, by no fault of the
-    policy."""
-    failures = [failure_of(trajectory) for trajectory, _ in played]
-    paid = iter(pay([pair for pair, failure in zip(played, failures) if not failure]))
+def played_of(trajectory: Trajectory, sample: Sample, group: int) -> Played:
+    """What a reward sees of a finished rollout."""
+    return Played(
+        trajectory=trajectory,
+        solution=sample.solution,
+        question=sample.question,
+        gold_boxes=sample.gold_boxes,
+        group=group,
+        source=f"{sample.where} {sample.field}",
+    )
+
+
+def rewarded(played: Sequence[Played], pay: RewardFunction) -> list[Reward]:
+    """The rewards of finished rollouts; failed where the rollout did, by no fault of the policy."""
+    failures = [failure_of(one.trajectory) for one in played]
+    paid = iter(pay([one for one, failure in zip(played, failures) if not failure]))
     return [Reward(total=math.nan, error=failure) if failure else next(paid) for failure in failures]
 
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, StageConfig, check_reward
+from looktwice.config import LORA_KNOBS, DataConfig, GRPOConfig, ModelConfig, StageConfig, check_rewards
 from looktwice.errors import ConfigError
 from looktwice.launch import Launch, launched
 from looktwice.model.location import base_quantization, local_adapter, locate
@@ -31,7 +31,7 @@ def check_request(name: str, model: ModelConfig, data: DataConfig, config: Stage
     if check_processes(model, config).rank == 0:  # which alone writes there
         check_place(config, name)
     if isinstance(config, GRPOConfig):
-        check_reward(config.reward)
+        check_rewards(config)
     check_trackers(config.report_to)
     check_attention(model, model.device or "")
     folder = locate(name)

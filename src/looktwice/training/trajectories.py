@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from looktwice.answers import Solution
 from looktwice.drafts import file_draft
 from looktwice.engine.sampling import mixed_seed
 from looktwice.errors import ConfigError, DataError
 from looktwice.formats.files import RowFile
 from looktwice.geometry import Box, Size
-from looktwice.rewards import Reward
+from looktwice.rewards import Played, Reward
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 from looktwice.training.rollouts import Rollout
 
@@ -37,14 +36,16 @@ class Recorded:
     several corrected by importance.
     """
 
-    group: int
-    solution: Solution
-    trajectory: Trajectory
+    played: Played
     reward: Reward
     advantage: float
     trainer_logprobs: list[list[float]] = field(default_factory=list)
     reference_logprobs: list[float] | None = None
     old_logprobs: list[float] | None = None
+
+    @property
+    def trajectory(self) -> Trajectory:
+        return self.played.trajectory
 
 
 def write_trajectories(
@@ -93,7 +94,7 @@ def read_trajectories(path: Path) -> list[list[Recorded]]:
         recorded = [_recorded(row.values) for row in RowFile(path)]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: no trajectories of a run ({type(error).__name__}: {error}); name another") from error
-    return [list(group) for _, group in groupby(recorded, key=lambda one: one.group)]
+    return [list(group) for _, group in groupby(recorded, key=lambda one: one.played.group)]
 
 
 def _line(rollout: Rollout, group: int, *, step: int, seed: int) -> dict[str, Any]:
@@ -105,14 +106,17 @@ def _line(rollout: Rollout, group: int, *, step: int, seed: int) -> dict[str, An
         "seed": seed,
         "version": step - 1,
         "images": [source if isinstance(source, Path) else source[:200] for source in sample.image_paths],
+        "question": sample.question,
         "solution": sample.solution,
         "gold_box": sample.gold_box,
+        "more_gold_boxes": sample.more_gold_boxes,
         "text": trajectory.text,
         "calls": [asdict(call) for call in trajectory.calls],
         "stop_reason": trajectory.stop_reason,
         "error": trajectory.error,
         "reward": None if reward.error else reward.total,
         "parts": dict(reward.parts),
+        "raw": dict(reward.raw),
         "reward_error": reward.error,
         "advantage": rollout.advantage,
         "num_turns": trajectory.num_turns,
@@ -151,11 +155,20 @@ def _recorded(line: dict[str, Any]) -> Recorded:
         num_visual_tokens=line["num_visual_tokens"],
     )
     solution, error, total = line["solution"], line["reward_error"], line["reward"]
-    return Recorded(
-        group=line["group"],
-        solution=solution if isinstance(solution, str) else tuple(solution),
+    boxes = (line["gold_box"], *line.get("more_gold_boxes", ()))
+    played = Played(
         trajectory=trajectory,
-        reward=Reward(total=math.nan if total is None else total, parts=line["parts"], error=error),
+        solution=solution if isinstance(solution, str) else tuple(solution),
+        question=line.get("question", ""),
+        gold_boxes=tuple(Box(*box) for box in boxes if box),
+        group=line["group"],
+        source=f"{line['where']} {line['field']}",
+    )
+    return Recorded(
+        played=played,
+        reward=Reward(
+            total=math.nan if total is None else total, parts=line["parts"], raw=line.get("raw", {}), error=error
+        ),
         advantage=line["advantage"],
         trainer_logprobs=[_exact(logprobs) for logprobs in line["trainer_logprobs"]],
         **{name: _exact(line[name]) if name in line else None for name in ("reference_logprobs", "old_logprobs")},
