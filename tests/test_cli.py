@@ -398,7 +398,7 @@ def test_both_stages_go_on_wherever_they_are_by_one_command(
     assert main(shlex.split(told)) == 0
     lines = capsys.readouterr().out.splitlines()
     out = tmp_path / "out"
-    done = f"stage 1 is done, all 2 steps: {out}/sft/final_model; for more raise --num_epochs or --max_steps"
+    done = f"stage 1 is done, all 2 steps: {out}/sft/final_model; more epochs or steps make it longer"
     assert (lines[0] == done) == (name != "train_step")
     for stage in ("sft", "grpo"):
         log = (out / stage / "metrics.jsonl").read_text().splitlines()
@@ -421,6 +421,17 @@ def test_a_stage_2_of_another_stage_1_is_refused_before_that_is_trained(command,
     assert message.startswith(
         "DIR/out/grpo/checkpoint-1: of a stage 2 that began from another model, as stage 1 is not"
     )
+
+
+def test_stage_2_is_not_done_when_stage_1_has_trained_on(command, tmp_path, capsys) -> None:
+    words = command("both", **{**SHORT, "grpo_max_steps": 1}, lr_scheduler_type="constant", warmup_ratio=0)
+    assert main(words) == 0
+    assert main([*words, "--resume", "--max_steps", "2"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith(
+        "/grpo/checkpoint-1: its run started from another model; name that one to go on, or give another run folder"
+    )
+    assert main([*words, "--resume", "--max_steps", "2", "--grpo_output_dir", str(tmp_path / "new")]) == 0
 
 
 def test_a_resume_of_both_is_of_stage_1_alone_where_it_names_a_checkpoint() -> None:
@@ -450,7 +461,7 @@ def test_a_finished_run_is_made_longer_and_says_what_it_was_not_trained_with(com
     assert main([*words, "--resume", "--learning_rate", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"stage 1 is done, all 1 step: {tmp_path}/out/sft/final_model; not trained with learning_rate 2e-05 -> 1.0; "
-        "for more raise --num_epochs or --max_steps"
+        "more epochs or steps make it longer"
     )
     assert main([*words, "--resume", "--max_steps", "2"]) == 0
     log = (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()

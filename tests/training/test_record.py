@@ -188,6 +188,18 @@ def test_a_checkpoint_of_the_other_stage_is_refused_whatever_is_allowed(data, tm
         record(data).check_goes_on(there, CHECKPOINT, allow_changes=True)
 
 
+def test_a_checkpoint_of_another_start_is_refused_whatever_is_allowed(data, tmp_path) -> None:
+    def of(start: str | None) -> Record:
+        configs = (ModelConfig(), DataConfig(train_data_path=data), SFTConfig())
+        return Record.of("sft", configs, num_samples=1, total_steps=10, start=start)
+
+    there = saved(of("a"), tmp_path / "saved")
+    of("a").check_goes_on(there, CHECKPOINT, allow_changes=False)
+    of(None).check_goes_on(there, CHECKPOINT, allow_changes=False)  # a hub name, whose files are not known
+    with pytest.raises(CheckpointError, match="checkpoint-4: its run started from another model"):
+        of("b").check_goes_on(there, CHECKPOINT, allow_changes=True)
+
+
 def test_other_settings_are_told(data, tmp_path) -> None:
     there = saved(record(data, learning_rate=1e-3, output_dir="one"), tmp_path / "saved")
     here = record(data, learning_rate=1e-4, output_dir="two", overwrite=True)

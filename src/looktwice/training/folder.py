@@ -143,7 +143,9 @@ def is_finished(config: StageConfig, record: Record) -> bool:
     if checkpoint and not (goes_on(config) or Record.read(checkpoint).step == record.order["steps"]):
         return False  # it is to go back
     found = record_of_whole(config.output_dir / FINAL_MODEL)
-    return found is not None and found.is_over and (found.stage, found.order) == (record.stage, record.order)
+    if found is None or not found.is_over or (found.stage, found.order) != (record.stage, record.order):
+        return False
+    return found.start == record.start or None in (found.start, record.start)
 
 
 def check_final_model(config: StageConfig, *, total_steps: int) -> None:

@@ -420,7 +420,9 @@ class Learner:
         except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: no usable state; resume from another checkpoint ({error})") from error
         if saved.get("start") != self.start:
-            raise CheckpointError(f"{folder}: its run started from another model; name that one to go on")
+            raise CheckpointError(
+                f"{folder}: its run started from another model; name that one to go on, or give another run folder"
+            )
         if difference := first_difference(saved, self.trained()):
             other = f"or start another run from its weights: --model_name {folder}"
             raise CheckpointError(f"{folder}: {difference}; resume with the same settings, {other}")

@@ -40,8 +40,11 @@ class Record:
     files: dict[str, tuple[int, str | None]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, stage: Stage, settings: Settings, *, num_samples: int, total_steps: int) -> Record:
-        """The record of a run of so many steps on so many samples of its training data."""
+    def of(
+        cls, stage: Stage, settings: Settings, *, num_samples: int, total_steps: int, start: str | None = None
+    ) -> Record:
+        """The record of a run of so many steps on so many samples of its training data; `start` is the fingerprint of
+        the weights that it starts from."""
         _, data, config = settings
         order = {
             "train_data": ", ".join(map(fingerprint, data.train_data_path)),
@@ -53,7 +56,7 @@ class Record:
             "steps": total_steps,
         }
         held_out = data.val_data_path
-        files = {"Files": {"val_data": fingerprint(held_out)}} if held_out else {}
+        files = {"Files": {"start": start, **({"val_data": fingerprint(held_out)} if held_out else {})}}
         return cls(stage=stage, order=order, settings={**plain(settings), **files})
 
     @classmethod
@@ -86,6 +89,12 @@ class Record:
         return record
 
     @property
+    def start(self) -> str | None:
+        """The fingerprint of the weights that the run started from; None where it is not known."""
+        found = self.settings.get("Files", {}).get("start")
+        return str(found) if found else None
+
+    @property
     def is_over(self) -> bool:
         """Whether no step is left to train."""
         return bool(self.step == self.order["steps"])
@@ -100,14 +109,18 @@ class Record:
         (folder / RECORD_FILE).write_text(text, encoding="utf-8")
 
     def check_goes_on(self, saved: Record, checkpoint: Path, *, allow_changes: bool) -> None:
-        """Refuse a checkpoint that lies beyond the end of this run, or whose step number means other samples, or
-        another learning rate, here.
+        """Refuse a checkpoint of another stage or start, one that lies beyond the end of this run, and one whose step
+        number means other samples, or another learning rate, here.
 
         Raises ConfigError and CheckpointError; `allow_changes` accepts the latter.
         """
         if saved.stage != self.stage:
             raise CheckpointError(
                 f"{checkpoint}: of stage {saved.stage}, this run is {self.stage}; resume from one of its own"
+            )
+        if None not in (saved.start, self.start) and saved.start != self.start:
+            raise CheckpointError(
+                f"{checkpoint}: its run started from another model; name that one to go on, or give another run folder"
             )
         changed = {
             name: f"{name} was {saved.order.get(name)} and is {value}"

@@ -14,6 +14,8 @@ from looktwice.data.order import BatchOrder
 from looktwice.errors import counted
 from looktwice.metrics import Recorder
 from looktwice.model.adapters import adapter_settings
+from looktwice.model.files import weights_fingerprint
+from looktwice.model.location import locate
 from looktwice.trackers import TrackedRun, open_trackers
 from looktwice.training.card import model_card
 from looktwice.training.checkpoints import Checkpoints
@@ -55,7 +57,9 @@ def planned(stage: Stage, settings: Settings, order: BatchOrder, start: str) -> 
     """
     _, _, config = settings
     check_run(config, start)
-    record = Record.of(stage, settings, num_samples=order.num_samples, total_steps=order.total_steps)
+    # the files of a hub name may not be here yet
+    weights = weights_fingerprint(start) if Path(locate(start)).is_dir() else None
+    record = Record.of(stage, settings, num_samples=order.num_samples, total_steps=order.total_steps, start=weights)
     if is_finished(config, record):
         return replace(record, step=order.total_steps)
     if checkpoint := checkpoint_of(config):
@@ -76,7 +80,7 @@ def tell_finished(record: Record, settings: Settings) -> Path:
     told = f"; not trained with {', '.join(idle)}" if idle else ""
     print(
         f"{STAGE_NAMES[record.stage]} is done, all {counted(record.step, 'step')}: {folder}{told}; "
-        "for more raise --num_epochs or --max_steps"
+        "more epochs or steps make it longer"
     )
     return folder
 
