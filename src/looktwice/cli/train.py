@@ -120,11 +120,12 @@ def show_replay(path: Path, config: GRPOConfig) -> None:
 
 def check_stage_2(model: ModelConfig, data: DataConfig, sft: SFTConfig, grpo: GRPOConfig) -> None:
     """Refuse what stage 2 cannot use, which should not wait for stage 1 to end."""
-    check_processes(model, grpo)
+    launch = check_processes(model, grpo)
     check_rewards(grpo)
     if grpo.output_dir.absolute() == sft.output_dir.absolute():
         raise ConfigError(f"{grpo.output_dir}: the run folder of both stages; give each its own")
-    check_place(grpo, str(grpo.sft_checkpoint_path))
+    if launch.rank == 0:  # which alone writes there
+        check_place(grpo, str(grpo.sft_checkpoint_path))
     if (checkpoint := checkpoint_of(grpo)) and not grpo.sft_checkpoint_path.exists():
         raise ConfigError(
             f"{checkpoint}: of a stage 2 that began from another model, as stage 1 is not done in {sft.output_dir}; "

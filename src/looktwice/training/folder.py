@@ -129,7 +129,7 @@ def check_place(config: StageConfig, start: str) -> None:
 def settle_start(model: Path) -> None:
     """Where a process was killed between the two steps in which it replaced a model, end that, unless another one is at
     work in the run folder."""
-    with suppress(ConfigError):
+    with suppress(ConfigError, FileNotFoundError):  # other processes of the run may be doing it
         check_free(model.parent)
         settle(model)
 
