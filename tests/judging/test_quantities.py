@@ -52,3 +52,8 @@ def test_units_that_look_alike_are_others(one: str, other: str) -> None:
 @pytest.mark.parametrize("name", ["KM", "km", "Km", "kilometers", "Kilometre"])
 def test_case_that_tells_nothing_is_passed_over(name: str) -> None:
     assert unit_of(name) == unit_of("km") is not None
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, "1" * 5000 + " km", "1/" + "2" * 5000, "$" + "9" * 5000])
+def test_a_number_longer_than_python_reads_is_no_quantity(text) -> None:
+    assert read_quantity(text) is None

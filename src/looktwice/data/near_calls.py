@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from looktwice.calls import NUMBER, WRITTEN_CALL
 
@@ -92,16 +94,25 @@ def near_calls(text: str) -> list[str]:
     text = unicodedata.normalize("NFKC", html.unescape(WRITTEN_CALL.sub("\n", text))).translate(_BRACKETS)
     text = _BOX_TAG.sub(lambda tag: "]" if tag[1] else " [", text)
     found = {start: piece for start, piece in _wrapped(text)}
+    starts = sorted(found)
+    ends = [*accumulate((start + len(found[start]) for start in starts), max)]
     for loose in _LOOSE.finditer(text):
-        is_known = any(start < loose.end() and loose.start() < start + len(piece) for start, piece in found.items())
+        num_before = bisect_left(starts, loose.end())
+        is_known = num_before and loose.start() < ends[num_before - 1]
         if not is_known and len(_ANY_NUMBER.findall(loose[0])) >= 4:
             found[loose.start()] = loose[0]
     answers = [block.span() for block in _ANSWER.finditer(text)]
     return [
         piece.strip()
         for start, piece in sorted(found.items())
-        if _SPEAKS_OF_CALL.search(piece) or not any(low < start < high for low, high in answers)
+        if _SPEAKS_OF_CALL.search(piece) or not _is_within(start, answers)
     ]
+
+
+def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether a place lies inside one of several spans, which are in order and apart."""
+    number = bisect_left(spans, (place, 0)) - 1
+    return number >= 0 and spans[number][0] < place < spans[number][1]
 
 
 def _wrapped(text: str) -> Iterator[tuple[int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import NamedTuple
 
 from looktwice.judging.wording import bare
@@ -35,6 +36,9 @@ _NUMERIC_DATES = tuple(
     )
 )
 _SHORT_DATE = re.compile(r"([0-3]?[0-9])([-/.])([0-3]?[0-9])\2([0-9]{4}|[0-9]{2})")
+_WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+_WEEKDAY = re.compile(rf"({'|'.join(_WEEKDAYS)}),? (?=\S)")
+_NAMED_TIMES = {"noon": 12 * 3600, "midnight": 0}
 _TIME = re.compile(r"([0-2]?[0-9]):([0-5][0-9])(?::([0-5][0-9]))? ?([ap])?\.? ?(?(4)m\.?)")
 _HOUR = re.compile(r"([01]?[0-9]) ?(?:([ap])\.? ?m\.?|o'clock)")
 
@@ -55,15 +59,28 @@ def read_moment(text: str) -> Moment | None:
     3:00 is no 3:00 PM, and 15:00 is; 25/12/2020 is Christmas, and 12/05/2020 is neither May nor December.
     """
     text = bare(text).casefold()
+    if text in _NAMED_TIMES:
+        return Moment(seconds=_NAMED_TIMES[text])
+    if weekday := _WEEKDAY.match(text):
+        found = read_moment(text[weekday.end() :])
+        return found if found and _is_weekday(found, _WEEKDAYS.index(weekday[1])) else None
     for form in (*_NAMED_DATES, *_NUMERIC_DATES):
-        if date := form.fullmatch(text):
-            found = date.groupdict()
-            month = found.get("month") or ""
+        if named := form.fullmatch(text):
+            found_parts = named.groupdict()
+            month = found_parts.get("month") or ""
             number = int(month) if month.isdigit() else _MONTHS.index(month[:3]) + 1
-            return _dated(int(found.get("year") or 0), number, int(found.get("day") or 0))
-    if date := _SHORT_DATE.fullmatch(text):
-        return _short_date(int(date[1]), int(date[3]), int(date[4]))
+            return _dated(int(found_parts.get("year") or 0), number, int(found_parts.get("day") or 0))
+    if short := _SHORT_DATE.fullmatch(text):
+        return _short_date(int(short[1]), int(short[3]), int(short[4]))
     return _time_of_day(text)
+
+
+def _is_weekday(moment: Moment, weekday: int) -> bool:
+    """Whether a whole date is that day of the week, counted from Monday."""
+    try:
+        return date(moment.year, moment.month, moment.day).weekday() == weekday
+    except ValueError:
+        return False
 
 
 def _short_date(first: int, second: int, year: int) -> Moment | None:

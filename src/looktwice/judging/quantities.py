@@ -23,8 +23,8 @@ _QUANTITY = re.compile(
     rf"([+-]?) ?((?i:{_CURRENCY})?) ?([+-]?)"
     rf"(?:([0-9]+(?: [0-9]+)?) ?/ ?([1-9][0-9]*)(?![0-9/.])|({_DIGITS}){_POWER_OF_TEN}?)(.*)"
 )
-_MULTIPLIER = re.compile(r"([kKmMbB]n?)(?![^\W_])(.*)| ?(thousand|million|billion|trillion)\b(.*)", re.IGNORECASE)
-_MULTIPLIERS = {"k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_MULTIPLIER = re.compile(r"([kKmMbB]n?)(?![^\W_])(.*)| ?(dozen|thousand|million|billion|trillion)\b(.*)", re.IGNORECASE)
+_MULTIPLIERS = {"k": 10**3, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _LETTER_MULTIPLIERS = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "b": 10**9, "B": 10**9, "bn": 10**9}
 _COUNTED = re.compile(r"[^\W\d_]+(?:[ -][^\W\d_]+){0,3}")
 """What is counted, in words: "red apples"."""
@@ -48,6 +48,10 @@ _PARTS = {
     **dict.fromkeys(("one quarter", "a quarter", "quarter", "one fourth", "a fourth"), Fraction(1, 4)),
     **{"two thirds": Fraction(2, 3), "three quarters": Fraction(3, 4), "three fourths": Fraction(3, 4)},
 }
+_CJK_DIGITS = "一二三四五六七八九十"
+_AND_PART = re.compile(rf"(.+) and ({'|'.join(sorted(_PARTS, key=len, reverse=True))})")
+MAX_CHARS = 1000
+"""Of a quantity; Python reads no more than 4,300 digits."""
 _ORDINAL = Unit("ordinal", Fraction(1))
 
 
@@ -71,6 +75,8 @@ def read_quantity(text: str) -> Quantity | None:
     Examples: "1,000", "1e-05", "seven", "2 1/2", "$3.5M", "5cm", "50 percent", "3rd", "7 red apples".
     """
     text = bare(text)
+    if len(text) > MAX_CHARS:
+        return None
     written = _QUANTITY.fullmatch(text)
     if written is None:
         return _spelled(words(text))
@@ -128,7 +134,14 @@ def _spelled(text: str) -> Quantity | None:
         return Quantity(_PARTS[text])
     if text in _ORDINALS:
         return Quantity(Fraction(_ORDINALS.index(text) + 1), _ORDINAL.dimension)
+    if len(text) == 1 and text in _CJK_DIGITS:
+        return Quantity(Fraction(_CJK_DIGITS.index(text) + 1))
     tokens = text.split()
+    if len(tokens) == 2 and tokens[0] in _TENS and tokens[1] in _ORDINALS[:9]:
+        return Quantity(Fraction(_NUMBER_WORDS[tokens[0]] + _ORDINALS.index(tokens[1]) + 1), _ORDINAL.dimension)
+    if mixed := _AND_PART.fullmatch(text):
+        whole, num_read = _number_in_words(words_of := mixed[1].split())
+        return Quantity(whole + _PARTS[mixed[2]]) if num_read == len(words_of) else None
     value, num_read = (0, 1) if tokens[:1] == ["zero"] else _number_in_words(tokens)
     if not num_read:
         return None

@@ -31,6 +31,8 @@ _HEDGES = {"but", "however", "maybe", "perhaps", "unless", "except", "or"}
 _NEGATIONS = {"not", "never", "isn't", "aren't", "doesn't", "don't", "cannot", "can't", "wasn't", "weren't"}
 _MAX_YES_NO_CHARS = 48
 _SEPARATOR = re.compile(r"\s*(?:[;\n]|,(?![0-9]{3}(?![0-9]))|,\s+)\s*(?:and\s+|&\s*)?|\s+(?:and|&)\s+")
+_BULLETS = re.compile(r"(?:(?:^|\n)\s*(?:[-*•]|[0-9]{1,2}[.)])\s+[^\n]+){2,}")
+_BULLET = re.compile(r"(^|\n)\s*(?:[-*•]|[0-9]{1,2}[.)])\s+")
 _COMMA = re.compile(r"\s*,\s*")
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
@@ -53,6 +55,8 @@ def is_decided(gold: str) -> bool:
 def _says(prediction: str, gold: str, kinds: tuple[Kind, ...]) -> bool:
     if _tidy(prediction) == _tidy(gold):
         return bool(_tidy(prediction))
+    if _BULLETS.fullmatch(prediction.strip()):
+        prediction = _BULLET.sub(r"\1", prediction.strip()).replace("\n", "; ")
     said = plain(prediction)
     judge = _judge_of(plain(gold), kinds)
     start = _STATEMENT.match(said)
