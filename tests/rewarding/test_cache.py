@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,13 @@ def test_what_failed_is_asked_again(folder) -> None:
         [reward] = pay(folder, failing, cache=folder / "paid.sqlite")
         assert reward.error == "OSError: busy (my.py:7)"
     assert asked(folder) == "failsfails"
+
+
+def test_a_cache_serves_the_thread_that_makes_rollouts_ahead(folder) -> None:
+    function = load_rewards(GRPOConfig(reward=f"{folder / 'my.py'}:f", reward_cache="memory"))
+    with ThreadPoolExecutor(1) as pool:
+        [reward] = pool.submit(function, [ONE]).result()
+    assert reward.total == 1.1
 
 
 def test_without_a_cache_each_is_paid(folder) -> None:

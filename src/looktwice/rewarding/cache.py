@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from threading import Lock
 from typing import Any
 
 from looktwice.errors import ConfigError
@@ -18,14 +19,15 @@ WAIT_S = 30.0
 
 
 class Cache:
-    """Values of JSON under keys, in memory or in a file. Raises ConfigError where the file cannot be used."""
+    """Values of JSON under keys, in memory or in a file, for any thread. Raises ConfigError where the file cannot be
+    used."""
 
     def __init__(self, where: str) -> None:
         self._where = where
+        self._lock = Lock()
+        place = ":memory:" if where == IN_MEMORY else where
         try:
-            self._base = sqlite3.connect(
-                ":memory:" if where == IN_MEMORY else where, timeout=WAIT_S, isolation_level=None
-            )
+            self._base = sqlite3.connect(place, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
             self._base.execute("CREATE TABLE IF NOT EXISTS paid (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
         except sqlite3.Error as error:
             raise self._unusable(error) from error
@@ -50,14 +52,16 @@ class Cache:
 
     def _read(self, key: str) -> Any:
         try:
-            row = self._base.execute("SELECT value FROM paid WHERE key = ?", (key,)).fetchone()
+            with self._lock:
+                row = self._base.execute("SELECT value FROM paid WHERE key = ?", (key,)).fetchone()
         except sqlite3.Error as error:
             raise self._unusable(error) from error
         return None if row is None else json.loads(row[0])
 
     def _write(self, key: str, value: Any) -> None:
         try:
-            self._base.execute("INSERT OR REPLACE INTO paid VALUES (?, ?)", (key, json.dumps(value)))
+            with self._lock:
+                self._base.execute("INSERT OR REPLACE INTO paid VALUES (?, ?)", (key, json.dumps(value)))
         except sqlite3.Error as error:
             raise self._unusable(error) from error
 
