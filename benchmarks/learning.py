@@ -1,10 +1,11 @@
 """Whether stage 2 learns, and for the right reason: arms of R-GRPO on the built-in task, controls, and ablations.
 
-    python benchmarks/learning.py [--json FILE] [--seeds 0,1,2] [--arms robust,paper,...] [--out DIR] [--workers 2]
+    python benchmarks/learning.py [--json FILE] [--task photographs] [--seeds 0,1,2] [--arms robust,paper]
 
 All arms of a seed start from the same SFT model and see the same questions in the same order. Accuracies are of greedy
 answers to 400 questions about pictures that no training saw. An arm that is finished stays in the folder, so that a
-run which was stopped goes on. The picture of the curves is `learning.png` there.
+run which was stopped goes on. The picture of the curves is `learning.png` there. `--task photographs` asks about
+handwriting on photographs instead of drawn boards (see `photographs.py`), by default without the ablations.
 """
 
 from __future__ import annotations
@@ -63,21 +64,27 @@ ARMS = {
 }
 MORE_PIXELS = 49 * 16 * 16
 """49 visual tokens for a picture in place of 36 and a crop of 9."""
+TASKS = {"boards": ",".join(ARMS), "photographs": "robust"}
+"""The arms of each by default."""
 GOALS = {"robust.accuracy.min": "at least 0.95", "robust.gain.min": "at least 0.15"}
 
 
 def main() -> None:
     options = parser()
+    options.add_argument("--task", choices=TASKS, default="boards")
     options.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    options.add_argument("--arms", default=",".join(ARMS), help=f"of {','.join(ARMS)}")
-    options.add_argument("--out", type=Path, default=Path("outputs/learning"), help="folder of runs and results")
+    options.add_argument("--arms", help=f"of {','.join(ARMS)}")
+    options.add_argument("--out", type=Path, help="folder of runs and results; default: outputs/learning/TASK")
     options.add_argument("--workers", type=int, default=2, help="runs at the same time, of one thread each")
     options.add_argument("--questions", type=int, default=400, help="asked in an evaluation")
     options.add_argument("--steps", type=int, help="of each arm, for a quick look; default: 80, ablations 40")
     arguments = options.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    seeds, arms = [int(seed) for seed in arguments.seeds.split(",")], arguments.arms.split(",")
-    work = partial(run, out=arguments.out, questions=arguments.questions, steps=arguments.steps)
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    arms = (arguments.arms or TASKS[arguments.task]).split(",")
+    out = arguments.out or Path("outputs/learning", arguments.task)
+    started_from(arguments.task, out)
+    work = partial(run, task=arguments.task, out=out, questions=arguments.questions, steps=arguments.steps)
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         sft = dict(zip(seeds, pool.map(partial(work, arm="sft"), seeds)))
         jobs = [(seed, arm) for arm in arms for seed in seeds]
@@ -86,25 +93,36 @@ def main() -> None:
         for (seed, arm), found in zip(jobs, done):
             results.setdefault(arm, {})[seed] = found
             print(f"{arm} of seed {seed}: {found['accuracy']:.3f}", flush=True)
-    draw(results, arguments.out / "learning.png")
+    draw(results, out / "learning.png")
     publish(figures_of(results), arguments, GOALS)
 
 
-def run(seed: int, arm: str, *, out: Path, questions: int, steps: int | None) -> dict[str, Any]:
+def started_from(task: str, out: Path) -> dict[str, Any]:
+    """What the demo of a task gets: nothing for `boards`; else its drawing and a model, pretrained once."""
+    if task == "boards":
+        return {}
+    import photographs
+
+    model = photographs.pretrained(out / "pretrained")
+    return {"model": str(model), "draw": photographs.DRAW_TRAIN, "draw_eval": photographs.DRAW_EVAL}
+
+
+def run(seed: int, arm: str, *, task: str, out: Path, questions: int, steps: int | None) -> dict[str, Any]:
     """Train one arm of one seed, or its SFT, and ask; what is found is kept, and taken from there the next time."""
     folder = out / f"seed-{seed}" / arm
     kept = folder / "found.json"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stdout(log):
-            found = trained(seed, arm, folder, questions=questions, steps=steps)
+            demo = Demo(folder, seed, **started_from(task, out))
+            found = trained(demo, arm, questions=questions, steps=steps)
         kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def trained(seed: int, arm: str, folder: Path, *, questions: int, steps: int | None) -> dict[str, Any]:
-    """The accuracy of an arm, its curve of (step, accuracy), and the controls where `arm` is SFT or `robust`."""
-    demo = Demo(folder, seed)
+def trained(demo: Demo, arm: str, *, questions: int, steps: int | None) -> dict[str, Any]:
+    """The accuracy of an arm, its curve of (step, accuracy), and the controls where `arm` is `robust`."""
+    folder, seed = demo.folder, demo.seed
     data, start = folder.parent / "data", folder.parent / "sft" / "sft" / "final_model"
     curve: list[tuple[int, float]] = []
     if arm == "sft":

@@ -49,11 +49,11 @@ def publish(
 ) -> None:
     """Print the figures, and with `--json FILE` write them as one flat object.
 
-    `goals` are printed beside the figures they are of, whatever stands before the last dot of a figure's name.
+    `goals` are printed beside the figures they are of: by the whole name, or by what stands after its last dot.
     """
     arguments = arguments or parser().parse_args()
     for name, value in figures.items():
-        goal = (goals or {}).get(name.rpartition(".")[2], "")
+        goal = (goals or {}).get(name) or (goals or {}).get(name.rpartition(".")[2], "")
         print(f"{name:56} {value:12.4g}   {goal}".rstrip())
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

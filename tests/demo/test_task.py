@@ -90,10 +90,21 @@ def test_rows_are_in_the_documented_form_and_agree_with_themselves(tmp_path) -> 
         assert qna["A3"].endswith(f"It says {qna['answer']}.\n</think>\n\n<answer>{qna['answer']}</answer>")
 
 
+def test_pictures_of_the_evaluation_may_be_drawn_otherwise(tmp_path) -> None:
+    white, black = (lambda board, rng, shade=shade: Image.new("L", (8, 8), shade) for shade in (255, 0))
+    task.make_dataset(tmp_path, num_train=1, num_rl=1, num_eval=1, draw=white, draw_eval=black)
+    shades = [Image.open(tmp_path / f"{number:04d}.png").getpixel((0, 0)) for number in range(1, 4)]
+    assert shades == [255, 255, 0]  # train, rl, eval
+
+
 def test_no_board_is_drawn_twice(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = [board_of(Size(672, 672), seed) for seed in range(6)]
     drawn: list[task.Board] = []
     monkeypatch.setattr(task, "sample_board", lambda rng: few[rng.integers(6)])
-    monkeypatch.setattr(task, "draw_board", lambda board, rng: drawn.append(board) or Image.new("RGB", (8, 8)))
-    task.make_dataset(tmp_path, num_train=2, num_rl=2, num_eval=2, seed=0)
+
+    def draw(board: task.Board, rng: np.random.Generator) -> Image.Image:
+        drawn.append(board)
+        return Image.new("RGB", (8, 8))
+
+    task.make_dataset(tmp_path, num_train=2, num_rl=2, num_eval=2, seed=0, draw=draw)
     assert len(drawn) == len(set(drawn)) == 6

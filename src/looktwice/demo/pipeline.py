@@ -13,7 +13,7 @@ from looktwice.asking.answer import answer_of
 from looktwice.config import DataConfig, GRPOConfig, InferenceConfig, ModelConfig, SFTConfig
 from looktwice.console import open_console
 from looktwice.data.sample import Sample
-from looktwice.demo.task import DatasetFiles, make_dataset
+from looktwice.demo.task import DatasetFiles, Draw, draw_board, make_dataset
 from looktwice.errors import ConfigError
 from looktwice.evaluation.accuracy import Evaluation, evaluate
 from looktwice.evaluation.controls import CONTROLS
@@ -38,14 +38,26 @@ MARK = ".demo"
 
 
 class Demo:
-    """One run of the demo in a folder; phases fill `summary`."""
+    """One run of the demo in a folder; phases fill `seconds`.
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    `model`, `draw` and `draw_eval` put another look of the task in place of the built-in one (see `make_dataset`).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        model: str | None = None,
+        draw: Draw = draw_board,
+        draw_eval: Draw | None = None,
+    ) -> None:
         self.folder = folder
         self.seed = seed
+        self.draw, self.draw_eval = draw, draw_eval
         self.console = open_console()
         self.seconds: dict[str, float] = {}
-        self.model = ModelConfig(model_name=TINY, device="cpu")
+        self.model = ModelConfig(model_name=model or TINY, device="cpu")
 
     @contextmanager
     def phase(self, name: str, text: str) -> Iterator[None]:
@@ -68,6 +80,8 @@ class Demo:
             num_eval=num_eval or NUM_EVAL,
             seed=self.seed,
             show_progress=self.console.is_interactive,
+            draw=self.draw,
+            draw_eval=self.draw_eval,
         )
 
     def sft(self, files: DatasetFiles) -> Path:

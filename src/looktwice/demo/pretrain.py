@@ -41,10 +41,11 @@ NUM_HELD_OUT = 48
 
 
 class Teacher:
-    """Writes dialogues with the processor of the tiny model. Only the assistant's words are trained."""
+    """Writes dialogues about boards for the processor of the tiny model. Only the assistant's words are trained."""
 
-    def __init__(self, processor: Ovis2_5Processor) -> None:
+    def __init__(self, processor: Ovis2_5Processor, draw: task.Draw = task.draw_board) -> None:
         self.processor = processor
+        self.draw = draw
         self.tool = CropTool(processor)
 
     def ask(self, example: Example, question: str, image: PatchedImage | None = None) -> None:
@@ -82,7 +83,7 @@ class Teacher:
 def cards(teacher: Teacher, rng: np.random.Generator) -> Example:
     """Cut-out cards, one a turn; half the time the board came first."""
     example, board = Example(), task.sample_board(rng)
-    image = task.draw_board(board, rng)
+    image = teacher.draw(board, rng)
     if rng.random() < 0.3:
         teacher.ask(example, "List the tiles.", teacher.processor.patch_image(image))
         teacher.answer(example, task.list_tiles(board))
@@ -100,7 +101,7 @@ def cards(teacher: Teacher, rng: np.random.Generator) -> Example:
 def reading(teacher: Teacher, rng: np.random.Generator) -> Example:
     """A dense drill: the nine cards of a board one after the other, each followed by what it says."""
     example, board = Example(), task.sample_board(rng)
-    image = task.draw_board(board, rng)
+    image = teacher.draw(board, rng)
     teacher.ask(example, "Which digits are these?")
     for cell in rng.permutation(9).tolist():
         teacher.processor.append_image(example, teacher.card(image, cell, rng))
@@ -112,7 +113,7 @@ def reading(teacher: Teacher, rng: np.random.Generator) -> Example:
 def listing(teacher: Teacher, rng: np.random.Generator) -> Example:
     """A board, named tile by tile."""
     example, board = Example(), task.sample_board(rng)
-    teacher.ask(example, "List the tiles.", teacher.processor.patch_image(task.draw_board(board, rng)))
+    teacher.ask(example, "List the tiles.", teacher.processor.patch_image(teacher.draw(board, rng)))
     teacher.answer(example, task.list_tiles(board))
     return example
 
@@ -138,7 +139,7 @@ def copying(teacher: Teacher, rng: np.random.Generator) -> Example:
 def looking_up(teacher: Teacher, rng: np.random.Generator) -> Example:
     """Where is the tile of a colour: the board is listed first, later questions are answered from the list."""
     example, board = Example(), task.sample_board(rng)
-    image = teacher.processor.patch_image(task.draw_board(board, rng))
+    image = teacher.processor.patch_image(teacher.draw(board, rng))
     for turn, colour in enumerate(rng.choice(board.colours, 4).tolist()):
         question = f"Where is the {colour} tile? {task.size_sentence(board.size)}"
         teacher.ask(example, question, None if turn else image)
@@ -150,7 +151,7 @@ def looking_up(teacher: Teacher, rng: np.random.Generator) -> Example:
 def boxes(teacher: Teacher, rng: np.random.Generator) -> Example:
     """The boxes of named cells in a picture of a given size; the cell is said again right before its box."""
     example, board = Example(), task.sample_board(rng)
-    image = teacher.processor.patch_image(task.draw_board(board, rng)) if rng.random() < 0.3 else None
+    image = teacher.processor.patch_image(teacher.draw(board, rng)) if rng.random() < 0.3 else None
     for turn, cell in enumerate(rng.permutation(9)[:6].tolist()):
         question = f"Give the box of cell {task.CELLS[cell]}. {task.size_sentence(board.size)}"
         teacher.ask(example, question, None if turn else image)
@@ -164,7 +165,7 @@ def finding(teacher: Teacher, rng: np.random.Generator) -> Example:
     Without it the box is known only where size and cell stand right before it, and a rationale cannot build on it.
     """
     example, board = Example(), task.sample_board(rng)
-    image = teacher.processor.patch_image(task.draw_board(board, rng))
+    image = teacher.processor.patch_image(teacher.draw(board, rng))
     for turn, colour in enumerate(rng.permutation(board.colours)[:4].tolist()):
         where = f"Where is the {colour} tile?"
         found = task.point_out(board, colour)
@@ -305,7 +306,7 @@ def _cards(teacher: Teacher, rng: np.random.Generator, num_boards: int) -> tuple
     digits: list[int] = []
     for _ in range(num_boards):
         board = task.sample_board(rng)
-        image = task.draw_board(board, rng)
+        image = teacher.draw(board, rng)
         images += [teacher.card(image, cell, rng) for cell in range(9)]
         digits += board.digits
     return images, digits

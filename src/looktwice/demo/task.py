@@ -7,6 +7,7 @@ pixels high and cannot be read; cut out by the gold box it can. Boxes are whole 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,6 +69,10 @@ class DatasetFiles:
     train: Path
     rl: Path
     eval: Path
+
+
+Draw = Callable[[Board, np.random.Generator], Image.Image]
+"""Shows a board: `draw_board`, or another look of the same task, with a digit in each `gold_box`."""
 
 
 def sample_board(rng: np.random.Generator) -> Board:
@@ -160,21 +165,25 @@ def make_dataset(
     num_eval: int = 400,
     seed: int = 0,
     show_progress: bool = False,
+    draw: Draw = draw_board,
+    draw_eval: Draw | None = None,
 ) -> DatasetFiles:
     """Write `train.jsonl`, `rl.jsonl`, `eval.jsonl` and their PNG files, one question a picture.
 
-    No two pictures show the same board, so nothing asked in `eval` was ever seen in training.
+    No two pictures show the same board, so nothing asked in `eval` was ever seen in training. `draw_eval` draws the
+    pictures of `eval` where they are made of other material; `draw` draws all others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     seen: set[Board] = set()
     files = DatasetFiles(train=folder / "train.jsonl", rl=folder / "rl.jsonl", eval=folder / "eval.jsonl")
-    for path, count in ((files.train, num_train), (files.rl, num_rl), (files.eval, num_eval)):
+    counts = ((files.train, num_train, draw), (files.rl, num_rl, draw), (files.eval, num_eval, draw_eval or draw))
+    for path, count, drawn in counts:
         with path.open("w", encoding="utf-8") as out:
             for _ in track(range(count), description=f"drawing {path.name}", transient=True, disable=not show_progress):
                 board = _new_board(rng, seen)
                 name = f"{len(seen):04d}.png"
-                draw_board(board, rng).save(folder / name, compress_level=1)
+                drawn(board, rng).save(folder / name, compress_level=1)
                 out.write(json.dumps(_row(board, str(rng.choice(board.colours)), name)) + "\n")
     return files
 
