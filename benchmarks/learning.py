@@ -132,7 +132,12 @@ def trained(demo: Demo, arm: str, *, questions: int, steps: int | None) -> dict[
         files = DatasetFiles(train=data / "train.jsonl", rl=data / "rl.jsonl", eval=data / "eval.jsonl")
         chosen = ARMS[arm]
         with crops_trained() if chosen.trains_crops else nullcontext():
-            settings = {"max_steps": steps or chosen.steps, "eval_steps": EVAL_EVERY, **chosen.settings}
+            settings = {
+                "max_steps": steps or chosen.steps,
+                "eval_steps": EVAL_EVERY,
+                "eval_tool_gain": False,
+                **chosen.settings,
+            }
             model = demo.grpo(files, start, overwrite=True, **settings)
         curve = evaluations_in(folder / "grpo" / "metrics.jsonl")
     samples = read_samples(files.eval, data)
@@ -202,26 +207,27 @@ def draw(results: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     """The accuracy on the held-out questions over the steps: the mean of the seeds, and their spread."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    for arm, by_seed in results.items():
-        if arm == "sft":
-            continue
-        steps = [0, *(step for step, _ in next(iter(by_seed.values()))["curve"])]
-        curves = [
-            [results["sft"][seed]["accuracy"], *(value for _, value in found["curve"])]
-            for seed, found in by_seed.items()
-        ]
-        axis = axes[0 if ARMS[arm].steps == MAIN_STEPS else 1]
-        means = [fmean(values) for values in zip(*curves)]
-        [line] = axis.plot(steps, means, marker="o", markersize=3, label=ARMS[arm].says)
-        lows, highs = ([pick(values) for values in zip(*curves)] for pick in (min, max))
-        axis.fill_between(steps, lows, highs, alpha=0.15, color=line.get_color())
-    for axis, title in zip(axes, ("presets", "ablations of robust, half as long")):
+    panels = {
+        "presets": [arm for arm in results if arm in ARMS and ARMS[arm].steps == MAIN_STEPS],
+        "ablations of robust, half as long": [arm for arm in results if arm in ARMS and ARMS[arm].steps != MAIN_STEPS],
+    }
+    panels = {title: arms for title, arms in panels.items() if arms}
+    width = 5 * len(panels)
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.6), sharey=True, squeeze=False, layout="constrained")
+    for axis, (title, arms) in zip(axes[0], panels.items()):
+        for arm in arms:
+            curves = [[(0, results["sft"][seed]["accuracy"]), *found["curve"]] for seed, found in results[arm].items()]
+            steps = [step for step, _ in curves[0]]
+            by_step = [[accuracy for _, accuracy in points] for points in zip(*curves)]
+            means, lows, highs = ([pick(values) for values in by_step] for pick in (fmean, min, max))
+            [line] = axis.plot(steps, means, marker="o", markersize=3, label=f"{ARMS[arm].says} ({len(curves)} seeds)")
+            axis.fill_between(steps, lows, highs, alpha=0.15, color=line.get_color())
         axis.set(title=title, xlabel="step", ylim=(0, 1))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower right") if axis.lines else None
-    axes[0].set_ylabel("accuracy on held-out questions")
+        axis.legend(fontsize=7, loc="lower right")
+    axes[0][0].set_ylabel("accuracy on held-out questions")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from looktwice.demo import pipeline, task
 
@@ -53,6 +54,17 @@ def test_figures_are_of_seeds_and_gain_is_over_the_sft_of_the_same_seed() -> Non
     assert figures["robust.accuracy.mean"] == pytest.approx(0.85)
     assert figures["robust.gain.min"] == pytest.approx(0.1)
     assert figures["no_crop.accuracy.max"] == 0.1
+
+
+def test_the_picture_has_a_panel_for_presets_and_one_for_ablations(tmp_path: Path) -> None:
+    import learning
+
+    arm = {0: {"accuracy": 0.9, "curve": [(20, 0.7), (40, 0.9)]}}
+    widths = []
+    for results in ({"sft": arm, "robust": arm}, {"sft": arm, "robust": arm, "phantom": arm}):
+        learning.draw(results, tmp_path / "learning.png")
+        widths.append(Image.open(tmp_path / "learning.png").width)
+    assert widths == [550, 1100]
 
 
 def test_a_goal_stands_beside_the_figure_of_its_whole_name(capsys: pytest.CaptureFixture[str]) -> None:
