@@ -39,7 +39,7 @@ METRICS: dict[str, str] = {
     "memory/row_splits": "rows that the step took more because memory ran out",
     "perf/tokens_per_s": "tokens of packed rows per second, prompts, pictures and the wait for data included",
     "time/step_s": "seconds of the whole step",
-    "time/data_wait_share": "share of the step that waited for samples, in the process that waited longest",
+    "time/data_wait_share": "share of the step that waited for samples, a mean over the processes",
     "time/rollout_s": "seconds of sampling rollouts",
     "time/reward_s": "seconds of rewarding them",
     "time/reference_s": "seconds of the reference's logprobs",

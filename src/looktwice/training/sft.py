@@ -106,10 +106,8 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: SFTConf
                 rows = [row for batch in islice(rows_of_batches, num_batches) for row in batch]
                 waited = time.perf_counter() - started
                 metrics = train_step(learner, rows)
-                all_tokens, all_waited = zip(*world.gather([(sum(row.num_tokens for row in rows), waited)]))
-                # the others wait for the one that waits longest
-                seconds = time.perf_counter() - started
-                metrics |= timing(sum(all_tokens), waited=max(all_waited), seconds=seconds)
+                num_tokens, waited = world.sum(sum(row.num_tokens for row in rows), waited)
+                metrics |= timing(num_tokens, waited=waited / world.size, seconds=time.perf_counter() - started)
                 learner.step += 1
                 metrics["epoch"] = order.epoch(learner.step)
                 if held_out and is_due(learner, eval_every):
