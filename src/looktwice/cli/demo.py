@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from looktwice.cli.arguments import read_command
 from looktwice.config import DemoConfig
+from looktwice.console import outlasting_readers
 from looktwice.paths import check_new_folder, check_run_folder
 from looktwice.training.folder import check_free
 
@@ -19,4 +20,5 @@ def run(words: Sequence[str]) -> None:
         check_new_folder(config.output_dir, otherwise=", or replace the demo in it: --overwrite")
     from looktwice.demo.pipeline import run_demo
 
-    run_demo(config.output_dir, seed=config.seed)
+    with outlasting_readers():
+        run_demo(config.output_dir, seed=config.seed)
