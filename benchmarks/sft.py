@@ -54,8 +54,7 @@ GOALS = {
 }
 NUM_STEPS, BATCH = 2, 4
 REPEATS = {"tiny": 7, "body": 1}
-ROWS_MEASURED = ("tiny", "body")
-ROW_SIZES = (1, 512, 1024, 2048)
+ROW_SIZES = {"tiny": (1, 256, 512, 1024, 2048), "body": (1, 512, 1024)}
 LORA = {"use_lora": True, "lora_r": 16, "lora_alpha": 32, "freeze_vision": True}
 
 
@@ -70,7 +69,13 @@ def attention_backward_flops(_: Any, query: Any, key: Any, *given: Any, **more: 
     return attention_flops(query, key) * 5 // 2
 
 
-ATTENTION_ON_CPU = {
+def added_product_flops(_: Any, left: Any, right: Any, *given: Any, out_shape: Any = None, **more: Any) -> int:
+    """A product added to what is there; torch counts only those that write a new matrix."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+NOT_COUNTED_BY_TORCH = {
+    torch.ops.aten.addmm_: added_product_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
@@ -128,15 +133,15 @@ def figures_of(name: str, ways: Ways) -> dict[str, float]:
     seconds = interleaved(steps, repeats=REPEATS.get(name, 1), clock=time.process_time)
     packed = statistics.median(seconds["packed"])
     needed = sum(map(ways.needed_flops, ways.batches))
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counted:
+    with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED_BY_TORCH) as counted:
         ways.packed()
     figures = {
         "trained_tokens_per_s": ways.num_trained / packed,
         "flops_vs_needed": counted.get_total_flops() / needed,
         "matmul_rate_share": needed / packed / matmul_rate(),
     }
-    if name in ROWS_MEASURED:
-        figures |= speed_of_rows(ways)
+    if name in ROW_SIZES:
+        figures |= rows_of_sizes(ways)
     if name == "body":
         return figures
     if name == "large_lora":
@@ -153,8 +158,8 @@ def figures_of(name: str, ways: Ways) -> dict[str, float]:
     return figures
 
 
-def speed_of_rows(ways: Ways) -> dict[str, float]:
-    """How fast rows of at most so many tokens are, over one sample a row."""
+def rows_of_sizes(ways: Ways) -> dict[str, float]:
+    """How fast rows of at most so many tokens are, and what they hold at the peak, over one sample a row."""
 
     def by(size: int) -> Callable[[], None]:
         def steps() -> None:
@@ -163,10 +168,12 @@ def speed_of_rows(ways: Ways) -> dict[str, float]:
 
         return steps
 
-    ways_of = {str(size): by(size) for size in ROW_SIZES}
+    ways_of = {str(size): by(size) for size in ROW_SIZES[ways.name]}
     seconds = interleaved(ways_of, repeats=REPEATS.get(ways.name, 1), clock=time.process_time)
+    peaks = {size: peak_bytes(steps) for size, steps in ways_of.items()}
     alone = seconds.pop("1")
-    return {f"speed_of_rows_{size}": median_ratio(alone, found) for size, found in seconds.items()}
+    speeds = {f"speed_of_rows_{size}": median_ratio(alone, found) for size, found in seconds.items()}
+    return speeds | {f"peak_of_rows_{size}": peaks[size] / peaks["1"] for size in seconds}
 
 
 class Ways:
