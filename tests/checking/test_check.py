@@ -27,7 +27,7 @@ from looktwice.errors import DataError, LooktwiceError
 from looktwice.formats.files import RowFile
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training import sets
-from looktwice.training.grpo import fitted
+from looktwice.training.sets import fitted
 
 BAD = Path(__file__).parent / "bad"
 REAL_SAMPLE = Path(__file__).parents[3] / "shared" / "sample_data" / "refcoco_sample.jsonl"
