@@ -215,6 +215,8 @@ def test_the_example_of_the_documentation_pays(tmp_path) -> None:
     path = write_rewards(tmp_path, re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
     reward = paid(load_reward(f"{path}:score"), rollout("<think>a</think> <answer>cup</answer>"), "cup")
     assert reward.parts == {"accuracy": 1.0, "short": 0.1}
+    both = load_rewards(GRPOConfig(reward=["robust", f"{path}:score"], reward_weights=[1, 0.5]))
+    assert paid(both, rollout("<think>a</think> <answer>cup</answer>"), "cup").parts["score.short"] == 0.05
 
 
 @pytest.mark.parametrize("head", ["async def f(trajectory, solution)", "def f(trajectories, solutions)"])
