@@ -27,6 +27,7 @@ from looktwice.errors import DataError, LooktwiceError
 from looktwice.formats.files import RowFile
 from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.training import sets
+from looktwice.training.distributed import World
 from looktwice.training.sets import fitted
 
 BAD = Path(__file__).parent / "bad"
@@ -147,7 +148,7 @@ def test_training_refuses_what_is_fatal_and_nothing_else(
             if stage == "sft":
                 encoder(sample)
             else:
-                fitted([sample], ready, data, SimpleNamespace(note=lambda refits: None))
+                fitted([sample], ready, data, SimpleNamespace(world=World(), note=lambda refits: None))
 
     judged = judge(
         [path], CheckConfig(image_base_path=image_folder, val_data_path=held_out, **case.get("options", {})), ready
