@@ -167,7 +167,8 @@ def test_training_refuses_what_is_fatal_and_nothing_else(
 
 
 def test_every_reason_has_a_bad_row_and_every_bad_row_a_reason() -> None:
-    assert {reason for case in CASES.values() for reason in case["expect"]} == set(REASONS)
+    told_elsewhere = {"gold_mathematics"}  # where an extra is missing: tests/data/test_problems.py
+    assert {reason for case in CASES.values() for reason in case["expect"]} == set(REASONS) - told_elsewhere
     assert len(CASES) >= 60
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from looktwice.config import Stage
-from looktwice.data import image_files
+from looktwice.data import image_files, problems
 from looktwice.data.image_files import NUM_PROBED, SLOW_S, inspect_all, inspected
 from looktwice.data.problems import Tally, View, refuse
 from looktwice.data.sample import Sample
@@ -152,3 +152,18 @@ def test_a_sample_without_a_gold_answer_can_be_trained_on_but_not_judged(upright
     check(sample(upright, solution=""))
     with pytest.raises(DataError, match=r"d\.jsonl:1: QnA\[0\]\.A3: no <answer> block and no field"):
         check(sample(upright, solution=""), stage="grpo")
+
+
+@pytest.mark.parametrize(
+    ("gold", "is_told"), [(r"\frac{\sqrt{2}}{2}", True), ("2x+1", True), ("1/2", False), ("B", False)]
+)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_gold_answer_that_takes_an_extra_is_told_where_that_is_missing(
+    gold, is_told, is_there, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(problems, "is_installed", lambda: is_there)
+    view = View(factor=16, policy=PixelPolicy())
+    found = [
+        problem.reason for problem in problems.gold_answer_problems(sample(tmp_path / "a.png", solution=gold), view)
+    ]
+    assert found == (["gold_mathematics"] if is_told and not is_there else [])

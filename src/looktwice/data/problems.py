@@ -21,6 +21,8 @@ from looktwice.data.reasons import BOX_REASONS, REASONS
 from looktwice.data.sample import Sample, text_of
 from looktwice.errors import BoxError, DataError, counted, one_line, short
 from looktwice.geometry import Box, BoxFrame, PixelPolicy, Size, crop_rectangle, iou, to_original
+from looktwice.judging.mathematics import is_installed
+from looktwice.judging.verdict import needs_mathematics
 from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, ImagePart, Message, TextPart
 from looktwice.neighbours import nearby
 from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
@@ -283,6 +285,8 @@ def gold_answer_problems(sample: Sample, view: View) -> Iterator[Problem]:
             reason, what = "gold_unlikely", "no answer in words or numbers"
         elif _SLASH.search(gold):
             reason, what = "gold_slash", "one answer, slash and all"
+        elif needs_mathematics(gold) and not is_installed():
+            reason, what = "gold_mathematics", "an expression"
         else:
             continue
         what = f'the gold answer "{short(gold)}": {what}'

@@ -67,6 +67,10 @@ REASONS: dict[str, Reason] = {
         "a gold answer that reads like null, infinity, a list or an object",
         "write it as a model would say it, or remove it",
     ),
+    "gold_mathematics": _note(
+        "a gold answer in LaTeX or an expression, and math-verify is not installed: only the same writing is right",
+        "pip install 'looktwice[math]'",
+    ),
     "no_answer_block": _note("an answer without <answer>", "add <answer>…</answer>; R-GRPO and evaluation need it"),
     "answer_block": _fatal("an <answer> block that is empty or not closed", "write <answer>…</answer> with text in it"),
     "after_answer": _note("text or a call after </answer>", "put it before <answer>, or remove it"),

@@ -52,6 +52,11 @@ def is_decided(gold: str) -> bool:
     return any(kind(gold) is not None for kind in (_choice, _yes_or_no, _moment, _quantity))
 
 
+def needs_mathematics(gold: str) -> bool:
+    """Whether answers to a gold answer are compared as expressions, which takes the extra `math`."""
+    return not is_decided(gold) and is_mathematics(plain(gold))
+
+
 def _says(prediction: str, gold: str, kinds: tuple[Kind, ...]) -> bool:
     if _tidy(prediction) == _tidy(gold):
         return bool(_tidy(prediction))
