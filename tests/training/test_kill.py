@@ -150,11 +150,15 @@ def test_sft_survives_being_killed(settings, kills, seed, run, tmp_path) -> None
     survive(run, tmp_path, "sft", {**SFT, **settings}, kills=kills, seed=seed)
 
 
-def test_grpo_survives_being_killed(run, model_folder, tmp_path) -> None:
-    settings = {"sft_checkpoint_path": str(model_folder), "max_steps": 2, "train_batch_size": 1, "num_generations": 2}
-    settings |= {"max_new_tokens": 8, "max_turns": 2, "learning_rate": 1e-3, "deterministic": True, "save_steps": 1}
-    settings |= {"drop_constant_groups": False, "mask_truncated_completions": False, "beta": 0.1, **LORA}
-    survive(run, tmp_path, "grpo", settings, kills=4, seed=3)
+AHEAD = {"one_step_off": True, "max_steps": 4, "save_steps": 2}
+
+
+@pytest.mark.parametrize(("settings", "kills", "seed"), [(LORA, 4, 3), (AHEAD, 3, 5)])
+def test_grpo_survives_being_killed(settings, kills, seed, run, model_folder, tmp_path) -> None:
+    common = {"sft_checkpoint_path": str(model_folder), "max_steps": 2, "train_batch_size": 1, "num_generations": 2}
+    common |= {"max_new_tokens": 8, "max_turns": 2, "learning_rate": 1e-3, "deterministic": True, "save_steps": 1}
+    common |= {"drop_constant_groups": False, "mask_truncated_completions": False, "beta": 0.1}
+    survive(run, tmp_path, "grpo", {**common, **settings}, kills=kills, seed=seed)
 
 
 def test_a_run_that_is_left_alone_is_no_kill(run, tmp_path) -> None:

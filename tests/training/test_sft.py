@@ -94,7 +94,7 @@ def test_the_final_model_is_the_trained_one_and_can_be_loaded(run, model, model_
     loaded = load_model(str(final))
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
     settings = json.loads((final / "train_config.json").read_text())
-    assert set(settings) == {"run", "ModelConfig", "DataConfig", "SFTConfig"}
+    assert set(settings) == {"run", "ModelConfig", "DataConfig", "SFTConfig", "Files"}
     assert settings["SFTConfig"]["max_steps"] == 1
 
 
