@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pty
 import select
+import signal
 import sys
 import termios
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,14 @@ from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.episode import Episode, EpisodeRules, play, start_episodes
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """Ctrl-C as in a terminal, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,14 +11,6 @@ from looktwice.training.distributed import World
 from looktwice.training.stopping import Interrupted, StopRequest, stop_requests
 
 
-@pytest.fixture(autouse=True)
-def listening():
-    """Ctrl-C as in a terminal, also where the tests run in the background of a shell, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_waits_for_the_step_and_says_so(number, capfd) -> None:
     before = signal.getsignal(number)
