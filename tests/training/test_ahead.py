@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.training.scripted import paid
 
+from looktwice.formats.files import RowFile
 from looktwice.formats.sample_file import read_samples
 from looktwice.training.ahead import Ahead
 from looktwice.training.sampler import Sampler, copied
@@ -34,6 +35,12 @@ def test_rollouts_are_those_of_the_weights_before_the_update(settings, run) -> N
     assert [line["reward/total"] for line in ahead[:2]] == [line["reward/total"] for line in still[:2]]
     assert ahead[0]["kl/sampling"] < 1e-5 < 1e-3 < ahead[1]["kl/sampling"]
     assert here[1]["kl/sampling"] < 1e-5
+
+
+def test_a_rollout_says_which_weights_made_it(run, tmp_path) -> None:
+    run("ahead", one_step_off=True, **RUN)
+    files = [RowFile(tmp_path / "ahead" / "trajectories" / f"step-{step}.jsonl.zst") for step in (1, 2, 3)]
+    assert [{row.values["version"] for row in file} for file in files] == [{0}, {0}, {1}]
 
 
 def test_after_a_checkpoint_nothing_is_made_ahead(run) -> None:

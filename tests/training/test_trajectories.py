@@ -55,7 +55,7 @@ def test_what_is_read_back_is_what_was_written(group, tmp_path) -> None:
 
 
 def test_a_line_says_what_made_a_rollout_and_shows_crops_as_boxes(group, tmp_path) -> None:
-    group[0].sample = replace(SAMPLE, gold_box=Box(0, 0, 48, 24))
+    group[0].sample, group[0].version = replace(SAMPLE, gold_box=Box(0, 0, 48, 24)), 3
     first, _ = map(json.loads, write(tmp_path, group, step=4))
     assert (first["where"], first["field"], first["version"], first["solution"]) == ("a:1", "A", 3, "7")
     assert (first["images"], first["gold_box"]) == (["x.png"], [0, 0, 48, 24])

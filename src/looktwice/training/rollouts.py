@@ -40,6 +40,8 @@ class Rollout:
     advantage: float = 0.0
     numerics: Mapping[str, str] = field(default_factory=dict)
     """What the bits of its logprobs depend on, under exact mode."""
+    version: int = 0
+    """The optimizer steps, counted as those of the run, that the weights had which sampled it."""
     trainer_logprobs: list[list[float]] = field(default_factory=list)
     """Those of its sampled ids in each update that it was trained in."""
     reference_logprobs: list[float] | None = None
@@ -119,8 +121,12 @@ def make_rollouts(
     ]
     with phases.during("reward"):
         rewards = iter(rewarded(played, pay))
+    version = step - 1 if ahead else step
     return [
-        [Rollout(episode=episode, sample=sample, reward=next(rewards), numerics=numerics) for episode in group]
+        [
+            Rollout(episode=episode, sample=sample, reward=next(rewards), numerics=numerics, version=version)
+            for episode in group
+        ]
         for sample, group in zip(own, episodes)
     ]
 
@@ -166,16 +172,17 @@ class Record(NamedTuple):
     trajectory: Trajectory
     reward: Reward
     images: list[PatchedImage]
+    version: int
 
     @classmethod
     def of(cls, rollout: Rollout) -> Record:
         images = [replace(one, pixel_values=torch.empty(0)) for one in rollout.episode.example.images]
-        return cls(rollout.trajectory, rollout.reward, images)
+        return cls(rollout.trajectory, rollout.reward, images, rollout.version)
 
     def rollout(self, sample: Sample) -> Rollout:
         episode = object.__new__(Episode)  # one that is over
         episode.trajectory, episode.example = self.trajectory, Example(images=self.images)
-        return Rollout(episode=episode, sample=sample, reward=self.reward, is_own=False)
+        return Rollout(episode=episode, sample=sample, reward=self.reward, version=self.version, is_own=False)
 
 
 def begin_episodes(

@@ -104,7 +104,7 @@ def _line(rollout: Rollout, group: int, *, step: int, seed: int) -> dict[str, An
         "field": sample.field,
         "group": group,
         "seed": seed,
-        "version": step - 1,
+        "version": rollout.version,
         "images": [source if isinstance(source, Path) else source[:200] for source in sample.image_paths],
         "question": sample.question,
         "solution": sample.solution,
