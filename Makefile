@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/looktwice demo --overwrite
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
