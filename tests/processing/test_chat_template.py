@@ -158,3 +158,13 @@ def test_a_tokenizer_without_chat_tokens_is_refused(processor: Ovis2_5Processor)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=processor.tokenizer.backend_tokenizer)
     with pytest.raises(CheckpointError, match='no token "<box>"'):
         ChatTemplate(tokenizer).token_id("<box>")
+
+
+def test_the_id_of_a_token_is_looked_up_without_the_whole_vocabulary(
+    processor: Ovis2_5Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def whole(_: PreTrainedTokenizerFast) -> dict[str, int]:
+        raise AssertionError("151,936 tokens would be written into a dict for each rollout")
+
+    monkeypatch.setattr(type(processor.tokenizer), "get_vocab", whole)
+    assert processor.tokenizer.decode([processor.template.token_id("</tool_call>")]) == "</tool_call>"

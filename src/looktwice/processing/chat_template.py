@@ -48,7 +48,7 @@ class ChatTemplate:
 
     def token_id(self, token: str) -> int:
         """Id of a token of the vocabulary. Raises CheckpointError when the tokenizer lacks it."""
-        token_id = self.tokenizer.get_vocab().get(token)
+        token_id = self.tokenizer.backend_tokenizer.token_to_id(token)
         if token_id is None:
             raise CheckpointError(f'the tokenizer has no token "{token}"; use the files of an Ovis2.5 checkpoint')
         return token_id
