@@ -5,7 +5,8 @@
 One group of 8 rollouts about a picture of 1,024 visual tokens, 100 sampled tokens each and a crop of 64 visual tokens
 in the whole step; vision frozen. `body` has 60M parameters in the layers; figures of `vocab`, which has the real
 vocabularies, begin with its name. Seconds are those of the processor, on one thread; ratios are of measurements taken
-one after the other in this run. Bytes are those of all live tensors, weights and optimizer included.
+one after the other in this run, those named `flops_` of the arithmetic alone. Bytes are those of all live tensors,
+weights and optimizer included.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from flops import counted_flops
 from live_bytes import peak_bytes
 from measure import interleaved, median_ratio, parser, publish
 from models import LONGEST, config_of
@@ -118,13 +120,18 @@ class Step:
         }
         updates["shared"]()
         seconds = interleaved(updates, repeats=REPEATS, clock=time.process_time)
+        flops = {name: counted_flops(update) for name, update in updates.items()}
         peaks = {name: peak_bytes(updates[name]) for name in ("shared", "packed")}
-        steps = interleaved({"ours": self.ours, "vlm_r3": self.vlm_r3}, repeats=1, clock=time.process_time)
+        whole: dict[str, Callable[[], object]] = {"ours": self.ours, "vlm_r3": self.vlm_r3}
+        steps = interleaved(whole, repeats=1, clock=time.process_time)
         return {
             "update_shared_s": min(seconds["shared"]),
             "update_shared_vs_packed": median_ratio(seconds["packed"], seconds["shared"]),
             "update_shared_vs_one_by_one": median_ratio(seconds["one_by_one"], seconds["shared"]),
+            "flops_packed_vs_shared": flops["packed"] / flops["shared"],
+            "flops_one_by_one_vs_shared": flops["one_by_one"] / flops["shared"],
             "step_vs_vlm_r3": median_ratio(steps["vlm_r3"], steps["ours"]),
+            "flops_vlm_r3_vs_ours": counted_flops(self.vlm_r3) / counted_flops(self.ours),
             "peak_memory_vs_packed": peaks["shared"] / peaks["packed"],
             "peak_gigabytes": peaks["shared"] / 1e9,
             "vision_passes_per_distinct_picture": self.vision_passes(),

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from breakdown import peak_by_kind, time_by_kind
+from flops import counted_flops
 from live_bytes import peak_bytes
 from measure import interleaved, median_ratio, parser, publish
 from models import REAL_VOCABULARY, config_of
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from looktwice.config import ModelConfig, SFTConfig
 from looktwice.geometry import Size
@@ -56,29 +56,6 @@ NUM_STEPS, BATCH = 2, 4
 REPEATS = {"tiny": 7, "body": 1}
 ROW_SIZES = {"tiny": (1, 256, 512, 1024, 2048), "body": (1, 512, 1024)}
 LORA = {"use_lora": True, "lora_r": 16, "lora_alpha": 32, "freeze_vision": True}
-
-
-def attention_flops(query: Any, key: Any, *given: Any, out_shape: Any = None, **more: Any) -> int:
-    """Two products; torch counts those of a GPU's kernels alone."""
-    batch, heads, length, width = query
-    return 4 * batch * heads * length * key[2] * width
-
-
-def attention_backward_flops(_: Any, query: Any, key: Any, *given: Any, **more: Any) -> int:
-    """Five products: the scores once more, and four gradients."""
-    return attention_flops(query, key) * 5 // 2
-
-
-def added_product_flops(_: Any, left: Any, right: Any, *given: Any, out_shape: Any = None, **more: Any) -> int:
-    """A product added to what is there; torch counts only those that write a new matrix."""
-    return 2 * left[0] * left[1] * right[1]
-
-
-NOT_COUNTED_BY_TORCH = {
-    torch.ops.aten.addmm_: added_product_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
 
 
 class Case(NamedTuple):
@@ -133,11 +110,9 @@ def figures_of(name: str, ways: Ways) -> dict[str, float]:
     seconds = interleaved(steps, repeats=REPEATS.get(name, 1), clock=time.process_time)
     packed = statistics.median(seconds["packed"])
     needed = sum(map(ways.needed_flops, ways.batches))
-    with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED_BY_TORCH) as counted:
-        ways.packed()
     figures = {
         "trained_tokens_per_s": ways.num_trained / packed,
-        "flops_vs_needed": counted.get_total_flops() / needed,
+        "flops_vs_needed": counted_flops(ways.packed) / needed,
         "matmul_rate_share": needed / packed / matmul_rate(),
     }
     if name in ROW_SIZES:
