@@ -10,12 +10,21 @@ import torch
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.training import rows
 from looktwice.training.learner import recompute_layers
-from looktwice.training.rows import HELPFUL, bytes_per_token, default_tokens_per_row
+from looktwice.training.rows import HELPFUL, bytes_per_token, default_tokens_per_row, helpful_tokens
 
 
 def test_a_row_is_as_long_as_helps_where_memory_is_plenty(model: Ovis2_5ForConditionalGeneration, monkeypatch) -> None:
     monkeypatch.setattr(rows, "free_bytes", lambda device: 10**15)
     assert default_tokens_per_row(model) == HELPFUL["cpu"]
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(1500, 1500), (10**6, rows.MOST), (10, HELPFUL["cpu"])])
+def test_a_row_is_longer_where_a_gradient_of_all_weights_is_larger_than_its_activations(
+    model: Ovis2_5ForConditionalGeneration, monkeypatch: pytest.MonkeyPatch, tokens: int, length: int
+) -> None:
+    gradient = sum(weight.nbytes for weight in model.parameters())
+    monkeypatch.setattr(rows, "bytes_per_token", lambda model: gradient // tokens)
+    assert helpful_tokens(model) == pytest.approx(length, abs=2)
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(100, 50), (0.5, 1)])

@@ -5,6 +5,7 @@ Legend: N tokens, V vocabulary, D model width, C tokens of a chunk.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,11 @@ from looktwice.model.exact import is_exact
 from looktwice.model.precision import autocast_dtype
 
 LOGPROB_CHUNK = 256
-"""Tokens whose logits exist at a time. On a CPU 128 to 512 are equally fast; 256 tokens of 151,936 words are 156 MB."""
+"""Tokens whose logits exist at a time."""
+CHUNK_NUMBERS = {"cpu": 10**7}
+"""Logits that exist at a time, if more than those of a token: on a CPU those of 65 tokens of 151,936 words, 40 MB."""
+BLOCK_NUMBERS = {"cpu": 3 * 10**5}
+"""Logits that are made weights at a time: so few stay in a processor's cache meanwhile."""
 
 
 def distribution_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -43,9 +48,9 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Logprob of each target, and if asked for entropy of its distribution: [N, D], [V, D], [N] -> [N], [N], float32.
 
-    Logits exist for 256 rows at a time. The gradient of a row's logprob is computed with it and kept, [N, D]; that of
-    the weight needs the logits once more in backward. The entropy carries a gradient with `entropy_gradient` alone,
-    which is computed and kept in the same way.
+    Logits exist for a chunk of rows at a time. The gradient of a row's logprob is computed with it and kept, [N, D];
+    that of the weight needs the logits once more in backward. The entropy carries a gradient with `entropy_gradient`
+    alone, which is computed and kept in the same way.
     """
     kept = (torch.is_grad_enabled(), torch.is_grad_enabled() and entropy_gradient)
     with_entropy = with_entropy or entropy_gradient
@@ -84,7 +89,9 @@ class _Scorer:
         self.head = head
         self.temperature = temperature
         self.with_entropy = with_entropy
-        self.logits = head.new_empty(min(size, LOGPROB_CHUNK), len(head))
+        self.size = min(max(1, size), LOGPROB_CHUNK, _rows_of(CHUNK_NUMBERS, head))
+        self.block = min(self.size, _rows_of(BLOCK_NUMBERS, head))
+        self.logits = head.new_empty(self.size, len(head))
         self.scores = self.logits if head.dtype == torch.float32 else torch.empty_like(self.logits, dtype=torch.float32)
 
     def __call__(self, rows: Tensor, ids: Tensor) -> _Chunk:
@@ -92,17 +99,25 @@ class _Scorer:
             return self._exactly(rows, ids)
         logits = torch.mm(rows, self.head.T, out=self.logits[: len(rows)])
         scores = logits if logits.dtype == torch.float32 else self.scores[: len(rows)].copy_(logits)
+        blocks = zip(scores.split(self.block), ids.split(self.block))
+        total, logprobs, entropy = zip(*(self._weigh(*block) for block in blocks))
+        return _Chunk(scores, torch.cat(total), torch.cat(logprobs), torch.cat(entropy) if self.with_entropy else None)
+
+    def _weigh(self, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Make weights of the scores where they are; total, logprobs and entropy as in `_Chunk`."""
         if self.temperature != 1:
             scores.div_(self.temperature)
         chosen = scores.gather(1, ids[:, None])
         highest = scores.amax(-1, keepdim=True)
-        shifted, entropy = scores.sub_(highest), None
-        weights = shifted.exp() if self.with_entropy else shifted.exp_()
-        total = weights.sum(-1, keepdim=True)
+        shifted = scores.sub_(highest)
+        shares = shifted.exp() if self.with_entropy else shifted.exp_()
+        total = shares.sum(-1, keepdim=True)
         logprobs = (chosen - highest - total.log())[:, 0]
-        if self.with_entropy:
-            entropy = (total.log() - shifted.mul_(weights).sum(-1, keepdim=True) / total)[:, 0]
-        return _Chunk(weights, total, logprobs, entropy)
+        if not self.with_entropy:
+            return total, logprobs, None
+        entropy = (total.log() - shifted.mul_(shares).sum(-1, keepdim=True) / total)[:, 0]
+        scores.copy_(shares)
+        return total, logprobs, entropy
 
     def _exactly(self, rows: Tensor, ids: Tensor) -> _Chunk:
         """By the operations that the sampler uses, in products of exact mode, which choose where they write."""
@@ -111,6 +126,10 @@ class _Scorer:
         weights = logprobs.exp()
         entropy = -(weights * logprobs).sum(-1) if self.with_entropy else None
         return _Chunk(weights, torch.ones_like(weights[:, :1]), chosen, entropy)
+
+    def places(self, count: int) -> list[slice]:
+        """The chunks of so many tokens."""
+        return [slice(start, min(start + self.size, count)) for start in range(0, count, self.size)]
 
     def entropy_slopes(self, chunk: _Chunk) -> Tensor:
         """Gradients of the entropies by the logits, -p (log p + H) / temperature [C, V], in the head's dtype."""
@@ -147,7 +166,7 @@ class _Logprobs(torch.autograd.Function):
         by_row, by_row_of_entropy = (
             torch.empty_like(rows) if is_kept and ctx.needs_input_grad[0] else None for is_kept in kept
         )
-        for place in _chunks(len(rows)):
+        for place in scorer.places(len(rows)):
             chunk = scorer(rows[place], targets[place])
             logprobs[place] = chunk.logprobs
             if chunk.entropy is not None:
@@ -174,7 +193,7 @@ class _Logprobs(torch.autograd.Function):
             hidden, weight, targets = inputs
             scorer = _Scorer(weight.to(ctx.dtype), ctx.temperature, size=len(targets), with_entropy=ctx.has_entropy)
             by_head = WeightGradient(weight)
-            for place in _chunks(len(targets)):
+            for place in scorer.places(len(targets)):
                 rows = hidden[place].to(ctx.dtype)
                 chunk = scorer(rows, targets[place])
                 if ctx.has_entropy:
@@ -195,7 +214,7 @@ class _LogprobSum(torch.autograd.Function):
         total = rows.new_zeros((), dtype=torch.float32)
         by_row = torch.empty_like(rows) if with_gradients and ctx.needs_input_grad[0] else None
         by_head = WeightGradient(weight) if with_gradients and ctx.needs_input_grad[1] else None
-        for place in _chunks(len(rows)):
+        for place in scorer.places(len(rows)):
             chunk = scorer(rows[place], targets[place])
             total += chunk.logprobs.sum()
             if by_row is not None or by_head is not None:
@@ -216,8 +235,9 @@ class _LogprobSum(torch.autograd.Function):
         return (*(None if each is None else each.mul_(grad) for each in gradients), None, None, None)
 
 
-def _chunks(count: int) -> list[slice]:
-    return [slice(start, min(start + LOGPROB_CHUNK, count)) for start in range(0, count, LOGPROB_CHUNK)]
+def _rows_of(numbers: dict[str, int], head: Tensor) -> int:
+    """Tokens whose logits are so many numbers, or as many tokens as there are."""
+    return max(1, numbers.get(head.device.type, sys.maxsize) // len(head))
 
 
 class WeightGradient:

@@ -47,7 +47,7 @@ from looktwice.training.optimizers import BITSANDBYTES, make_optimizer
 from looktwice.training.phases import Phases
 from looktwice.training.randomness import random_state, restore_random_state
 from looktwice.training.record import Record
-from looktwice.training.rows import MOST_OF_SIBLINGS, default_tokens_per_row, tokens_that_fit, what_helps
+from looktwice.training.rows import MOST, default_tokens_per_row, tokens_that_fit, what_helps
 from looktwice.training.start import check_attention, check_start
 from looktwice.training.watchdog import SAVING
 
@@ -194,7 +194,7 @@ class Learner:
         if self.config.memory_efficient or self.config.max_tokens_per_row or self.config.deterministic:
             return self.max_tokens_per_row
         with self.precision():
-            return min(MOST_OF_SIBLINGS, tokens_that_fit(self.base))
+            return min(MOST, tokens_that_fit(self.base))
 
     def rows(self, examples: Sequence[Example]) -> list[PackedBatch]:
         """The examples in as few packed rows as the token limit allows, the longest first; siblings share prompts."""

@@ -16,19 +16,30 @@ from looktwice.model.precision import autocast_dtype
 from looktwice.model.vision_cache import is_trained
 
 HELPFUL = {"cpu": 1024, "cuda": 16384}
-"""Tokens beyond which a longer row is no faster, on a CPU by `benchmarks/sft.py`: `speed_of_rows`."""
+"""Tokens beyond which a row's arithmetic is no faster, on a CPU by `benchmarks/sft.py`: `speed_of_rows`."""
+MOST = 16384
+"""Tokens of a row at the most, of one of siblings too; a group that has more is as rare as it is slow anyway."""
 FIXED = 4096
 """Tokens of a row at the most where runs are to be alike, whatever memory is free when they start."""
-MOST_OF_SIBLINGS = 16384
-"""Tokens of a row of siblings at the most; a group that has more is as rare as it is slow anyway."""
 SHARE = 0.5
 """Of the free memory that a row's activations may take: gradients, the optimizer and chunks of logits need room."""
 
 
 def default_tokens_per_row(model: Ovis2_5ForConditionalGeneration, *, is_fixed: bool = False) -> int:
     """Tokens of a row that fit and help; with `is_fixed` as many in each run."""
-    helpful = HELPFUL.get(model.device.type, HELPFUL["cpu"])
+    helpful = helpful_tokens(model)
     return min(helpful, FIXED) if is_fixed else min(helpful, tokens_that_fit(model))
+
+
+def helpful_tokens(model: Ovis2_5ForConditionalGeneration) -> int:
+    """Tokens beyond which a row only takes memory.
+
+    Every row makes a gradient of all trained weights anew. Two rows in one spare that, and take less memory as long as
+    what backward needs of their tokens is less than that gradient: so it is with large vocabularies over few layers.
+    """
+    gradient = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    helpful = HELPFUL.get(model.device.type, HELPFUL["cpu"])
+    return max(helpful, min(MOST, gradient // bytes_per_token(model)))
 
 
 def tokens_that_fit(model: Ovis2_5ForConditionalGeneration) -> int:
