@@ -59,6 +59,7 @@ def test_the_table_mixes_its_rows_by_probability(table: VisualEmbedding) -> None
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(looktwice.model.visual_tokenizer.CHUNK, "cpu", 3)
     monkeypatch.setitem(looktwice.model.visual_tokenizer.BLOCK, "cpu", 2)
+    monkeypatch.setitem(looktwice.model.visual_tokenizer.KEPT, "cpu", 2)
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
@@ -120,6 +121,15 @@ class MostRows(TorchDispatchMode):
                 rows = tensor.numel() // self.num_words
                 self.found = max(self.found, 0 if rows in self.others else rows)
         return out
+
+
+def test_scores_that_are_kept_are_not_used_up_by_a_backward() -> None:
+    head, table = make_head(num_words=50, width=20)
+    features = torch.randn(11, 32, requires_grad=True)
+    total = embed_features(features, head, table).square().sum()
+    once = torch.autograd.grad(total, [features, *head.head.parameters()], retain_graph=True)
+    again = torch.autograd.grad(total, [features, *head.head.parameters()])
+    assert all(map(torch.equal, once, again))
 
 
 @pytest.mark.parametrize("is_trained", [False, True])

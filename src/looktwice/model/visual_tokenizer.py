@@ -23,6 +23,8 @@ CHUNK = {"cpu": 96, "cuda": 512}
 BLOCK = {"cpu": 8, "cuda": 512}
 """Of them those that norm and softmax take at a time: 8 stay in a processor's cache, where both are 3 to 8 times as
 fast as over a chunk."""
+KEPT = {"cpu": 4}
+"""Chunks whose scores are kept for backward, which computes the others anew: 100 MB spare 2 F V products a token."""
 
 
 class VisualTokenizer(nn.Module):
@@ -54,7 +56,8 @@ class VisualEmbedding(nn.Embedding):
 
 
 def embed_features(features: Tensor, tokenizer: VisualTokenizer, table: VisualEmbedding) -> Tensor:
-    """Features [A, F] -> vectors [A, D]. Scores of a chunk of tokens exist at a time, and backward computes them anew.
+    """Features [A, F] -> vectors [A, D]. Scores of a chunk of tokens exist at a time, and of a few until backward,
+    which computes the others anew.
 
     The softmax is 65,532 wide in released models. In bfloat16 a picture of 1792 x 1792 would take 2.0 GB at once
     (`benchmarks/visual_tokens.py`).
@@ -75,10 +78,16 @@ class _Mixture(torch.autograd.Function):
         features, words, mixed = features.to(dtype), words.to(dtype), rows[: len(words)].to(dtype)
         chunks = features.split(CHUNK.get(features.device.type, len(features)))
         memory = features.new_empty(len(chunks[0]), len(words))
-        vectors = []
-        for chunk in chunks:
-            out = memory[: len(chunk)]
-            scores = F.linear(chunk, words) if is_exact() else torch.mm(chunk, words.T, out=out)
+        vectors, ctx.kept = [], []
+        num_kept = KEPT.get(features.device.type, 0) if any(ctx.needs_input_grad) else 0
+        for number, chunk in enumerate(chunks):
+            scores = memory[: len(chunk)]
+            if is_exact():
+                scores.copy_(F.linear(chunk, words))
+            else:
+                torch.mm(chunk, words.T, out=scores)
+            if number < num_kept:
+                ctx.kept.append(scores.clone())
             for block in scores.split(BLOCK.get(features.device.type, len(scores))):
                 block.copy_(_probabilities(block, scale, shift))
             vectors.append(scores @ mixed)
@@ -96,7 +105,11 @@ class _Mixture(torch.autograd.Function):
         scores, slopes = (head.new_empty(min(size, len(grad)), len(head)) for _ in range(2))
         for start in range(0, len(grad), size):
             place = slice(start, min(start + size, len(grad)))
-            chunk = torch.mm(inputs[place], head.T, out=scores[: len(grad[place])])
+            chunk = scores[: len(grad[place])]
+            if start // size < len(ctx.kept):
+                chunk.copy_(ctx.kept[start // size])
+            else:
+                torch.mm(inputs[place], head.T, out=chunk)
             by_chunk = torch.mm(grad[place], mixed.T, out=slopes[: len(chunk)])
             width = BLOCK.get(grad.device.type, size)
             for block, by_block in zip(chunk.split(width), by_chunk.split(width)):
