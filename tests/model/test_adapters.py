@@ -79,7 +79,7 @@ def test_an_expression_of_full_names_chooses_single_layers(fresh: Ovis2_5ForCond
         (r"model\.visual_tokenizer\.head\.0", "hits model.visual_tokenizer.head.0, .* --modules_to_save visual_head"),
         (".*head", "where LoRA cannot go"),
         ("lm_head", "hits lm_head, where LoRA cannot go: the loss reads its weight"),
-        (r"model\.language_model\.norm", r"hits model.language_model.norm \(Qwen3RMSNorm\); LoRA goes on linear"),
+        (r"model\.language_model\.norm", r"hits model.language_model.norm \(RMSNorm\); LoRA goes on linear"),
         (r".*patch_embedding", r"patch_embedding, where LoRA cannot go: its weights are read directly"),
         (r"model\.nothing", r"lora_targets: 'model\\.nothing' names no layer"),
     ],

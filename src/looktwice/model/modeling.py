@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from looktwice.model.attention import PackedAttentionModel, packed_inputs
 from looktwice.model.configuration import IGNORE_INDEX, NUM_INDICATORS, Ovis2_5Config
 from looktwice.model.logprobs import chunked_logprobs, logprob_sum
+from looktwice.model.norm import take_over_norms
 from looktwice.model.released import ReleasedCalls
 from looktwice.model.visual_tokenizer import VisualEmbedding, VisualTokenizer, embed_features
 
@@ -69,6 +70,7 @@ class Ovis2_5Model(Ovis2_5PreTrainedModel):
     def __init__(self, config: Ovis2_5Config) -> None:
         super().__init__(config)
         self.language_model = LanguageModel(config.llm_config)
+        take_over_norms(self.language_model)
         self.visual_tokenizer = VisualTokenizer(config.vit_config, config.visual_vocab_size)
         self.vte = VisualEmbedding(config.visual_vocab_size, config.hidden_size)
         self.post_init()
