@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from measure import parser, publish
 
-from looktwice.demo.pipeline import Demo
+from looktwice.demo.pipeline import GRPO_STEPS, Demo
 from looktwice.demo.task import DatasetFiles
 from looktwice.evaluation.accuracy import evaluate
 from looktwice.evaluation.controls import CONTROLS
@@ -35,7 +35,7 @@ from looktwice.training import grpo
 
 REWARDS = Path(__file__).with_name("learning_rewards.py")
 SEEDS = (0, 1, 2)
-MAIN_STEPS, ABLATION_STEPS, EVAL_EVERY = 80, 40, 20
+MAIN_STEPS, ABLATION_STEPS, EVAL_EVERY = GRPO_STEPS, 40, 20
 """Ablations run half as long, and so does the `robust` that they are compared with."""
 
 
@@ -50,14 +50,16 @@ class Arm(NamedTuple):
 
 ARMS = {
     "robust": Arm("R-GRPO, robust", {}, MAIN_STEPS),
-    "paper": Arm("R-GRPO, paper", {"preset": "paper"}, MAIN_STEPS),
-    "code": Arm("R-GRPO, code", {"preset": "code", "num_generations": 8, "max_turns": 3}, MAIN_STEPS),
+    "paper": Arm("R-GRPO, paper", {"preset": "paper", "refill_batches": 0}, MAIN_STEPS),
+    "code": Arm(
+        "R-GRPO, code", {"preset": "code", "num_generations": 8, "max_turns": 3, "refill_batches": 0}, MAIN_STEPS
+    ),
     "robust_short": Arm("R-GRPO, robust, as short as the ablations", {}),
     "region_ungated": Arm("crops paid though the answer is wrong", {"reward": f"{REWARDS}:region_ungated"}),
     "no_region": Arm("crops not paid", {"reward": f"{REWARDS}:no_region"}),
     "phantom": Arm(
         "format and length paid though wrong, all-wrong groups kept",
-        {"reward": f"{REWARDS}:shaping_ungated", "drop_constant_groups": False},
+        {"reward": f"{REWARDS}:shaping_ungated", "drop_constant_groups": False, "refill_batches": 0},
     ),
     "crops_trained": Arm("ids of crops trained as if sampled", {}, trains_crops=True),
     "boxes_as_text": Arm("boxes paid as text, cut or not", {"reward": f"{REWARDS}:boxes_as_text"}),
@@ -77,7 +79,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="folder of runs and results; default: outputs/learning/TASK")
     options.add_argument("--workers", type=int, default=2, help="runs at the same time, of one thread each")
     options.add_argument("--questions", type=int, default=400, help="asked in an evaluation")
-    options.add_argument("--steps", type=int, help="of each arm, for a quick look; default: 80, ablations 40")
+    options.add_argument("--steps", type=int, help="of each arm, for a quick look; default: 70, ablations 40")
     arguments = options.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
@@ -113,7 +115,7 @@ def run(seed: int, arm: str, *, task: str, out: Path, questions: int, steps: int
     kept = folder / "found.json"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stdout(log):
+        with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
             demo = Demo(folder, seed, **started_from(task, out))
             found = trained(demo, arm, questions=questions, steps=steps)
         kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""RMSNorm of the language model, x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), with its gradient written out."""
+"""RMSNorm of the language model, x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), its gradient written out."""
 
 from __future__ import annotations
 
