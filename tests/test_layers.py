@@ -21,6 +21,7 @@ LAYERS = (
         "neighbours",
         "paths",
         "geometry",
+        "extras",
         "console",
         "trackers",
         "metrics",
@@ -33,7 +34,7 @@ LAYERS = (
     ("engine", "rollout", "judging", "answers", "grounding", "rewards", "custom_reward", "rewarding"),
     ("data",),
     ("formats",),
-    ("checking",),
+    ("checking", "benches"),
     ("training", "asking", "inference", "export", "evaluation", "report", "demo"),
     ("cli", "__init__", "__main__"),
 )

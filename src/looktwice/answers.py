@@ -82,14 +82,14 @@ def extract_answer(text: str) -> str | None:
     """
     block = find_answer_block(text)
     if block is not None:
-        return _last_boxed(block) or block or None
+        return last_boxed(block) or block or None
     rest = after_thinking(text)
     if ANSWER_OPEN in rest:
         return None
     rest = strip_tool_text(rest).strip()
     stated = _STATED_ANSWER.findall(rest)
     last_line = rest.splitlines()[-1].strip() if rest else None
-    return _last_boxed(rest) or (stated[-1].strip() if stated else last_line)
+    return last_boxed(rest) or (stated[-1].strip() if stated else last_line)
 
 
 def unwrapped(text: str) -> str:
@@ -102,7 +102,7 @@ def unwrapped(text: str) -> str:
     """
     block = find_answer_block(text)
     said = after_thinking(text) if block is None else block
-    said = _last_boxed(said) or said
+    said = last_boxed(said) or said
     if stated := _STATED_ALONE.fullmatch(said):
         said = (stated[1] or stated[2] or stated[3]).strip()
     while whole := _MATH.fullmatch(said):
@@ -128,7 +128,7 @@ def answers_match(prediction: str | None, solution: Solution) -> bool:
     return any(len(gold) <= MAX_ANSWER_CHARS and says_the_same(prediction, gold) for gold in golds(solution))
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """Content of the last closed `\\boxed{…}` or `\\fbox{…}`, nested braces included."""
     *_, last = [None, *_BOXED.finditer(text)]
     if last is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -46,6 +46,43 @@ DataFormat = Literal["messages", "documented", "openai", "swift", "ovis", "share
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Stage = Literal["sft", "grpo", "both"]
 SourceFormat = Literal["auto", DataFormat]
+BenchName = Literal[
+    "vstar",
+    "hrbench4k",
+    "hrbench8k",
+    "mme_realworld",
+    "mme_realworld_lite",
+    "zoombench",
+    "zoombench_crop",
+    "treebench",
+    "textvqa",
+    "docvqa",
+    "infographicvqa",
+    "chartqa",
+    "scienceqa",
+    "mathvista",
+    "mmvp",
+    "cvbench",
+    "refcoco",
+    "refcoco_plus",
+    "refcocog",
+    "jsonl",
+]
+BENCHES: tuple[str, ...] = get_args(BenchName)
+Control = Literal[
+    "no_crop",
+    "random_crop",
+    "blank_crop",
+    "gold_crop",
+    "call_without_result",
+    "result_without_call",
+    "more_pixels",
+    "question_only",
+    "text_only",
+]
+"""What an evaluation puts in the crop's place; see evaluation/conditions.py."""
+ALL_CONTROLS: tuple[Control, ...] = get_args(Control)
+PresetName = Literal["none", "ovis2.5-2b", "ovis2.5-9b"]
 LengthPolicy = Literal["error", "drop", "shrink_images"]
 DEFAULT_MODEL = "AIDC-AI/Ovis2.5-9B"
 LENGTH_POLICY_HELP = "what to do with a longer sample: stop, leave it out, or shrink its pictures"
@@ -85,6 +122,11 @@ def split_pairs(value: Any) -> Any:
             raise PydanticCustomError("pairs", "write {pair}", {"pair": f"{name}={number or 'NUMBER'}"})
         pairs[name] = number
     return pairs
+
+
+def all_controls(value: Any) -> Any:
+    """`all` as all controls; names with commas as a list."""
+    return ALL_CONTROLS if value == "all" else split_commas(value)
 
 
 def all_or_none(value: Any) -> Any:
@@ -648,6 +690,56 @@ class InferenceConfig(AnswerConfig):
         if given.get("do_sample") and not self.temperature:
             own.pop("temperature", None)
         return AnswerConfig(**{**own, **given})
+
+
+def check_bench(value: str) -> str:
+    """`NAME` or `NAME:FILE`, as it is."""
+    name = value.partition(":")[0]
+    if name not in BENCHES:
+        hint = nearest(name, BENCHES) or f" There are {', '.join(BENCHES)}."
+        raise PydanticCustomError("bench", "no benchmark is called so.{hint}", {"hint": hint})
+    return value
+
+
+def check_shard(value: str) -> str:
+    """`i/n`, process i of n, as it is."""
+    number, _, of_all = value.partition("/")
+    if not (number.isdigit() and of_all.isdigit() and 1 <= int(number) <= int(of_all)):
+        raise PydanticCustomError("shard", "write I/N, such as 1/4 for the first of four")
+    return value
+
+
+class EvalConfig(InferenceConfig):
+    """Evaluating a model."""
+
+    bench: Annotated[tuple[Annotated[str, AfterValidator(check_bench)], ...], BeforeValidator(split_commas)] = knob(
+        (), f"benchmarks, each as NAME or NAME:FILE: {', '.join(BENCHES)}", several=True
+    )
+    data: Place = knob(Path("."), "folder of the benchmarks' files, in it perhaps one for each, or the one file")
+    image_base_path: Place | None = knob(None, "folder that the pictures are relative to; default: that of the file")
+    out: Place | None = knob(None, "file of the answers and verdicts (JSON lines); a second run goes on with it")
+    controls: Annotated[tuple[Control, ...], BeforeValidator(all_controls)] = knob(
+        (), f"ask again with these in the crop's place: {', '.join(ALL_CONTROLS)}; alone: all", bare="all"
+    )
+    samples: Positive = knob(1, "answers to each question, told with their spread; needs a temperature")
+    limit: Positive | None = knob(None, "rows of a benchmark, spread over it; default: all")
+    preset: PresetName = knob("none", "pixels, thinking and wording with which published scores were made")
+    min_pixels: Positive | None = knob(None, "fewest pixels of a resized picture; default: the checkpoint's")
+    suffix: str | None = knob(None, "a line that is added to each question")
+    judge: str | None = knob(None, "address (.../v1) of a language model that judges what the rules leave open")
+    judge_model: str | None = knob(None, "its name there")
+    shard: Annotated[str, AfterValidator(check_shard)] | None = knob(
+        None, "ask only the part I/N of the questions, for several processes; torchrun sets it by itself"
+    )
+    seed: Seed = knob(0, "seed of sampling and of the other places that crops are taken from")
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> EvalConfig:
+        if self.samples > 1 and not self.sampling_temperature:
+            raise ValueError(f"samples is {self.samples} and answers are greedy, so all alike; give --temperature 1")
+        if (self.judge is None) != (self.judge_model is None):
+            raise ValueError("judge and judge_model belong together; give both, or none")
+        return self
 
 
 class ConvertConfig(Config):

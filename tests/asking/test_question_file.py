@@ -129,7 +129,7 @@ def test_answers_to_something_else_are_not_added_to(change, problem, folder, inf
 
 def test_two_processes_do_not_write_at_once(folder, inference) -> None:
     file, other = opened(folder), opened(folder)
-    with file._writing(), pytest.raises(ConfigError, match="another process is writing there"):
+    with file.file.writing(list), pytest.raises(ConfigError, match="another process is writing there"):
         other.answer_all(inference)
 
 
@@ -154,7 +154,7 @@ def test_a_bad_row_says_what_is_wrong_with_it(row, problem, folder, inference) -
 
 
 def test_off_a_terminal_progress_is_a_line_now_and_then(folder, inference, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("looktwice.asking.question_file.TOLD_EVERY", 0.0)
+    monkeypatch.setattr("looktwice.asking.progress.TOLD_EVERY", 0.0)
     write(folder / "q.jsonl", [ROWS[0], ROWS[1], ROWS[4]])
     opened(folder).answer_all(inference)
     lines = capsys.readouterr().err.splitlines()

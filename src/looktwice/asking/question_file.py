@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
-import os
-import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from looktwice.asking.asked import Asked
-from looktwice.console import open_console
-from looktwice.drafts import file_draft
+from looktwice.asking.line_file import Add, LineFile
+from looktwice.asking.progress import Watched
 from looktwice.errors import ConfigError, DataError, LooktwiceError, counted, one_line
 from looktwice.formats.files import RowFile, kind_of
 from looktwice.messages import Conversation, Message, VideoPart, check_question, system, user
@@ -30,8 +22,6 @@ if TYPE_CHECKING:
     from looktwice.inference import OvisInference
 
 IMAGE_FIELDS = ("image_path", "image", "images")
-TOLD_EVERY = 10.0
-"""Seconds between two lines of progress where nobody watches."""
 
 
 class QuestionFile:
@@ -47,9 +37,10 @@ class QuestionFile:
         answers are another model's or those to other questions."""
         self.rows = RowFile(path)
         self.out = out
+        self.file = LineFile(out)
         self.image_base_path = image_base_path
         self.model_path = model_path
-        self.kept = {int(line["row"]) for line in self._lines() if line.get("error") is None}
+        self.kept = {int(line["row"]) for line in self._answered()}
         self.num_failed = 0
 
     @property
@@ -65,19 +56,22 @@ class QuestionFile:
         """Ask what is not answered yet. Raises KeyboardInterrupt, with what is done, when it is interrupted."""
         rows: deque[int] = deque()
         failed: deque[tuple[int, str]] = deque()
-        with self._writing() as descriptor, _Watched(self) as watched:
+        with (
+            self.file.writing(self._answered) as add,
+            Watched("row", self.num_left, lambda: self.num_failed) as watched,
+        ):
             try:
                 for asked in inference.finish(self._begun(inference, rows, failed)):
                     number = rows.popleft()
                     while failed and failed[0][0] < number:
-                        self._fail(descriptor, *failed.popleft())
+                        self._fail(add, *failed.popleft())
                     assert asked.answer is not None
                     if asked.answer.error is not None:
                         self.num_failed += 1
-                    self._write(descriptor, number, asked.answer)
+                    self._write(add, number, asked.answer)
                     watched.tell()
                 while failed:
-                    self._fail(descriptor, *failed.popleft())
+                    self._fail(add, *failed.popleft())
                     watched.tell()
             except KeyboardInterrupt as interrupt:
                 raise KeyboardInterrupt(*interrupt.args, f"{self.summary}; the same command goes on") from None
@@ -128,99 +122,28 @@ class QuestionFile:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         """The whole lines that are there. Raises ConfigError for one that is no answer to these questions."""
-        if not self.out.exists():
-            return
         mend = "name another --out"
-        with self.out.open(encoding="utf-8", errors="surrogateescape") as file:
-            for count, text in enumerate(file, 1):
-                if not text.endswith("\n"):
-                    return  # a process was killed while it wrote
-                try:
-                    line = json.loads(text)
-                    number, asked, model_path = int(line["row"]), line["asked"], line["model_path"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ConfigError(f"{self.out}:{count}: not a line of answers to --batch; {mend}") from error
-                if model_path != self.model_path:
-                    raise ConfigError(f"{self.out}:{count}: an answer of {model_path}; {mend}")
-                if not 1 <= number <= len(self.rows) or self._values(number) != asked:
-                    raise ConfigError(
-                        f"{self.out}:{count}: row {number} of {self.rows.path} is another one now; {mend}"
-                    )
-                yield line
+        for count, text in self.file.texts():
+            try:
+                line = json.loads(text)
+                number, asked, model_path = int(line["row"]), line["asked"], line["model_path"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{self.out}:{count}: not a line of answers to --batch; {mend}") from error
+            if model_path != self.model_path:
+                raise ConfigError(f"{self.out}:{count}: an answer of {model_path}; {mend}")
+            if not 1 <= number <= len(self.rows) or self._values(number) != asked:
+                raise ConfigError(f"{self.out}:{count}: row {number} of {self.rows.path} is another one now; {mend}")
+            yield line
 
-    @contextmanager
-    def _writing(self) -> Iterator[int]:
-        """The file of answers, open to be added to, with nothing but whole answers in it. Raises ConfigError when
-        another process writes there."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = self._claimed()
-        try:
-            size = sum(len(f"{json.dumps(line)}\n") for line in self._lines() if line.get("error") is None)
-            if size != os.fstat(descriptor).st_size:  # failed rows, or half a line
-                with file_draft(self.out) as draft, draft.open("w", encoding="utf-8") as file:
-                    file.writelines(f"{json.dumps(line)}\n" for line in self._lines() if line.get("error") is None)
-                os.close(descriptor)
-                descriptor = self._claimed()
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    def _answered(self) -> Iterator[dict[str, Any]]:
+        return (line for line in self._lines() if line.get("error") is None)
 
-    def _claimed(self) -> int:
-        """The file of answers, open at its end for this process alone."""
-        descriptor = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ConfigError(f"{self.out}: another process is writing there; wait for it, or name another") from error
-        return descriptor
-
-    def _fail(self, descriptor: int, number: int, error: str) -> None:
+    def _fail(self, add: Add, number: int, error: str) -> None:
         self.num_failed += 1
-        self._write(descriptor, number, {"error": error})
+        self._write(add, number, {"error": error})
 
-    def _write(self, descriptor: int, number: int, said: dict[str, Any]) -> None:
+    def _write(self, add: Add, number: int, said: dict[str, Any]) -> None:
         line = {"row": number, "asked": self._values(number), "model_path": self.model_path, **said}
-        os.write(descriptor, f"{json.dumps(line)}\n".encode())
+        add(line)
         if said["error"] is None:
             self.kept.add(number)
-
-
-class _Watched:
-    """How far it is, and the time left: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, file: QuestionFile) -> None:
-        self.file = file
-        self.console = open_console(stderr=True)
-        self.progress = Progress(
-            TextColumn("rows"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_interactive,
-            speed_estimate_period=math.inf,
-        )
-        self.task = self.progress.add_task("rows", total=file.num_left)
-        self.told = time.monotonic()
-
-    def __enter__(self) -> _Watched:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def tell(self) -> None:
-        """One row more is done."""
-        self.progress.advance(self.task)
-        if self.console.is_interactive or time.monotonic() - self.told < TOLD_EVERY:
-            return
-        self.told = time.monotonic()
-        [task] = self.progress.tasks
-        facts = [f"row {task.completed:,.0f}/{task.total:,.0f}", f"failed {self.file.num_failed:,}"]
-        times = {"elapsed": task.elapsed, "left": task.time_remaining}
-        facts += [f"{name} {timedelta(seconds=int(spent))}" for name, spent in times.items() if spent is not None]
-        self.console.out("  ".join(facts))

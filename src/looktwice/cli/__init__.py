@@ -9,12 +9,20 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from looktwice import __version__
-from looktwice.cli import ask, chat, data, demo, export, train
+from looktwice.cli import ask, chat, data, demo, evaluate, export, train
 from looktwice.cli.arguments import run_one
 from looktwice.errors import LooktwiceError, short
 from looktwice.training.stopping import Interrupted
 
-VERBS = {"train": train.run, "ask": ask.run, "chat": chat.run, "data": data.run, "export": export.run, "demo": demo.run}
+VERBS = {
+    "train": train.run,
+    "ask": ask.run,
+    "chat": chat.run,
+    "eval": evaluate.run,
+    "data": data.run,
+    "export": export.run,
+    "demo": demo.run,
+}
 NOBODY_READS = 141
 """What a shell says of a program that wrote into a closed pipe: 128 + SIGPIPE."""
 

@@ -1,4 +1,5 @@
-"""Containers of raw rows: JSONL, JSON and Parquet files, plain or compressed, read in any order without reading all.
+"""Containers of raw rows: JSONL, JSON, Parquet, TSV and CSV files, plain or packed, read in any order and not all at
+once.
 
 What a row means is not known here; see `formats.py`.
 """
@@ -6,8 +7,8 @@ What a row means is not known here; see `formats.py`.
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
-import importlib
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from typing import IO, Any, NamedTuple, Protocol, overload
 import numpy as np
 import zstandard
 
-from looktwice.errors import ConfigError, DataError, short
+from looktwice import extras
+from looktwice.errors import DataError, short
 from looktwice.paths import check_data_file
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
@@ -34,8 +36,9 @@ BLOCK = 1 << 24
 """Bytes that are scanned at a time."""
 LOOKED_AT = 4096
 """Bytes at the beginning that are looked at to tell a text from something else."""
+DELIMITERS = {".tsv": "\t", ".csv": ","}
+csv.field_size_limit(2**31 - 1)  # a cell may hold a picture
 
-_EXTRAS = {"pyarrow": "parquet", "pyarrow.parquet": "parquet"}
 _IS_BLANK = np.zeros(256, dtype=bool)
 _IS_BLANK[list(b" \t\n\r\v\f")] = True
 _AS_ROWS = "write [{…}, {…}], or one object a line in a .jsonl file"
@@ -65,7 +68,9 @@ class RowFile(Sequence[Row]):
     """The rows of a data file, parsed as they are asked for.
 
     Bytes say what is compressed (gzip, zstd: unpacked once into a temporary file that has no name), what is Parquet,
-    and what of the rest is a JSON list or JSONL. A single JSON object is one row. Blank lines are no rows.
+    and what of the rest is a JSON list or JSONL. A single JSON object is one row. Blank lines are no rows. The name
+    says what is a table in text (`.tsv`, `.csv`): its first row has the names of the columns, all values are texts, and
+    empty cells are left out.
 
     `file[i]` raises RowError for a row that is broken, and for that row alone, and DataError when the file was changed
     since it was opened.
@@ -134,6 +139,9 @@ def _open_rows(file: IO[bytes], path: Path) -> _Rows:
         return _ParquetRows(file, path)
     if b"\0" in os.pread(file.fileno(), LOOKED_AT, 0):
         raise DataError(f"{path}: zero bytes, so no text in UTF-8; name a JSONL, JSON or Parquet file, saved as UTF-8")
+    suffix = next((one.lower() for one in reversed(path.suffixes) if one.lower() in DELIMITERS), None)
+    if suffix is not None:
+        return _TableRows(file, DELIMITERS[suffix], path)
     return _line_rows(file) if _is_row_a_line(file, path) else _list_rows(file, path)
 
 
@@ -229,6 +237,65 @@ def _line_starts(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
     doubtful = np.concatenate(is_doubtful)
     doubtful[:1] = True  # the first line may be a byte order mark and nothing else
     return np.concatenate(starts), np.flatnonzero(doubtful)
+
+
+class _TableRows(_TextRows):
+    """Rows of a table in text, quoted as RFC 4180 has it: a quoted cell may hold line feeds."""
+
+    def __init__(self, file: IO[bytes], delimiter: str, path: Path) -> None:
+        self.delimiter = delimiter
+        starts, lines = _record_starts(file)
+        ends = np.append(starts[1:], os.stat(file.fileno()).st_size)
+        # places of lines, not of rows: that is what an editor shows
+        super().__init__(file, "line", lines + 1, starts, ends)
+        self.names = self._cells(0, str(path)) if len(starts) else []
+        if len(set(self.names)) < len(self.names):
+            raise DataError(f"{path}: two columns of one name; keep one of them")
+        is_row = np.array([bool(self.raw(i).strip()) if ends[i] - starts[i] < 4 else True for i in range(len(starts))])
+        is_row[:1] = False
+        self.numbers, self.starts, self.ends = self.numbers[is_row], starts[is_row], ends[is_row]
+
+    def values(self, index: int, where: str) -> dict[str, Any]:
+        cells = self._cells(index, where)
+        if len(cells) > len(self.names):
+            what = f"{len(cells)} cells under {len(self.names)} columns"
+            raise RowError(f"{where}: {what}; quote cells that hold tabs, commas or quotes", "broken_row")
+        return {name: cell for name, cell in zip(self.names, cells) if cell != ""}
+
+    def quick_values(self) -> Iterator[dict[str, Any] | None]:
+        for index in range(len(self)):
+            try:
+                yield self.values(index, self.place(index))
+            except RowError:
+                yield None
+
+    def _cells(self, index: int, where: str) -> list[str]:
+        try:
+            text = self.raw(index).rstrip(b"\r\n").decode("utf-8")
+            return next(csv.reader([text], delimiter=self.delimiter, strict=True))
+        except UnicodeDecodeError as error:
+            raise RowError(f"{where}: not UTF-8; save the file as UTF-8", "not_utf8") from error
+        except csv.Error as error:
+            raise RowError(f"{where}: {error}; mend the row", "broken_row") from error
+
+
+def _record_starts(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each record of a table begins, and on which line (from 0): after a line feed that is inside no quotes."""
+    starts: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
+    lines: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
+    place = num_lines = num_quotes = 0
+    buffer = np.empty(BLOCK, dtype=np.uint8)
+    file.seek(0)
+    while size := file.readinto(buffer):  # type: ignore[attr-defined]
+        block = buffer[:size]
+        feeds, quotes = np.flatnonzero(block == ord("\n")), np.flatnonzero(block == ord('"'))
+        is_end = (num_quotes + np.searchsorted(quotes, feeds)) % 2 == 0
+        starts.append(feeds[is_end] + 1 + place)
+        lines.append(np.flatnonzero(is_end) + 1 + num_lines)
+        place, num_lines, num_quotes = place + size, num_lines + len(feeds), num_quotes + len(quotes)
+    found, numbers = np.concatenate(starts), np.concatenate(lines)
+    is_inside = found < place
+    return found[is_inside], numbers[is_inside]
 
 
 def _is_row_a_line(file: IO[bytes], path: Path) -> bool:
@@ -420,11 +487,5 @@ def _read_at(file: IO[bytes], start: int, end: int) -> bytes:
 
 
 def require(module: str) -> Any:
-    """The module that a kind of file needs. Raises ConfigError naming the extra when it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package, extra = module.split(".")[0], _EXTRAS[module]
-        raise ConfigError(
-            f'{package} is not installed, and this kind of file needs it; run pip install "looktwice[{extra}]"'
-        ) from error
+    """The module that a Parquet file needs. Raises ConfigError when it is not installed."""
+    return extras.require(module, extra="parquet", needed_by="this kind of file")
