@@ -290,3 +290,46 @@ def test_a_missing_file_or_a_directory_is_named(put: Put) -> None:
         RowFile(folder / "trian.jsonl")
     with pytest.raises(DataError, match="a directory, not a data file"):
         RowFile(folder)
+
+
+def test_a_table_in_text_has_rows_by_name_and_cells_with_line_feeds(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b'index\tquestion\tA\r\n1\t"two\nlines and a ""word"""\tx\n2\tplain\t\n\n3\tend\ty')
+    rows = RowFile(path)
+    assert [row.values for row in rows] == [
+        {"index": "1", "question": 'two\nlines and a "word"', "A": "x"},
+        {"index": "2", "question": "plain"},
+        {"index": "3", "question": "end", "A": "y"},
+    ]
+    assert [row.where for row in rows] == [f"{path}:2", f"{path}:4", f"{path}:6"]
+    assert rows[2].values["question"] == "end"
+
+
+def test_a_table_of_commas_may_be_compressed_and_hold_a_large_cell(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    large = "x" * 1_000_000
+    path.write_bytes(gzip.compress(f'image,question\n{large},"a, b"\n'.encode()))
+    [row] = RowFile(path)
+    assert row.values == {"image": large, "question": "a, b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a\tb\n1\t2\t3\n", "a.tsv:2: 3 cells under 2 columns"),
+        ("a\ta\n1\t2\n", "two columns of one name"),
+        ('a\tb\n"1\t2\n', "unexpected end of data"),
+    ],
+)
+def test_a_broken_table_says_where(text: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=problem):
+        RowFile(path)[0]
+
+
+def test_a_table_without_rows_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    for text in ("", "a\tb\n"):
+        path.write_text(text)
+        assert len(RowFile(path)) == 0

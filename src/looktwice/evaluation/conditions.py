@@ -19,7 +19,7 @@ from looktwice.config import ALL_CONTROLS, AnswerConfig
 from looktwice.engine.sampling import mixed_seed
 from looktwice.evaluation.controls import Control as LookControl
 from looktwice.evaluation.controls import control_look
-from looktwice.geometry import Box, Size, num_visual_tokens, smart_resize
+from looktwice.geometry import MAX_RESIZE_ASPECT, Box, Size, num_visual_tokens
 from looktwice.inference import OvisInference, seeds_of
 from looktwice.messages import Conversation, ImagePart, Part, TextPart
 from looktwice.processing.images import open_image, resize
@@ -178,13 +178,14 @@ def _with_more_pixels(
 
 
 def size_of_tokens(original: Size, num_tokens: int, factor: int) -> Size:
-    """The size that keeps a picture's shape and takes at least so many visual tokens, and as few more as may be."""
-    for count in range(num_tokens, 3 * num_tokens + 3):
-        pixels = count * factor**2
-        size = smart_resize(original, factor=factor, min_pixels=pixels, max_pixels=pixels)
-        if num_visual_tokens(size, factor=factor) >= num_tokens:
-            return size
-    raise AssertionError(f"no size of {num_tokens} visual tokens for {original}")
+    """The size nearest to a picture's shape among those of at least so many visual tokens and no row or column more
+    than they need."""
+    shape = min(max(original.width / original.height, 1 / MAX_RESIZE_ASPECT), MAX_RESIZE_ASPECT)
+    rows = math.sqrt(num_tokens / shape)
+    grids = [(count, math.ceil(num_tokens / count)) for count in {max(1, math.floor(rows)), math.ceil(rows)}]
+    kept = [grid for grid in grids if max(grid) <= MAX_RESIZE_ASPECT * min(grid)]
+    height, width = min(kept or grids, key=lambda grid: abs(math.log(grid[1] / grid[0] / shape)))
+    return Size(width * factor, height * factor)
 
 
 def _showing(conversation: Conversation, images: Sequence[Image.Image]) -> Conversation:

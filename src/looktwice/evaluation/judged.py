@@ -9,6 +9,7 @@ from typing import Any
 from looktwice.answers import extract_answer
 from looktwice.benches.catalogue import CATALOGUE
 from looktwice.benches.extraction import spoken
+from looktwice.benches.item import LETTERS
 from looktwice.errors import one_line
 from looktwice.judging.verdict import is_decided
 from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN
@@ -49,10 +50,9 @@ def verdicts(judge: Judge, lines: Sequence[Mapping[str, Any]]) -> list[dict[str,
 
 def _played(line: Mapping[str, Any]) -> Played:
     said = line["prediction"] or extract_answer(line["response"]) or ""
-    gold = line["gold"]
-    if line["options"]:
-        letter = gold[0]
-        gold = [letter, line["options"][ord(letter) - ord("A")]]
+    options = dict(zip(LETTERS, line["options"]))
+    # a judge knows an option by its letter and by its text
+    golds = [text for gold in line["gold"] for text in (gold, options.get(gold)) if text]
     written = Trajectory(prompt_ids=[], text=f"{ANSWER_OPEN}{said}{ANSWER_CLOSE}")
-    question = "\n".join([line["about"], *(f"({chr(65 + n)}) {text}" for n, text in enumerate(line["options"]))])
-    return Played(trajectory=written, solution=tuple(gold), question=question)
+    question = "\n".join([line["about"], *(f"({letter}) {text}" for letter, text in options.items())])
+    return Played(trajectory=written, solution=tuple(golds), question=question)

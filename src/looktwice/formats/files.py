@@ -245,15 +245,15 @@ class _TableRows(_TextRows):
     def __init__(self, file: IO[bytes], delimiter: str, path: Path) -> None:
         self.delimiter = delimiter
         starts, lines = _record_starts(file)
-        ends = np.append(starts[1:], os.stat(file.fileno()).st_size)
-        # places of lines, not of rows: that is what an editor shows
-        super().__init__(file, "line", lines + 1, starts, ends)
+        ends = np.append(starts[1:], os.stat(file.fileno()).st_size)[: len(starts)]
+        super().__init__(file, "line", lines + 1, starts, ends)  # lines, since that is what an editor shows
         self.names = self._cells(0, str(path)) if len(starts) else []
         if len(set(self.names)) < len(self.names):
             raise DataError(f"{path}: two columns of one name; keep one of them")
-        is_row = np.array([bool(self.raw(i).strip()) if ends[i] - starts[i] < 4 else True for i in range(len(starts))])
-        is_row[:1] = False
-        self.numbers, self.starts, self.ends = self.numbers[is_row], starts[is_row], ends[is_row]
+        heads = zip(starts.tolist(), np.minimum(ends, starts + LOOKED_AT).tolist())
+        kept = np.array([bool(_read_at(file, start, end).strip()) for start, end in heads], dtype=bool)
+        kept[:1] = False
+        self.numbers, self.starts, self.ends = self.numbers[kept], starts[kept], ends[kept]
 
     def values(self, index: int, where: str) -> dict[str, Any]:
         cells = self._cells(index, where)

@@ -182,6 +182,7 @@ class Episode:
         self.trajectory.calls.append(observation.call)
         self.watcher.crop_done(observation.call)
         self._note(ids)
+        self.is_thinking = self.is_thinking and self.think_close_id not in ids
         self.spent_in_turn = 0
         if observation.call.error in NO_MORE and self._is_thinking_open():
             ids = [*ids, *self._close_thinking()]
