@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from tests.benches import samples
 
 from looktwice.benches.catalogue import CATALOGUE
 from looktwice.benches.files import BenchFiles, find_files
@@ -14,10 +14,6 @@ from looktwice.config import BENCHES
 from looktwice.errors import DataError
 from looktwice.geometry import Box, Size
 from looktwice.processing.images import image_size
-
-spec = importlib.util.spec_from_file_location("bench_samples", Path(__file__).with_name("samples.py"))
-samples = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(samples)
 
 
 def items_of(name: str, folder: Path) -> list[Item]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -329,6 +330,17 @@ def test_the_calls_are_answered_by_the_tool_given(play_scripts) -> None:
     assert outcome(episode) == ("answered", 3, ["switched_off", "switched_off"])
     assert [text for text, _ in seen] == [f"First {CALL}", f" then {OTHER_CALL}"]
     assert all(images is episode.images for _, images in seen)
+
+
+def test_a_refusal_that_closes_thinking_itself_is_not_followed_by_another_closing(play_scripts) -> None:
+    closing = "\n</think>\n\n<answer>"
+
+    def look(call_text: str, images: Sequence[Image.Image]) -> Observation:
+        refused = refusal("switched_off", None)
+        return replace(refused, text=refused.text + closing)
+
+    [episode], _ = play_scripts(f"<think>\n{CALL}7</answer><|im_end|>", look=look)
+    assert episode.trajectory.text.endswith(f"</tool_response>{closing}7</answer>")
 
 
 # -- limits, watchers and what ends a rollout from outside
