@@ -607,6 +607,13 @@ SFT = ["train", "--stage", "sft", "--train_data", __file__, "--model_name", "tin
         (["ask", "none.jpg", "What?"], "none.jpg: no such picture or video"),
         (["ask", __file__, "What?", "--model_path", "./none"], "./none: no such model folder"),
         (["export", "./none", "folder"], "./none: no such model folder"),
+        (["eval", "tiny"], "--bench names no benchmark"),
+        (["eval", "tiny", "--bench", "vstr"], "bench.0 is 'vstr': no benchmark is called so. Did you mean \"vstar\"?"),
+        (["eval", "tiny", "--bench", "vstar", "--data", "none"], "--data none: no such folder or file"),
+        (["eval", "./none", "--bench", "vstar", "--data", "/"], "./none: no such model folder"),
+        (["eval", "tiny", "--bench", "vstar", "--samples", "3"], "samples is 3 and answers are greedy"),
+        (["eval", "tiny", "--bench", "vstar", "--judge", "http://x/v1"], "judge and judge_model belong together"),
+        (["eval", "compare", "none.jsonl"], "the following arguments are required: B"),
         (["data", "check", __file__, "--model_name", "./none"], "./none: no such model folder"),
         (["data", "show", "none.jsonl"], "none.jsonl: no such data file"),
         (["data", "stats", "none.jsonl"], "none.jsonl: no such data file"),
@@ -652,7 +659,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\n"
         "from looktwice.cli import main\n"
-        "for words in (['--help'], ['train', '--help'], ['ask', '--help'], ['demo', '--help']):\n"
+        "for words in (['--help'], *([verb, '--help'] for verb in ('train', 'ask', 'eval', 'demo'))):\n"
         "    try:\n"
         "        assert main(words) == 0\n"
         "    except SystemExit as end:\n"
@@ -661,7 +668,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(f"looktwice {name} " in done.stdout for name in ("train", "ask", "demo"))
+    assert all(f"looktwice {name} " in done.stdout for name in ("train", "ask", "eval", "demo"))
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])

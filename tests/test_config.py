@@ -18,6 +18,7 @@ from looktwice.config import (
     ConvertConfig,
     DataConfig,
     DemoConfig,
+    EvalConfig,
     ExportConfig,
     GRPOConfig,
     InferenceConfig,
@@ -85,7 +86,7 @@ def test_a_key_of_another_trainer_is_told_what_does_it_here() -> None:
     )
 
 
-CONFIGS = [ModelConfig, DataConfig, SFTConfig, GRPOConfig, InferenceConfig, ConvertConfig, ExportConfig]
+CONFIGS = [ModelConfig, DataConfig, SFTConfig, GRPOConfig, InferenceConfig, EvalConfig, ConvertConfig, ExportConfig]
 CONFIGS += [CheckConfig, ShowConfig, StatsConfig, DemoConfig]
 
 

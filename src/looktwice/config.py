@@ -717,7 +717,9 @@ class EvalConfig(InferenceConfig):
     )
     data: Place = knob(Path("."), "folder of the benchmarks' files, in it perhaps one for each, or the one file")
     image_base_path: Place | None = knob(None, "folder that the pictures are relative to; default: that of the file")
-    out: Place | None = knob(None, "file of the answers and verdicts (JSON lines); a second run goes on with it")
+    out: Place | None = knob(
+        None, "file of the answers (JSON lines), with which a second run goes on; default: outputs/eval/MODEL.jsonl"
+    )
     controls: Annotated[tuple[Control, ...], BeforeValidator(all_controls)] = knob(
         (), f"ask again with these in the crop's place: {', '.join(ALL_CONTROLS)}; alone: all", bare="all"
     )

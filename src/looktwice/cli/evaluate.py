@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,15 +33,19 @@ def run(words: Sequence[str]) -> int:
     config = config.model_copy(update={"model_path": given["model"]})
     if not config.bench:
         raise ConfigError("--bench names no benchmark; give one or more, such as --bench vstar")
-    if config.out is None:
-        raise ConfigError("--out names no file for the answers; give one, such as --out result.jsonl")
-    check_output_file(config.out, "--out", [config.data])
+    out = config.out or _place_of(config.model_path)
+    check_output_file(out, "--out", [config.data])
     if not config.data.exists():
         raise ConfigError(f"--data {config.data}: no such folder or file; name the folder of the benchmarks' files")
     locate(config.model_path)
     launch = launched()
     with speaking_once():
-        return _evaluate(config, config.out, launch)
+        return _evaluate(config, out, launch)
+
+
+def _place_of(model: str) -> Path:
+    """Where the answers of a model go by default."""
+    return Path("outputs", "eval", re.sub(r"[^\w.-]+", "-", model).strip("-.") + ".jsonl")
 
 
 def _evaluate(config: EvalConfig, out: Path, launch: Launch) -> int:
