@@ -724,7 +724,7 @@ class EvalConfig(InferenceConfig):
         (), f"ask again with these in the crop's place: {', '.join(ALL_CONTROLS)}; alone: all", bare="all"
     )
     samples: Positive = knob(1, "answers to each question, told with their spread; needs a temperature")
-    limit: Positive | None = knob(None, "rows of a benchmark, spread over it; default: all")
+    limit: Positive | None = knob(None, "rows of a benchmark, in fours spread over it; default: all")
     preset: PresetName = knob("none", "pixels, thinking and wording with which published scores were made")
     min_pixels: Positive | None = knob(None, "fewest pixels of a resized picture; default: the checkpoint's")
     suffix: str | None = knob(None, "a line that is added to each question")

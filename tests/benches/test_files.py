@@ -8,7 +8,7 @@ import pytest
 from tests.benches import samples
 
 from looktwice.benches.catalogue import CATALOGUE
-from looktwice.benches.files import BenchFiles, find_files
+from looktwice.benches.files import BenchFiles, find_files, image_folders
 from looktwice.benches.item import Item, Said
 from looktwice.config import BENCHES
 from looktwice.errors import DataError
@@ -16,9 +16,14 @@ from looktwice.geometry import Box, Size
 from looktwice.processing.images import image_size
 
 
+def opened(name: str, folder: Path) -> BenchFiles:
+    paths = find_files(name, folder)
+    return BenchFiles(name, paths, image_folders(paths[0], folder))
+
+
 def items_of(name: str, folder: Path) -> list[Item]:
     samples.make(folder, name)
-    files = BenchFiles(name, find_files(name, folder), folder)
+    files = opened(name, folder)
     return [item for row in range(len(files)) for item in files.items(row)]
 
 
@@ -127,6 +132,6 @@ def test_a_folder_without_its_file_names_where_to_get_it(tmp_path: Path) -> None
 def test_a_row_that_is_none_says_so(change: dict[str, object], problem: str, tmp_path: Path) -> None:
     row = {"image": "a.png", "text": "Q\n(A) a\n(B) b", "label": "A", "category": "x", **change}
     samples.write_jsonl(tmp_path / "test_questions.jsonl", [row])
-    files = BenchFiles("vstar", find_files("vstar", tmp_path), tmp_path)
+    files = opened("vstar", tmp_path)
     with pytest.raises(DataError, match=problem):
         files.items(0)

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.benches.samples import make
 from tests.conftest import ScriptedEngine
 
 from looktwice.asking.asked import Asked
 from looktwice.benches.files import BenchFiles, find_files
 from looktwice.config import ALL_CONTROLS, EvalConfig
-from looktwice.errors import ConfigError
+from looktwice.errors import ConfigError, DataError
 from looktwice.evaluation.conditions import CONDITIONS
-from looktwice.evaluation.result import Result, lines_of
+from looktwice.evaluation.result import Items, Result, lines_of
 from looktwice.evaluation.run import Evaluation, Share, parts_of, rows_of
 from looktwice.evaluation.summary import summary_of
 from looktwice.inference import OvisInference
+from looktwice.processing.images import image_size
 
 SETTINGS = {"bench": ["jsonl"], "device": "cpu", "max_new_tokens": 200, "seed": 0}
 Script = Callable[[Asked], str]
@@ -71,7 +73,7 @@ def data(tmp_path: Path, image) -> Path:
 
 def evaluation(inference: OvisInference, data: Path, share: Share | None = None, **settings: Any) -> Evaluation:
     config = EvalConfig(**{**SETTINGS, "model_path": inference.config.model_path, "data": data, **settings})
-    files = BenchFiles("jsonl", find_files("jsonl", data), data)
+    files = BenchFiles("jsonl", find_files("jsonl", data), [data])
     return Evaluation(config, inference, {"jsonl": files}, data / "result.jsonl", share or Share())
 
 
@@ -188,12 +190,14 @@ def test_samples_are_drawn_by_their_own_seeds(inference, data, play) -> None:
     asked = play(says_seven)
     run = evaluation(inference, data, samples=3, temperature=1.0, limit=2)
     run.run()
-    assert sorted((key.id, key.sample) for key in run.result.answers) == [(row, n) for row in "13" for n in range(3)]
+    assert sorted((key.id, key.sample) for key in run.result.answers) == [(row, n) for row in "12" for n in range(3)]
     assert len({one.request.seed for one in asked}) == 6
 
 
-def test_fewer_rows_are_spread_over_all() -> None:
-    assert rows_of(10, 4) == [0, 2, 5, 7] and rows_of(3, 5) == rows_of(3, None) == [0, 1, 2]
+def test_fewer_rows_are_spread_over_all_with_their_neighbours() -> None:
+    assert rows_of(3, 5) == rows_of(3, None) == [0, 1, 2]
+    assert rows_of(100, 8) == [0, 1, 2, 3, 48, 49, 50, 51]
+    assert rows_of(10, 2) == [0, 1] and rows_of(10, 9) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_judge_decides_in_the_end_and_its_verdict_is_kept(inference, data, play, monkeypatch) -> None:
@@ -212,6 +216,20 @@ def test_a_judge_decides_in_the_end_and_its_verdict_is_kept(inference, data, pla
     again = evaluation(inference, data, **judge)
     again.run()
     assert again.result.of("jsonl", "crops")[1]["score"] == 1.0
+
+
+def test_a_page_reads_the_pictures_of_an_answer_from_the_files_again(inference, tmp_path, play) -> None:
+    play(says_seven)
+    paths = find_files("hrbench4k", make(tmp_path, "hrbench4k"))
+    config = EvalConfig(**{**SETTINGS, "bench": ["hrbench4k"], "model_path": inference.config.model_path})
+    run = Evaluation(config, inference, {"hrbench4k": BenchFiles("hrbench4k", paths, [tmp_path])}, tmp_path / "a.jsonl")
+    run.run()
+    items, lines = Items(Result([run.out])), run.result.of("hrbench4k", "crops")
+    assert [line["images"] for line in lines] == [[{"path": None}]] * 3
+    sizes = [[[*image_size(source)] for source in items.of(line).images] for line in lines]
+    assert sizes == [line["sizes"] for line in lines] == [[[160, 120]]] * 3
+    with pytest.raises(DataError, match="another question than when it was asked"):
+        items.of({**lines[0], "about": "Which?"})
 
 
 def test_controls_need_no_name_of_their_own() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -43,16 +43,14 @@ def find_files(name: str, data: Path) -> tuple[Path, ...]:
 
 
 class BenchFiles:
-    """The items of a benchmark, by row. `len` counts rows.
+    """The items of a benchmark, by row. `len` counts rows."""
 
-    Relative paths of pictures are taken from the folder of the file, from those above it up to `data`, or from
-    `image_base_path`.
-    """
+    def __init__(self, name: str, paths: Sequence[Path], folders: Sequence[Path]) -> None:
+        """`folders` are where relative paths of pictures are looked for, in order.
 
-    def __init__(self, name: str, paths: tuple[Path, ...], data: Path, *, image_base_path: Path | None = None) -> None:
-        """Raises DataError for a file that cannot be read, or holds no row."""
-        self.name, self.paths, self.bench = name, paths, CATALOGUE[name]
-        self.folders = [image_base_path] if image_base_path else list(_folders(paths[0], data))
+        Raises DataError for a file that cannot be read, or holds no row.
+        """
+        self.name, self.paths, self.folders, self.bench = name, paths, folders, CATALOGUE[name]
         self._samples = None
         if self.bench.read is None:
             self._samples = SampleFile(paths[0], self.folders[0])
@@ -80,11 +78,11 @@ class BenchFiles:
         return [replace(item, id=name, where=where, group=item.group or name) for item, name in zip(items, ids)]
 
 
-def _folders(path: Path, data: Path) -> Iterator[Path]:
-    for folder in path.parents:
-        yield folder
-        if folder == data or data not in folder.parents:
-            return
+def image_folders(path: Path, data: Path) -> list[Path]:
+    """Where the pictures of a file are looked for: in its folder, and in those above it up to `data`."""
+    if data != path and data in path.parents:
+        return [folder for folder in path.parents if folder == data or data in folder.parents]
+    return [path.parent]
 
 
 class _OneFile:

@@ -45,11 +45,17 @@ class Fields:
         return default
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """A list of texts, also where it is written as a text of JSON or Python. Raises DataError for anything else."""
+        """A list of texts, also where a table has it as a text of JSON or Python, or one a line.
+
+        Raises DataError where there is none.
+        """
         for name in names:
-            value = _listed(self.values.get(name))
-            if value is not None:
-                return tuple(str(one) for one in value)
+            value = self.values.get(name)
+            listed = _listed(value)
+            if listed is None and isinstance(value, str):
+                listed = [line for line in value.splitlines() if line.strip()]
+            if listed is not None:
+                return tuple(str(one) for one in listed)
         raise DataError(f"{self.where}: {' or '.join(names)} is no list; it is no row of this benchmark")
 
     def image(self, *names: str) -> ImageSource:

@@ -77,7 +77,7 @@ def _evaluate(config: EvalConfig, out: Path, launch: Launch) -> int:
 
 def _opened(config: EvalConfig) -> dict[str, BenchFiles]:
     """The benchmarks with their files. Raises DataError for one without a file."""
-    from looktwice.benches.files import BenchFiles, find_files
+    from looktwice.benches.files import BenchFiles, find_files, image_folders
 
     benches: dict[str, BenchFiles] = {}
     for word in config.bench:
@@ -85,7 +85,8 @@ def _opened(config: EvalConfig) -> dict[str, BenchFiles]:
         if name in benches:
             raise ConfigError(f"--bench names {name} twice; name it once, and other files of it in another run")
         found = find_files(name, config.data / file if file else config.data)
-        benches[name] = BenchFiles(name, found, config.data, image_base_path=config.image_base_path)
+        folders = [config.image_base_path] if config.image_base_path else image_folders(found[0], config.data)
+        benches[name] = BenchFiles(name, found, folders)
     return benches
 
 

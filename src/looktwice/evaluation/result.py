@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from looktwice.asking.line_file import LineFile
+from looktwice.benches.files import BenchFiles
 from looktwice.benches.item import Item, Verdict
 from looktwice.errors import ConfigError, DataError
 from looktwice.evaluation.conditions import Begun
@@ -87,6 +88,27 @@ class Result:
             yield {name: value for name, value in line.items() if name != "judged"}
             if judged:
                 yield {**key.names(), "judged": judged}
+
+
+class Items:
+    """The items behind the lines of a result, read again from the files that it names: their pictures, for pages."""
+
+    def __init__(self, result: Result) -> None:
+        self.places: dict[str, tuple[list[Path], list[Path]]] = {}
+        for start in (one["start"] for one in result.starts):
+            for name, files in start["places"].items():
+                self.places[name] = [*map(Path, files)], [*map(Path, start["folders"][name])]
+        self.files: dict[str, BenchFiles] = {}
+
+    def of(self, line: Mapping[str, Any]) -> Item:
+        """The item of a line. Raises DataError where its file has gone or changed, so that it is another one now."""
+        name = line["bench"]
+        if name not in self.files:
+            self.files[name] = BenchFiles(name, *self.places[name])
+        found = {item.id: item for item in self.files[name].items(line["row"])}
+        if line["id"] not in found or found[line["id"]].about != line["about"]:
+            raise DataError(f"{line['where']}: another question than when it was asked; put the file back")
+        return found[line["id"]]
 
 
 def read_result(path: Path) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from looktwice.geometry import Box
 from looktwice.inference import OvisInference
 from looktwice.rewarding.judge import Judge
 
+BLOCK = 4
+"""Rows that a limit keeps together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
@@ -44,10 +48,14 @@ def parts_of(out: Path) -> list[Path]:
 
 
 def rows_of(num_rows: int, limit: int | None) -> list[int]:
-    """The rows that are asked: all, or so many spread evenly over them."""
+    """The rows that are asked: all, or so many in blocks spread evenly over them. Variants of one question, which most
+    sets have beside each other, so stay together."""
     if limit is None or limit >= num_rows:
         return list(range(num_rows))
-    return [place * num_rows // limit for place in range(limit)]
+    num_blocks, of_all = math.ceil(limit / BLOCK), math.ceil(num_rows / BLOCK)
+    starts = [place * of_all // num_blocks * BLOCK for place in range(num_blocks)]
+    rows = [row for start in starts for row in range(start, min(start + BLOCK, num_rows))]
+    return rows[:limit]
 
 
 class Evaluation:
