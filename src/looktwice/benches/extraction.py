@@ -17,7 +17,7 @@ _IN_BRACKETS = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]")
 _AT_START = re.compile(r"\W*([A-Za-z])[.):](?!\w)")
 _LONE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])")
 _WHOLE = re.compile(r"\W*([A-Za-z])\W*")
-_FINAL = re.compile(r".*\bfinal answer\b\W*(?:is\b)?[\s:*]*(?=\S)", re.IGNORECASE | re.DOTALL)
+_FINAL = re.compile(r"\bfinal answer\b[\s:*]*(?:is\b[\s:*]*)?(?=\S)", re.IGNORECASE)
 ARTICLES = ("A", "I")
 """Letters that are words as well."""
 
@@ -38,7 +38,9 @@ def spoken(text: str) -> str | None:
     rest = after_thinking(text)
     if ANSWER_OPEN in rest:
         return None
-    return _FINAL.sub("", strip_tool_text(rest), count=1).strip() or None
+    rest = strip_tool_text(rest).strip()
+    *_, last = [None, *_FINAL.finditer(rest)]
+    return rest[last.end() if last else 0 :] or None
 
 
 def picked_option(text: str, options: tuple[str, ...]) -> Pick:

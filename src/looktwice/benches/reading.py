@@ -75,8 +75,11 @@ class Fields:
             return data_url(bytes(value))
         if not isinstance(value, str):
             raise DataError(f"{self.where}: the picture is of type {type(value).__name__}; give a path or base64")
-        sources = [source_of(value, folder) for folder in self.folders]
-        return next((one for one in sources if isinstance(one, str) or one.is_file()), sources[0])
+        for folder in self.folders:
+            source = source_of(value, folder)
+            if isinstance(source, str) or source.is_file():
+                return source
+        return source_of(value, self.folders[0])
 
     def boxes(self, name: str, *, has_sides: bool = False) -> tuple[Box, ...]:
         """Boxes in pixels, x1, y1, x2, y2, or x, y, width, height with `has_sides`; one or a list of them.

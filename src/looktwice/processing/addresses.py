@@ -13,6 +13,8 @@ from looktwice.processing.file_kinds import URL_SAFE, image_kind, is_base64_imag
 
 DATA_URL = "data:"
 """What the address of a picture begins with that holds the picture itself; see RFC 2397."""
+LONGEST_PATH = 4096
+"""Letters that a path may have (PATH_MAX of Linux); a longer text is not looked for as one, which takes its time."""
 
 _OWN = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/]+=*", re.ASCII)
 """How such an address is written here."""
@@ -43,7 +45,7 @@ def source_of(written: str, folder: Path = Path()) -> str | Path:
         raise ImageError(f"{short(written)} is a web address; download the picture and write its path", "web_address")
     if (
         is_base64_image(_unquoted(written[:128]))
-        and not os.path.exists(folder / written)
+        and (len(written) > LONGEST_PATH or not os.path.exists(folder / written))
         and (raw := _decoded(written))
     ):
         return data_url(raw)
