@@ -199,6 +199,17 @@ def test_sampled_answers_repeat_with_the_seed(ask, questions) -> None:
 # -- what was shown
 
 
+def test_siblings_are_asked_once_and_end_in_order_beside_others(ask, image) -> None:
+    model = ask(batch_size=1, max_new_tokens=3)  # so that the group does not fit into what is begun at a time
+    settings = {"temperature": 2.0, "seed": 1}
+    siblings = model.ask_times((image, "What?"), [None] * 4, **settings)
+    alone = model.ask((image, "Why?"), **settings)
+    done = list(model.finish([*siblings, alone]))
+    assert done == [*siblings, alone]
+    assert [one.answer.tokens.written for one in done] == [3] * 5
+    assert len({one.answer.response for one in siblings}) > 1
+
+
 def test_an_answer_says_at_which_size_the_image_was_seen(ask, image) -> None:
     inference = ask(max_new_tokens=1)
     assert inference.generate(image, "What?")["picture"] == {

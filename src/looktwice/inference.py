@@ -185,15 +185,19 @@ class OvisInference:
 
     def finish(self, asked: Iterable[Asked]) -> Iterator[Asked]:
         """Questions at their end, in order: `batch_size` advance together, and only the pictures of a few more are held
-        in memory. An error of `asked` is raised when its turn to begin comes."""
+        in memory. Siblings of `ask_times` stand beside each other. An error of `asked` is raised when its turn to begin
+        comes."""
         size = self.config.batch_size
         engine = self.engine()
         coming = iter(asked)
         begun: deque[Asked] = deque()
+        submitted = None
         while True:
             num_live = sum(not one.is_over for one in begun)
             for one in islice(coming, max(0, min(AHEAD * size - num_live, HELD * size - len(begun)))):
-                engine.submit(one.request)
+                if one.request is not submitted:  # siblings have one
+                    engine.submit(one.request)
+                submitted = one.request
                 begun.append(one)
             if not begun:
                 return

@@ -12,13 +12,13 @@ from tests.conftest import ScriptedEngine
 from looktwice.benches.item import Item
 from looktwice.config import ALL_CONTROLS, AnswerConfig, InferenceConfig
 from looktwice.errors import DataError
+from looktwice.evaluation import conditions
 from looktwice.evaluation.conditions import (
     CONDITIONS,
     CROPS,
     WORDS,
     Begun,
     Setting,
-    begin_item,
     copies,
     is_possible,
     size_of_tokens,
@@ -50,6 +50,11 @@ def item(image) -> Item:
         gold_boxes=(Box(10, 20, 60, 70),),
         group="1",
     )
+
+
+def begin_item(*asked: object) -> Begun:
+    [begun] = conditions.begin_item(*asked)  # type: ignore[arg-type]
+    return begun
 
 
 def answered(inference: OvisInference, begun: Begun, script: str = SCRIPT) -> Begun:
@@ -158,3 +163,10 @@ def test_an_answer_without_calls_is_known_under_all_controls_that_change_calls()
     assert not any(copies(name, ANSWERED, GENERATION) for name in CONDITIONS)
     drawn = GENERATION.model_copy(update={"temperature": 1.0})
     assert not copies("text_only", silent, drawn) and copies("no_crop", silent, drawn)
+
+
+@pytest.mark.parametrize("condition", conditions.SHARING)
+def test_samples_share_one_request(condition: str, inference, item) -> None:
+    siblings = conditions.begin_item(inference, item, condition, SETTING, ANSWERED, count=3)
+    [request] = {id(one.asked.request): one.asked.request for one in siblings}.values()
+    assert list(request.drivers) == [one.asked.episode for one in siblings]

@@ -49,7 +49,9 @@ def play(inference, monkeypatch) -> Callable[[Script], list[Asked]]:
 
         def finish(asked: Iterable[Asked]) -> Iterator[Asked]:
             for one in asked:
-                ScriptedEngine(inference.processor, [script(one)]).run([one.request])
+                if not one.is_over:  # or it was played with its siblings
+                    scripts = [script(one)] * len(one.request.drivers)
+                    ScriptedEngine(inference.processor, scripts).run([one.request])
                 seen.append(one)
                 yield one
 
@@ -186,12 +188,32 @@ def test_what_fails_is_named_counts_nowhere_and_is_asked_again(inference, data, 
     assert len(asked) == 4 and [*again.result.failed] == [key for key in run.result.failed if key.id == "3"]
 
 
-def test_samples_are_drawn_by_their_own_seeds(inference, data, play) -> None:
+def test_the_samples_of_a_question_are_siblings_and_drawn_by_their_number(inference, data, play) -> None:
     asked = play(says_seven)
-    run = evaluation(inference, data, samples=3, temperature=1.0, limit=2)
+    settings = {"samples": 3, "temperature": 1.0, "limit": 2, "controls": ["random_crop", "no_crop"]}
+    run = evaluation(inference, data, **settings)
     run.run()
-    assert sorted((key.id, key.sample) for key in run.result.answers) == [(row, n) for row in "12" for n in range(3)]
-    assert len({one.request.seed for one in asked}) == 6
+    keys = sorted((key.id, key.sample) for key in run.result.answers if key.condition == "crops")
+    assert keys == [(row, n) for row in "12" for n in range(3)]
+    assert [len(one.request.drivers) for one in asked] == [3] * 6
+    out = data / "result.jsonl"
+    kept = [line for line in lines_of(out) if line.get("sample") != 1]
+    out.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    again = evaluation(inference, data, **settings)
+    again.run()
+    assert len(asked) == 12 and again.result.answers.keys() == run.result.answers.keys()
+    assert len(list(lines_of(out))) == 2 + 18
+
+
+def test_samples_under_a_control_with_chance_have_their_own_seeds(inference, data, play) -> None:
+    asked = play(crops_then_seven)
+    evaluation(inference, data, samples=3, temperature=1.0, limit=2, controls=["random_crop"]).run()
+    controlled = asked[6:]
+    assert len(controlled) == 6 and [len(one.request.drivers) for one in controlled] == [1] * 6
+    assert len({one.request.seed for one in controlled}) == 6
+    lines = lines_of(data / "result.jsonl")
+    controls = [line for line in lines if line.get("condition") == "random_crop"]
+    assert len({line["crops"][0]["box"][0] for line in controls}) > 3
 
 
 def test_fewer_rows_are_spread_over_all_with_their_neighbours() -> None:

@@ -44,6 +44,8 @@ WORDS: dict[str, str] = {
 LOOKS: tuple[str, ...] = get_args(LookControl)
 FOLLOWS_CROPS = ("result_without_call", "more_pixels")
 """Made of the crops that the model asked for, so they need its answer with crops first."""
+SHARING = (CROPS, "no_crop", "blank_crop", "gold_crop", "question_only", "text_only")
+"""Those under which all samples of a question have one prompt, and what answers a call has no state."""
 ANY_SIZE = {"image_min_pixels": 1, "image_max_pixels": 2**40}
 """Bounds under which a picture whose sides are whole visual tokens stays as large as it is."""
 
@@ -69,7 +71,7 @@ def is_possible(item: Item, condition: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How one item is asked: the generation, a line added to the question, and the seed of this sample."""
+    """How one item is asked: the generation, a line added to the question, and a seed."""
 
     generation: AnswerConfig
     suffix: str | None
@@ -88,9 +90,16 @@ class Begun:
 
 
 def begin_item(
-    inference: OvisInference, item: Item, condition: str, setting: Setting, answered: Mapping[str, Any] | None = None
-) -> Begun:
-    """Begin an item under a condition; `answered` is its line with crops, for those of FOLLOWS_CROPS.
+    inference: OvisInference,
+    item: Item,
+    condition: str,
+    setting: Setting,
+    answered: Mapping[str, Any] | None = None,
+    *,
+    count: int = 1,
+) -> list[Begun]:
+    """Begin an item `count` times under a condition, as siblings that share their prompt; more than once only under
+    those of SHARING. `answered` is its line with crops, for those of FOLLOWS_CROPS.
 
     Raises ImageError for a picture that cannot be read, DataError for an item that lacks what the condition needs.
     """
@@ -110,18 +119,26 @@ def begin_item(
         assert answered is not None
         make = _with_results if condition == "result_without_call" else _with_more_pixels
         shown, processor = make(images, answered, processor), processor.at(processor.policy.override(**ANY_SIZE))
-    [asked] = begin(_showing(conversation, shown), processor, generation, seed_of=seeds_of(setting.seed), look=look)
+    siblings = begin(
+        _showing(conversation, shown),
+        processor,
+        generation,
+        seed_of=seeds_of(setting.seed),
+        tells=[None] * count,
+        look=look,
+    )
     if condition == "text_only":
         tags = (TOOL_CALL_OPEN, TOOL_CALL_CLOSE)  # the closing one alone is a call too, one that cannot be read
         banned = frozenset(processor.template.token_id(tag) for tag in tags)
-        asked.request = replace(asked.request, banned_ids=banned)
+        request = replace(siblings[0].request, banned_ids=banned)
+        for asked in siblings:
+            asked.request = request
     seen = tuple(processor.overview_size(Size(*image.size)) for image in shown)
-    return Begun(
-        asked=asked,
-        image_sizes=sizes,
-        seen_sizes=seen[: len(sizes)],
-        num_overview_tokens=sum(num_visual_tokens(size, factor=processor.factor) for size in seen),
-    )
+    num_tokens = sum(num_visual_tokens(size, factor=processor.factor) for size in seen)
+    return [
+        Begun(asked=asked, image_sizes=sizes, seen_sizes=seen[: len(sizes)], num_overview_tokens=num_tokens)
+        for asked in siblings
+    ]
 
 
 def _look_of(condition: str, processor: Ovis2_5Processor, item: Item, seed: int) -> Look | None:

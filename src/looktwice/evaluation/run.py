@@ -17,7 +17,16 @@ from looktwice.benches.item import Item, Said
 from looktwice.config import AnswerConfig, EvalConfig
 from looktwice.engine.sampling import mixed_seed
 from looktwice.errors import LooktwiceError, counted, one_line
-from looktwice.evaluation.conditions import CROPS, FOLLOWS_CROPS, Begun, Setting, begin_item, copies, is_possible
+from looktwice.evaluation.conditions import (
+    CROPS,
+    FOLLOWS_CROPS,
+    SHARING,
+    Begun,
+    Setting,
+    begin_item,
+    copies,
+    is_possible,
+)
 from looktwice.evaluation.judged import judgements
 from looktwice.evaluation.presets import wording_of
 from looktwice.evaluation.recipe import check_same, recipe_of, start_of
@@ -157,43 +166,63 @@ class _Asking:
                 self._fail(Key(self.bench, f"{row + 1}", self.condition, 0), row, error)
                 continue
             for item in items:
-                for sample in range(self.of.config.samples):
-                    key = Key(self.bench, item.id, self.condition, sample)
-                    if key not in self.of.result.answers and (begun := self._begin(key, row, item)):
-                        self.waiting.append((key, row, item, begun))
-                        yield begun.asked
+                for key, begun in self._begin_all(row, item):
+                    self.waiting.append((key, row, item, begun))
+                    yield begun.asked
 
     def _is_answered(self, row: int) -> bool:
         """Whether a row of one item is, so that it need not even be read."""
-        samples = range(self.of.config.samples)
-        return all(
-            Key(self.bench, f"{row + 1}", self.condition, sample) in self.of.result.answers for sample in samples
-        )
+        return not self._missing(f"{row + 1}")
 
-    def _begin(self, key: Key, row: int, item: Item) -> Begun | None:
-        """The question begun; None where it cannot be asked, or its answer is known unasked."""
+    def _missing(self, id: str) -> list[Key]:
+        keys = [Key(self.bench, id, self.condition, sample) for sample in range(self.of.config.samples)]
+        return [key for key in keys if key not in self.of.result.answers]
+
+    def _begin_all(self, row: int, item: Item) -> list[tuple[Key, Begun]]:
+        """The samples of an item that are to be asked, begun; not those that cannot be asked, or are known unasked.
+
+        Siblings are begun all together, also those that were answered before: the number of one decides what is drawn.
+        """
+        missing = [key for key in self._missing(item.id) if self._is_to_ask(key, item)]
+        if not missing:
+            return []
+        if self.condition not in SHARING:
+            return [(key, begun) for key in missing for begun in self._begin(key, row, item, 1)]
+        keys = [missing[0]._replace(sample=sample) for sample in range(self.of.config.samples)]
+        return list(zip(keys, self._begin(missing[0], row, item, len(keys))))
+
+    def _is_to_ask(self, key: Key, item: Item) -> bool:
+        """Whether an item can be asked, and its answer is not known; one that is known is written down."""
         answered = self.of.result.answers.get(key._replace(condition=CROPS))
         if not is_possible(item, self.condition):
-            return None
+            return False
         if self.condition != CROPS and answered and copies(self.condition, answered, self.generation):
             self._write({**answered, **key.names(), "copied_from": CROPS})
-            return None
-        if self.condition in FOLLOWS_CROPS and answered is None:
-            return None  # it failed with crops, and is told of there
-        seed = self.of.config.seed if not key.sample else mixed_seed(self.of.config.seed, key.sample)
+            return False
+        # where it failed with crops it is told of there
+        return self.condition not in FOLLOWS_CROPS or answered is not None
+
+    def _begin(self, key: Key, row: int, item: Item, count: int) -> list[Begun]:
+        """An item begun so many times; nothing, and a note of it, where it cannot be."""
+        seed = self.of.config.seed
+        if self.condition not in SHARING and key.sample:
+            seed = mixed_seed(seed, key.sample)
         setting = Setting(generation=self.generation, suffix=self.suffix, seed=seed)
+        answered = self.of.result.answers.get(key._replace(condition=CROPS))
         try:
-            return begin_item(self.of.inference, item, self.condition, setting, answered)
+            return begin_item(self.of.inference, item, self.condition, setting, answered, count=count)
         except LooktwiceError as error:
             self._fail(key, row, error)
         except Exception as error:  # such as a picture that takes more memory than there is
             self._fail(key, row, f"{type(error).__name__}: {error}")
-        return None
+        return []
 
     def answered(self, asked: Asked) -> None:
         """The question that was begun first is answered: judge it by the rules and write it down."""
         key, row, item, begun = self.waiting.popleft()
         assert asked is begun.asked and asked.answer is not None
+        if key in self.of.result.answers:
+            return
         verdict = self.files.bench.score(item, said_of(begun, self.of.inference.processor.box_frame))
         line = answer_line(key, row, item, begun, verdict, self.of.config.data)
         if line["error"] is not None:
