@@ -45,6 +45,9 @@ def test_the_commands_run_one_after_the_other(folder: Path, capsys: pytest.Captu
             assert told == "parts.1-of-2.jsonl: 1 answer of part 1/2\n"
         else:
             assert f"result: {words[words.index('--out') + 1]}\n" in told and "with crops" in told
+    [example] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(example, {})
+    assert "Estimate(mean=0.0" in (told := capsys.readouterr().out) and "a.png" in told
     conditions = {line.get("condition") for line in lines_of(folder / "tiny.jsonl")}
     benches = {line.get("bench") for line in lines_of(folder / "public.jsonl")}
     assert conditions == {None, *CONDITIONS} and benches == {None, "vstar", "hrbench4k", "docvqa"}

@@ -9,7 +9,6 @@ from typing import Any
 from looktwice.benches import documents, high_resolution, reasoning, referring, scorers
 from looktwice.benches.item import Item, Said, Verdict
 from looktwice.benches.reading import Fields
-from looktwice.config import BENCHES
 
 Figures = Callable[[Sequence[Mapping[str, Any]]], dict[str, float]]
 """Further figures of lines of a result, by name."""
@@ -142,4 +141,3 @@ CATALOGUE: dict[str, Bench] = {
         is_judged=True,
     ),
 }
-assert tuple(CATALOGUE) == BENCHES

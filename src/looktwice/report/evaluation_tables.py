@@ -88,9 +88,13 @@ def _tool(summary: Summary, title: str) -> Table:
         rows += [("gain: wrong without crops, right with them", points(tool.gain))]
         rows += [("harm: right without crops, wrong with them", points(tool.harm))]
     if tool.on_hard is not None:
-        rows.append((f"calls on the {tool.num_hard:,} hard in text alone", points(tool.on_hard)))
+        rows.append(
+            (f"calls, of {counted(tool.num_hard, 'answer')} to what is hard in text alone", points(tool.on_hard))
+        )
     if tool.on_easy is not None:
-        rows.append((f"no call on the {tool.num_easy:,} easy in text alone", points(tool.on_easy)))
+        rows.append(
+            (f"no call, of {counted(tool.num_easy, 'answer')} to what is easy in text alone", points(tool.on_easy))
+        )
     if grounding is not None:
         rows += [
             (f"best IoU of a crop, mean of {grounding.num_answers:,} answers with crop and gold box",
