@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.evaluation.lines import line, write
+
 from looktwice.evaluation.result import Result
 from looktwice.evaluation.summary import summary_of
 from looktwice.report.evaluation_tables import p_value, summary_tables
-from tests.evaluation.lines import line, write
 
 
 def test_the_table_of_conditions_has_each_score_beside_what_crops_gain(tmp_path: Path) -> None:
