@@ -234,10 +234,15 @@ def test_a_judge_decides_in_the_end_and_its_verdict_is_kept(inference, data, pla
     assert [line["score"] for line in run.result.of("jsonl", "crops")] == [1.0, None, 0.0, 0.0, 1.0]
     kept = Result([run.out]).of("jsonl", "crops")
     assert [line["by"] for line in kept] == ["judge", "undecided", "judge", "rules", "judge"]
+    assert kept[0]["ruled"] == {"score": 0.0, "by": "rules"}
     replies = iter([True])
     again = evaluation(inference, data, **judge)
     again.run()
     assert again.result.of("jsonl", "crops")[1]["score"] == 1.0
+    replies = iter([True, True, False, True])
+    more = evaluation(inference, data, controls=["no_crop"], **judge)  # copies of answers that were judged
+    more.run()
+    assert [line["score"] for line in Result([run.out]).of("jsonl", "no_crop")] == [1.0, 1.0, 0.0, 0.0, 1.0]
 
 
 def test_a_page_reads_the_pictures_of_an_answer_from_the_files_again(inference, tmp_path, play) -> None:

@@ -30,7 +30,7 @@ def is_open(line: Mapping[str, Any]) -> bool:
     return line["by"] == "none" or (not line["options"] and not all(map(is_decided, line["gold"])))
 
 
-def judgements(judge: Judge, lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
+def judgements(judge: Judge, lines: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Each open line and the verdict on it, some at a time."""
     coming = filter(is_open, lines)
     while some := list(islice(coming, AT_ONCE)):

@@ -63,7 +63,7 @@ class Result:
                     self.failed[key_of(line)] = line
         for key, verdict in judged.items():
             if key in self.answers:
-                self.answers[key] |= {**verdict, "judged": verdict}
+                self.answers[key] = with_judgement(self.answers[key], verdict)
 
     @property
     def recipe(self) -> Line:
@@ -84,10 +84,21 @@ class Result:
         """All that is worth keeping: starts, answers, judgements."""
         yield from self.starts
         for key, line in self.answers.items():
-            judged = line.get("judged")
-            yield {name: value for name, value in line.items() if name != "judged"}
-            if judged:
-                yield {**key.names(), "judged": judged}
+            yield without_judgement(line)
+            if "judged" in line:
+                yield {**key.names(), "judged": line["judged"]}
+
+
+def with_judgement(line: Line, verdict: Line) -> Line:
+    """The line of an answer with a judge's verdict; `ruled` is that of the rules."""
+    ruled = line.get("ruled") or {"score": line["score"], "by": line["by"]}
+    return {**line, "score": verdict["score"], "by": verdict["by"], "judged": verdict, "ruled": ruled}
+
+
+def without_judgement(line: Line) -> Line:
+    """The line as the rules left it."""
+    plain = {name: value for name, value in line.items() if name not in ("judged", "ruled")}
+    return plain | line.get("ruled", {})
 
 
 class Items:

@@ -30,7 +30,16 @@ from looktwice.evaluation.conditions import (
 from looktwice.evaluation.judged import judgements
 from looktwice.evaluation.presets import wording_of
 from looktwice.evaluation.recipe import check_same, recipe_of, start_of
-from looktwice.evaluation.result import Key, Line, Result, answer_line, failed_line, key_of
+from looktwice.evaluation.result import (
+    Key,
+    Line,
+    Result,
+    answer_line,
+    failed_line,
+    key_of,
+    with_judgement,
+    without_judgement,
+)
 from looktwice.geometry import Box
 from looktwice.inference import OvisInference
 from looktwice.rewarding.judge import Judge
@@ -138,7 +147,7 @@ class Evaluation:
         judge = Judge(url=self.config.judge, model=str(self.config.judge_model), asked="always")
         for line, verdict in judgements(judge, list(self.result.answers.values())):
             key = key_of(line)
-            self.result.answers[key] = {**line, **verdict, "judged": verdict}
+            self.result.answers[key] = with_judgement(line, verdict)
             add({**key.names(), "judged": verdict})
 
     def generation(self, bench: str) -> AnswerConfig:
@@ -197,7 +206,7 @@ class _Asking:
         if not is_possible(item, self.condition):
             return False
         if self.condition != CROPS and answered and copies(self.condition, answered, self.generation):
-            self._write({**answered, **key.names(), "copied_from": CROPS})
+            self._write({**without_judgement(answered), **key.names(), "copied_from": CROPS})
             return False
         # where it failed with crops it is told of there
         return self.condition not in FOLLOWS_CROPS or answered is not None
