@@ -142,7 +142,8 @@ def test_another_recipe_does_not_go_on_with_a_result(inference, data, play) -> N
     evaluation(inference, data).run()
     with pytest.raises(ConfigError, match=r"another recipe(.|\n)*max_new_tokens: 200 there, 100 here"):
         evaluation(inference, data, max_new_tokens=100)
-    evaluation(inference, data, controls=["blank_crop"])  # more conditions of the same recipe are welcome
+    evaluation(inference, data, controls=["blank_crop"], limit=2)  # more or less of the same recipe is welcome
+    evaluation(inference, data, judge="http://127.0.0.1:1/v1", judge_model="m")
     (data / "eval.jsonl").write_text((data / "eval.jsonl").read_text() + "\n")
     with pytest.raises(ConfigError, match=r"benches.jsonl.files.eval.jsonl"):
         evaluation(inference, data)

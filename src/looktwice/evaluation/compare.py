@@ -8,7 +8,7 @@ from statistics import fmean
 
 from looktwice.errors import DataError
 from looktwice.evaluation.conditions import CONDITIONS
-from looktwice.evaluation.recipe import differences
+from looktwice.evaluation.recipe import binding, differences
 from looktwice.evaluation.result import Line, Result
 from looktwice.evaluation.statistics import Difference, difference
 from looktwice.evaluation.summary import decided, paired, units
@@ -52,13 +52,13 @@ def compare(first: Result, second: Result) -> Comparison:
                 parts.append(part)
     if not parts:
         raise DataError("the two results share no question; compare those of the same benchmark")
-    told = differences(_without_model(second), _without_model(first))
+    ours, theirs = binding(second.recipe, first.recipe)
+    told = differences(_without_model(ours), _without_model(theirs))
     return Comparison(parts=parts, recipes=told)
 
 
-def _without_model(result: Result) -> Line:
-    recipe = {name: value for name, value in result.recipe.items() if name != "model"}
-    return {**recipe, "model": {name: result.recipe["model"][name] for name in ("dtype", "quantization")}}
+def _without_model(recipe: Line) -> Line:
+    return {**recipe, "model": {name: recipe["model"][name] for name in ("dtype", "quantization")}}
 
 
 def _compared(bench: str, condition: str, ours: Sequence[Line], theirs: Sequence[Line]) -> Compared | None:

@@ -70,16 +70,23 @@ def start_of(inference: OvisInference, benches: Mapping[str, BenchFiles], data: 
 def check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError, naming each difference, where a result was made by another recipe than this one.
 
-    Benchmarks that only one of them has are no difference.
+    How much is asked is no difference (benchmarks, rows, samples), nor is a judge that only one of them has.
     """
-    shared = ours["benches"].keys() & theirs["benches"].keys()
-    told = differences(_of(ours, shared), _of(theirs, shared))
-    if told:
+    if told := differences(*binding(ours, theirs)):
         raise ConfigError(f"{where}: made by another recipe, so it is not gone on with; name another --out:", *told)
 
 
-def _of(recipe: Mapping[str, Any], benches: set[str]) -> dict[str, Any]:
-    return {**recipe, "benches": {name: recipe["benches"][name] for name in sorted(benches)}}
+def binding(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of two recipes has to be the same for their answers to belong together."""
+    shared = sorted(ours["benches"].keys() & theirs["benches"].keys())
+    left_out = {"samples"} if ours["judge"] and theirs["judge"] else {"samples", "judge"}
+
+    def of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in recipe.items() if name not in left_out}
+        benches = {name: {**recipe["benches"][name], "limit": None} for name in shared}
+        return {**kept, "benches": benches}
+
+    return of(ours), of(theirs)
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
