@@ -52,8 +52,8 @@ def compare(first: Result, second: Result) -> Comparison:
                 parts.append(part)
     if not parts:
         raise DataError("the two results share no question; compare those of the same benchmark")
-    ours, theirs = binding(second.recipe, first.recipe)
-    told = differences(_without_model(ours), _without_model(theirs))
+    after, before = binding(second.recipe, first.recipe)
+    told = differences(_without_model(after), _without_model(before))
     return Comparison(parts=parts, recipes=told)
 
 
