@@ -10,6 +10,7 @@ from tests.benches import samples
 from looktwice.benches.catalogue import CATALOGUE
 from looktwice.benches.files import BenchFiles, find_files, image_folders
 from looktwice.benches.item import Item, Said
+from looktwice.benches.reading import Fields, without_letters
 from looktwice.config import BENCHES
 from looktwice.errors import DataError
 from looktwice.geometry import Box, Size
@@ -135,3 +136,20 @@ def test_a_row_that_is_none_says_so(change: dict[str, object], problem: str, tmp
     files = opened("vstar", tmp_path)
     with pytest.raises(DataError, match=problem):
         files.items(0)
+
+
+@pytest.mark.parametrize("written", ["[[1, 2, 3]]", "[1, 2, 'x', 4]", "[[5, 5, 1, 1]]", [[1, None, 3, 4]]])
+def test_what_is_no_box_is_told_with_its_row(written: object, tmp_path: Path) -> None:
+    row = Fields({"bbox": written}, "a.tsv:2", tmp_path)
+    with pytest.raises(DataError, match="a.tsv:2: bbox holds no box"):
+        row.boxes("bbox")
+
+
+def test_options_keep_their_letters_where_one_stands_twice_or_is_missing() -> None:
+    assert without_letters(["(A) a", "(B) b", "(D) d", "(D) again", "(E) e"]) == ("a", "b", "", "d", "e")
+    assert without_letters(["one", "two"]) == ("one", "two")
+
+
+def test_a_list_may_be_a_text_of_json_of_python_or_of_lines(tmp_path: Path) -> None:
+    texts = ['["a", "b"]', "['a', 'b']", "a\nb\n"]
+    assert {Fields({"answers": text}, "", tmp_path).texts("answers") for text in texts} == {("a", "b")}

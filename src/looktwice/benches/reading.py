@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from looktwice.benches.item import LETTERS
-from looktwice.errors import DataError, short
+from looktwice.errors import BoxError, DataError, short
 from looktwice.geometry import Box, check_box
 from looktwice.messages import ImageSource
 from looktwice.processing.addresses import data_url, source_of
@@ -95,7 +95,7 @@ class Fields:
                 check_box([x, y, x + third, y + fourth] if has_sides else [x, y, third, fourth])
                 for x, y, third, fourth in ([float(number) for number in one] for one in several)
             )
-        except Exception as error:
+        except (BoxError, TypeError, ValueError) as error:
             raise DataError(f"{self.where}: {name} holds no box ({short(str(error))})") from error
 
 
