@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"pydantic_core", "markupsafe", "tokenizers"}
+PARTS = {"starlette", "pydantic_core", "markupsafe", "tokenizers"}
 """Packages that come with pydantic, jinja2 and transformers."""
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE")
 

@@ -129,6 +129,17 @@ def all_controls(value: Any) -> Any:
     return ALL_CONTROLS if value == "all" else split_commas(value)
 
 
+def split_folders(value: Any) -> Any:
+    """`a=FOLDER,b=FOLDER` as the mapping it stands for; a mapping stays as it is."""
+    if not isinstance(value, str):
+        return value
+    pairs = [item.partition("=") for item in split_commas(value)]
+    for name, sign, folder in pairs:
+        if not (name and sign and folder):
+            raise PydanticCustomError("folders", "write NAME=FOLDER, several with commas")
+    return unique([(name.strip(), folder.strip()) for name, _, folder in pairs])
+
+
 def all_or_none(value: Any) -> Any:
     """True as `all` and false as `none`, as other trainers write it; other values stay."""
     return {"true": "all", "false": "none"}.get(str(value).lower(), value)
@@ -741,6 +752,50 @@ class EvalConfig(InferenceConfig):
             raise ValueError(f"samples is {self.samples} and answers are greedy, so all alike; give --temperature 1")
         if (self.judge is None) != (self.judge_model is None):
             raise ValueError("judge and judge_model belong together; give both, or none")
+        return self
+
+
+class ServeConfig(InferenceConfig):
+    """Answering over HTTP."""
+
+    model_path: NameOrPath = knob("tiny", "model folder or hub name; `tiny` is the built-in small model")
+    batch_size: Positive = knob(64, "answers that advance together")
+    host: str = knob("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine's, for others too")
+    port: Annotated[Whole, Field(ge=0, le=65535)] = knob(8000, "port to listen on; 0: a free one, which is said")
+    served_model_name: str | None = knob(None, "name of the model in requests; default: that of its folder")
+    adapters: Annotated[dict[str, NameOrPath], BeforeValidator(split_folders)] = knob(
+        {}, "LoRA adapters of this model and their names in requests: a=FOLDER,b=FOLDER"
+    )
+    adapter_folder: Place | None = knob(None, "let requests load adapters from below this folder, and remove them")
+    engine: Literal["builtin", "vllm"] = knob("builtin", "what samples: our engine, or vLLM servers")
+    vllm_servers: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
+        (), "addresses of vLLM servers of this model, for --engine vllm"
+    )
+    api_key_file: Place | None = knob(None, "file of keys, one a line, one of which every request then needs")
+    allow_http: bool = knob(False, "fetch pictures from public web addresses")
+    image_folder: Place | None = knob(None, "let requests name picture files below this folder")
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
+        (), "more names by which browsers may call this server; those of this machine always may"
+    )
+    allow_origins: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
+        (), "web pages that may call this server from a browser, such as https://example.org"
+    )
+    max_body: Annotated[str, AfterValidator(check_file_size)] = knob("32MB", "largest body of a request")
+    max_images: Positive = knob(16, "pictures of a request")
+    max_image_pixels: Positive = knob(33_554_432, "pixels of a picture as it is given, before it is decoded")
+    max_prompt_tokens: Positive = knob(16384, "tokens of a prompt, those of its pictures included")
+    max_answer_tokens: Positive = knob(8192, "tokens that a request may ask for")
+    max_choices: Positive = knob(16, "answers to one request (`n`)")
+    max_queue: NonNegativeInt = knob(256, "answers that wait for a place; more are refused with 429")
+    request_seconds: Annotated[Number, Field(gt=0)] = knob(600.0, "seconds of a request, the waiting included")
+    drain_seconds: Annotated[Number, Field(ge=0)] = knob(60.0, "seconds that SIGTERM leaves to what is running")
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> ServeConfig:
+        if (self.engine == "vllm") != bool(self.vllm_servers):
+            raise ValueError("--engine vllm and --vllm_servers ADDRESS belong together; give both, or none")
+        if self.engine == "vllm" and (self.adapters or self.adapter_folder):
+            raise ValueError("adapters are for the built-in engine; start vLLM with the merged model instead")
         return self
 
 

@@ -7,10 +7,11 @@ that steps, or in that of a driver where the engine has threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from looktwice.asking.answer import Answer, Seconds, answer_of, crop_of, remembered
-from looktwice.asking.events import Cropped, Done, Letters, Splitter, Tell
+from looktwice.asking.events import Cropped, Done, Letters, Said, Splitter, Tell, Thinking
 from looktwice.config import AnswerConfig
 from looktwice.engine.interface import Request
 from looktwice.engine.sampling import Sampling
@@ -88,6 +89,7 @@ class Asked(Watcher):
         self.letters, self.splitter = Letters(processor.decode), Splitter()
         self.end_ids = frozenset(processor.end_ids)
         self.call_text = ""
+        self.untold: list[tuple[int, float]] = []
         self.begun = time.monotonic()
         self.first: float | None = None
 
@@ -99,6 +101,7 @@ class Asked(Watcher):
         if self.first is None:
             self.first = time.monotonic() - self.begun
         if self.tell is not None and token not in self.end_ids:
+            self.untold.append((token, logprob))
             self._split(self.letters.add(token))
 
     def thinking_closed(self, text: str) -> None:
@@ -124,11 +127,18 @@ class Asked(Watcher):
         )
         if self.tell is not None:
             self._split(self.letters.end())
-            for event in self.splitter.end():
-                self.tell(event)
+            self._tell_all(self.splitter.end())
             self.tell(Done(self.answer))
 
     def _split(self, text: str) -> None:
+        self._tell_all(self.splitter.add(text))
+
+    def _tell_all(self, events: Iterable[Thinking | Said]) -> None:
+        """Tell events, the first that says something with the ids since the one before."""
         assert self.tell is not None
-        for event in self.splitter.add(text):
+        for event in events:
+            if isinstance(event, Said):
+                event, self.untold = replace(event, tokens=tuple(self.untold)), []
             self.tell(event)
+        if not (self.splitter.held or self.letters.held):
+            self.untold = []  # of thinking, a call or a tag

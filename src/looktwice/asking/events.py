@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from looktwice.asking.answer import Answer, Crop
@@ -29,10 +29,14 @@ class Cropped:
 
 @dataclass(frozen=True)
 class Said:
-    """More of what is said aloud, without calls and without the tags of the answer block."""
+    """More of what is said aloud, without calls and without the tags of the answer block.
+
+    `tokens` are the ids sampled for it, with their logprobs; what closes thinking has none.
+    """
 
     text: str
     kind: Literal["answer"] = "answer"
+    tokens: tuple[tuple[int, float], ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,166 @@
+"""A request from its task to its answers: its place, its pictures, its prompt, its deadline; on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+
+from looktwice.asking.asked import Asked, begin
+from looktwice.asking.events import Done
+from looktwice.config import ServeConfig, number_of_bytes
+from looktwice.errors import LooktwiceError
+from looktwice.inference import seeds_of
+from looktwice.server.metrics import ServerMetrics
+from looktwice.server.models import BASE, Models, ServedModel
+from looktwice.server.refusal import Refusal, refusal_of
+from looktwice.server.shown_images import ImageRules
+from looktwice.server.task import Task
+from looktwice.server.worker import Failed, Job, Told, Worker
+
+NUM_READERS = 2
+"""Threads that decode pictures and write prompts: as many pictures are in memory at their full size."""
+MOST_CRASHES = 3
+"""Passes that fail one after the other before the server calls itself unwell."""
+
+
+class Reply:
+    """A request that is being answered: iterate over what is told, and `close` it at the end, whatever happens."""
+
+    def __init__(self, task: Task, model: ServedModel, worker: Worker, seconds: float) -> None:
+        self.task = task
+        self.model = model
+        self.worker = worker
+        self.id = uuid.uuid4().hex
+        self.created = int(time.time())
+        self.deadline = asyncio.get_running_loop().time() + seconds
+        self.is_late = False
+        self.mail: asyncio.Queue[list[Told]] = asyncio.Queue()
+        self.job = Job(count=task.count, lane=model.lane, is_streamed=task.is_streamed, mail=self.mail.put_nowait)
+        self.num_over = 0
+
+    @property
+    def asked(self) -> Sequence[Asked]:
+        return self.job.asked
+
+    async def __aiter__(self) -> AsyncIterator[Told]:
+        """All that is told, until each answer has told its last. Raises Refusal for an answer that failed."""
+        while self.num_over < self.task.count:
+            for told in await self._next():
+                self.num_over += told.is_last
+                if isinstance(told.event, Failed):
+                    status = HTTPStatus.INTERNAL_SERVER_ERROR if told.event.is_our_fault else HTTPStatus.BAD_REQUEST
+                    raise Refusal(told.event.message, status=status)
+                if isinstance(told.event, Done) and told.event.answer.stop_reason == "error":
+                    raise Refusal("this answer could not be finished; ask again", status=500, code="answer_failed")
+                yield told
+
+    async def _next(self) -> list[Told]:
+        if not self.is_late:
+            try:
+                async with asyncio.timeout_at(self.deadline):
+                    return await self.mail.get()
+            except TimeoutError:
+                self.is_late = True
+                self.worker.cancel(self.job)
+        return await self.mail.get()
+
+    def close(self) -> None:
+        """Free what the request holds, if it is not over."""
+        if self.num_over < self.task.count:
+            self.worker.cancel(self.job)
+
+
+class Service:
+    """What the endpoints share: the models, the worker, and whether the server still takes requests."""
+
+    def __init__(self, config: ServeConfig, models: Models, metrics: ServerMetrics) -> None:
+        self.config = config
+        self.models = models
+        self.metrics = metrics
+        self.worker = Worker(metrics, self._post, max_open=config.batch_size + config.max_queue)
+        self.worker.add_lane(BASE, models.open_engine)
+        self.rules = ImageRules(
+            max_bytes=number_of_bytes(config.max_body),
+            max_pixels=config.max_image_pixels,
+            allow_http=config.allow_http,
+            folder=config.image_folder,
+        )
+        self.readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="looktwice-reader")
+        self.is_draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to answer. Call it on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.worker.start()
+
+    def stop(self) -> None:
+        """Stop to answer; what is unfinished fails."""
+        self.worker.close()
+        self.readers.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def is_well(self) -> bool:
+        return self.worker.num_crashes < MOST_CRASHES
+
+    async def begin(self, task: Task) -> Reply:
+        """Have a task answered. Raises Refusal when there is no place, or the task cannot be begun."""
+        if self.is_draining:
+            raise Refusal("the server is stopping; ask another one", status=503, headers={"Retry-After": "30"})
+        reply = Reply(task, self.models.named(task.model), self.worker, self.config.request_seconds)
+        if not self.worker.reserve(task.count):
+            raise Refusal(
+                f"{self.worker.num_open} answers are begun or wait already; ask again later",
+                status=HTTPStatus.TOO_MANY_REQUESTS,
+                code="queue_full",
+                headers={"Retry-After": str(self._seconds_to_wait())},
+            )
+        try:
+            assert self._loop is not None
+            reply.job.asked = await self._loop.run_in_executor(self.readers, self._read, task, reply)
+        except BaseException:
+            self.worker.give_back(task.count)
+            raise
+        self.worker.submit(reply.job)
+        return reply
+
+    def _read(self, task: Task, reply: Reply) -> list[Asked]:
+        """Decode the pictures of a task and write its prompt: the work of a reader's thread."""
+        conversation = task.conversation(self.rules)
+        own = self.models.processor
+        policy = task.policy(own.policy)
+        processor = own if policy == own.policy else own.at(policy)
+        tells = [reply.job.tell(number) for number in range(task.count)]
+        try:
+            seed_of = seeds_of(task.generation.seed)
+            asked = begin(conversation, processor, task.generation, seed_of=seed_of, tells=tells)
+        except LooktwiceError as error:
+            raise refusal_of(error) from error
+        if (length := len(asked[0].request.prompt)) > self.config.max_prompt_tokens:
+            raise Refusal(
+                f"the prompt has {length:,} tokens, more than {self.config.max_prompt_tokens:,}; "
+                "shorten it, or lower max_pixels",
+                code="context_length_exceeded",
+            )
+        return asked
+
+    def _seconds_to_wait(self) -> int:
+        """A guess at when a place is free: half of what answers take."""
+        seconds = self.metrics.mean_answer_seconds
+        return max(1, math.ceil(seconds / 2))
+
+    def _post(self, news: list[tuple[Job, list[Told]]]) -> None:
+        """Hand what happened in a pass to the event loop: the worker's thread calls it."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, news)
+
+
+def _deliver(news: list[tuple[Job, list[Told]]]) -> None:
+    for job, told in news:
+        job.mail(told)
