@@ -28,6 +28,7 @@ from looktwice.engine.sampling import Sampling, Seen, draw, mixed_seed, uniforms
 from looktwice.engine.scheduler import Feed, Scheduler
 from looktwice.engine.state import SharedPrompt, Trajectory
 from looktwice.errors import ConfigError, LooktwiceError
+from looktwice.model.adapter_bank import AdapterBank
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 
 PASS_TOKENS = 4096
@@ -67,7 +68,7 @@ class BuiltinEngine:
     `max_rows` rollouts live at a time; their cache takes at most `cache_tokens`, in pages of `page_size`. With
     `num_threads` drivers reply in threads while the others go on; without, between two passes, so that the order of
     everything is the same in each run. `decode` (ids to text) is needed for stop texts alone; `encode` makes vectors of
-    pictures (`ImageFeatures`), the model where it is left out.
+    pictures (`ImageFeatures`), the model where it is left out; `adapters` are those that requests may name.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class BuiltinEngine:
         num_threads: int = 0,
         decode: Callable[[list[int]], str] | None = None,
         encode: Encode | None = None,
+        adapters: AdapterBank | None = None,
     ) -> None:
         config = model.config.llm_config
         if max_rows < 1:
@@ -97,7 +99,7 @@ class BuiltinEngine:
         self.cache = Cache(config.num_hidden_layers, max_tokens=cache_tokens, page_size=page_size)
         self.scheduler = Scheduler(self.cache, max_rows=max_rows, max_pass_tokens=max_pass_tokens)
         self.runner = Runner(
-            model, self.cache, ImageFeatures(encode or model.get_image_features, max_bytes=FEATURE_BYTES)
+            model, self.cache, ImageFeatures(encode or model.get_image_features, max_bytes=FEATURE_BYTES), adapters
         )
         self._numbers = count()
         self._rows: dict[int, Trajectory] = {}
@@ -112,17 +114,20 @@ class BuiltinEngine:
 
     def submit(self, request: Request) -> list[int]:
         """Queue a request. Raises ValueError when it has no ids, or its pictures do not fit them, ConfigError for stop
-        texts that cannot be decoded."""
+        texts that cannot be decoded and an adapter that is not there."""
         check_images(request.prompt.input_ids, request.prompt.images, self.model.config)
         if not request.prompt.input_ids:
             raise ValueError("the prompt has no ids; there is nothing to continue")
         if request.stop_texts and self.decode is None:
             raise ConfigError("stop texts need an engine with `decode`, which makes text of ids")
+        if request.adapter is not None and request.adapter not in self.runner.adapters:
+            raise ConfigError(f"no adapter {request.adapter!r} in the engine; load it first")
         prompt = None
         ids = request.prompt.input_ids
         # the last id is fed by each sibling itself, and a picture cannot be cut in two
         if len(request.drivers) > 1 and len(ids) > 1 and ids[-1] != self.model.config.image_token_id:
             prompt = SharedPrompt(ids=ids[:-1], images=[*request.prompt.images], num_readers=len(request.drivers))
+            prompt.adapter = request.adapter
         rows = [
             Trajectory(
                 number=next(self._numbers),
@@ -130,6 +135,8 @@ class BuiltinEngine:
                 driver=driver,
                 seed=mixed_seed(request.seed, place),
                 prompt=prompt,
+                mask=request.masks[place] if request.masks else None,
+                adapter=request.adapter,
                 ids=[*ids],
                 images=[*request.prompt.images],
                 sampled_from=len(ids),
@@ -247,6 +254,7 @@ class BuiltinEngine:
             times.append(time.process_time())
             logits = self.runner.forward(feeds)
             times.append(time.process_time())
+            barred = self._bar(rows, logits)
             drawn = self._draw(rows, logits) if rows else []
             times.append(time.process_time())
         except LooktwiceError:
@@ -260,9 +268,26 @@ class BuiltinEngine:
         self._time(feeds, times)
         self._measure(len(rows))
         for row, new in zip(rows, drawn):
-            row.take(*new)
+            if row not in barred:
+                row.take(*new)
         for row in rows:
-            self._settle(row)
+            if row in barred:
+                self._fail(row, barred[row])
+            else:
+                self._settle(row)
+
+    def _bar(self, rows: list[Trajectory], logits: Tensor) -> dict[Trajectory, Exception]:
+        """Leave out of logits [S, V] what masks do not allow; the rows whose mask failed, with what it raised."""
+        failed: dict[Trajectory, Exception] = {}
+        for place, row in enumerate(rows):
+            if row.mask is None:
+                continue
+            try:
+                if (allowed := row.mask.allowed()) is not None:
+                    logits[place].masked_fill_(~allowed.to(logits.device), -torch.inf)
+            except Exception as error:
+                failed[row] = error
+        return failed
 
     def _draw(self, rows: list[Trajectory], logits: Tensor) -> list[tuple[int, float, float]]:
         """The next id of each row with its two logprobs; one copy from the device for all."""
@@ -290,6 +315,8 @@ class BuiltinEngine:
         """Tell a row's driver of its newest id, and ask it how to go on when the segment is complete."""
         request = row.request
         try:
+            if row.mask is not None:
+                row.mask.take(row.new_ids[-1])
             row.driver.hear(row.new_ids[-1], row.logprobs[-1])
         except Exception as error:
             self._fail(row, error)

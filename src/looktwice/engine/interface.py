@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from looktwice.engine.sampling import Sampling
@@ -59,6 +60,19 @@ class Driver(Protocol):
         """The rollout ended because `hear` or `respond` raised, or its pictures could not be read."""
 
 
+class Mask(Protocol):
+    """Decides, id by id, what a rollout may write next. What it raises ends its rollout alone."""
+
+    def allowed(self) -> Tensor | None:
+        """Which ids may come next, bool [V] on the host, one of them at least; None where all may."""
+
+    def take(self, token: int) -> None:
+        """An id was sampled."""
+
+    def put_in(self, ids: Sequence[int]) -> None:
+        """Ids were put in by the driver."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt to continue once for each driver.
@@ -66,7 +80,8 @@ class Request:
     `max_new_tokens` is how many ids to sample before the first decision. `seed` and the number of the driver decide
     the random numbers of a rollout, nothing else does. `stop_ids` and `stop_texts` end a segment and stay in it;
     `banned_ids` are never sampled, nor are the ids of visual tokens. `max_seconds` is counted from when a rollout
-    is admitted, the time of its driver included.
+    is admitted, the time of its driver included. `masks`, one for each driver if there are any, leave out ids before
+    all else: logprobs are then of what they leave. `adapter` names one of the engine's.
     """
 
     prompt: Example
@@ -78,6 +93,8 @@ class Request:
     stop_texts: tuple[str, ...] = ()
     banned_ids: frozenset[int] = frozenset()
     max_seconds: float | None = None
+    masks: Sequence[Mask] = ()
+    adapter: str | None = None
 
 
 def check_images(ids: Sequence[int], images: Sequence[PatchedImage], config: PreTrainedConfig) -> None:

@@ -19,6 +19,7 @@ from looktwice.engine.cache import Cache
 from looktwice.engine.reading import Reading, reading_order
 from looktwice.engine.scheduler import Feed
 from looktwice.engine.state import Sequence
+from looktwice.model.adapter_bank import AdapterBank
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.precision import autocast_dtype
 from looktwice.processing.images import PatchedImage
@@ -79,8 +80,15 @@ def _batches(images: list[PatchedImage]) -> Iterator[list[PatchedImage]]:
 class Runner:
     """Feeds what a pass feeds to the model, and advances the sequences."""
 
-    def __init__(self, model: Ovis2_5ForConditionalGeneration, cache: Cache, features: ImageFeatures) -> None:
+    def __init__(
+        self,
+        model: Ovis2_5ForConditionalGeneration,
+        cache: Cache,
+        features: ImageFeatures,
+        adapters: AdapterBank | None = None,
+    ) -> None:
         self.model = model
+        self.adapters = adapters or AdapterBank(model)
         self.cache = cache
         self.features = features
         num_keys = model.config.llm_config.num_key_value_heads
@@ -113,14 +121,15 @@ class Runner:
         """Feed the ids; logits [S, V] after the last id of each sampled feed, in order. `embed` comes before it."""
         ordered = reading_order(feeds)
         paged, positions = self._pass(ordered)
-        hidden = self.model.model.language_model(
-            inputs_embeds=self._vectors(ordered)[None],
-            # a mapping keeps transformers from building a mask
-            attention_mask={"full_attention": None, "sliding_attention": None},
-            position_ids=positions[None],
-            use_cache=False,
-            paged=paged,
-        ).last_hidden_state[0]
+        with self.adapters.routed([(feed.sequence.adapter, feed.count) for feed in ordered]):
+            hidden = self.model.model.language_model(
+                inputs_embeds=self._vectors(ordered)[None],
+                # a mapping keeps transformers from building a mask
+                attention_mask={"full_attention": None, "sliding_attention": None},
+                position_ids=positions[None],
+                use_cache=False,
+                paged=paged,
+            ).last_hidden_state[0]
         ends = dict(zip(ordered, accumulate(feed.count for feed in ordered)))
         last = [ends[feed] - 1 for feed in feeds if feed.is_sampled]
         for feed in feeds:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from looktwice.engine.interface import Continuation, Driver, Request, Segment, StopCause
+from looktwice.engine.interface import Continuation, Driver, Mask, Request, Segment, StopCause
 from looktwice.processing.images import PatchedImage
 
 
@@ -26,6 +26,7 @@ class Sequence:
     num_shared: int = 0
     embeds: Tensor | None = None
     embeds_start: int = 0
+    adapter: str | None = None
     since: int = 0
     """The pass since which ids wait to be fed."""
 
@@ -57,6 +58,7 @@ class Trajectory(Sequence):
     driver: Driver
     seed: int
     prompt: SharedPrompt | None = None
+    mask: Mask | None = None
     allowance: int = 0
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -93,6 +95,8 @@ class Trajectory(Sequence):
     def go_on(self, continuation: Continuation) -> None:
         """Put in what the driver gave."""
         self.ids += continuation.ids
+        if continuation.ids and self.mask is not None:
+            self.mask.put_in(continuation.ids)
         if continuation.ids:
             self.sampled_from = len(self.ids)
         self.images += continuation.images

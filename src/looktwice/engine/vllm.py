@@ -102,9 +102,11 @@ class VllmEngine:
 
     def submit(self, request: Request) -> list[int]:
         """Queue a request. Raises ValueError when its pictures do not fit its ids, ConfigError for a sampling that
-        vLLM has not."""
+        vLLM has not, for masks and for an adapter."""
         check_images(request.prompt.input_ids, request.prompt.images, self.config)
         check_sampling(request.sampling)
+        if request.masks or request.adapter is not None:
+            raise ConfigError("a JSON schema and an adapter are of the built-in engine; leave them out with vLLM")
         group = [
             Rollout(
                 number=next(self._numbers),

@@ -155,7 +155,7 @@ def _load_adapter(folder: Path, **options: Any) -> PeftModel:
     """The adapter on its base. Raises CheckpointError when it does not fit, or does what would go unnoticed here."""
     try:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        tensors = {_our_name(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+        tensors = {our_name(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a usable adapter ({type(error).__name__}: {error})") from error
     base_name = adapter_base(folder)
@@ -187,7 +187,7 @@ def _load_adapter(folder: Path, **options: Any) -> PeftModel:
     return model
 
 
-def _our_name(name: str) -> str:
+def our_name(name: str) -> str:
     """The name of an adapter's tensor, which may have been trained on the released code's modules."""
     for released, ours in RELEASED_PREFIXES.items():
         if name.startswith(start := PEFT_PREFIX + released):

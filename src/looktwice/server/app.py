@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from looktwice.config import ServeConfig
 from looktwice.errors import nearest
-from looktwice.server import chat
+from looktwice.server import chat, responses
 from looktwice.server.guard import Guard
 from looktwice.server.metrics import ServerMetrics
 from looktwice.server.refusal import Refusal
-from looktwice.server.schema import ChatRequest
+from looktwice.server.schema import AdapterRequest, ChatRequest, ResponsesRequest
 from looktwice.server.service import Reply, Service
 
 PAGE = Path(__file__).parent / "page"
@@ -100,6 +100,28 @@ def _add_asking(app: FastAPI, config: ServeConfig, service: Service) -> None:
             return EventStream(reply, _chat_lines(reply))
         return await _whole(reply, request, chat.whole)
 
+    @app.post("/v1/responses")
+    async def make_response(asked: ResponsesRequest, request: Request) -> Response:
+        """The same in the newer form; nothing is stored."""
+        reply = await service.begin(responses.task_of(asked, config))
+        if reply.task.is_streamed:
+            return EventStream(reply, _response_lines(reply))
+        return await _whole(reply, request, responses.whole)
+
+    @app.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(asked: AdapterRequest) -> dict[str, Any]:
+        """Have an adapter from below --adapter_folder answer under a name."""
+        if asked.lora_path is None:
+            raise Refusal("lora_path is missing; name the adapter's folder", param="lora_path")
+        await service.load_adapter(asked.lora_name, asked.lora_path)
+        return service.models.named(asked.lora_name).plain()
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(asked: AdapterRequest) -> dict[str, Any]:
+        """Forget an adapter; its unfinished answers fail."""
+        await service.remove_adapter(asked.lora_name)
+        return {"id": asked.lora_name, "object": "model", "deleted": True}
+
 
 async def _whole(reply: Reply, request: Request, write: Callable[[Reply], Awaitable[dict[str, Any]]]) -> Response:
     """A response that is not streamed; a client that leaves is not answered, and frees its place."""
@@ -139,6 +161,16 @@ async def _chat_lines(reply: Reply) -> AsyncIterator[str]:
     except Refusal as refusal:
         yield f"data: {_json(refusal.body)}\n\n"
     yield "data: [DONE]\n\n"
+
+
+async def _response_lines(reply: Reply) -> AsyncIterator[str]:
+    """Events as server-sent events, which say their kind."""
+    try:
+        async for event in responses.events(reply):
+            yield f"event: {event['type']}\ndata: {_json(event)}\n\n"
+    except Refusal as refusal:
+        error = {**refusal.body["error"], "type": "error", "sequence_number": 0}
+        yield f"event: error\ndata: {_json(error)}\n\n"
 
 
 class EventStream(StreamingResponse):

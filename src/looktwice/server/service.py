@@ -6,19 +6,23 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http import HTTPStatus
+from pathlib import Path
+from typing import TypeVar
 
 from looktwice.asking.asked import Asked, begin
 from looktwice.asking.events import Done
 from looktwice.config import ServeConfig, number_of_bytes
 from looktwice.errors import LooktwiceError
 from looktwice.inference import seeds_of
+from looktwice.server.grammar import Grammars, JsonMask
 from looktwice.server.metrics import ServerMetrics
-from looktwice.server.models import BASE, Models, ServedModel
+from looktwice.server.models import BASE, Loaded, Models, ServedModel
 from looktwice.server.refusal import Refusal, refusal_of
-from looktwice.server.shown_images import ImageRules
+from looktwice.server.shown_images import ImageRules, path_below
 from looktwice.server.task import Task
 from looktwice.server.worker import Failed, Job, Told, Worker
 
@@ -26,6 +30,7 @@ NUM_READERS = 2
 """Threads that decode pictures and write prompts: as many pictures are in memory at their full size."""
 MOST_CRASHES = 3
 """Passes that fail one after the other before the server calls itself unwell."""
+T = TypeVar("T")
 
 
 class Reply:
@@ -40,7 +45,13 @@ class Reply:
         self.deadline = asyncio.get_running_loop().time() + seconds
         self.is_late = False
         self.mail: asyncio.Queue[list[Told]] = asyncio.Queue()
-        self.job = Job(count=task.count, lane=model.lane, is_streamed=task.is_streamed, mail=self.mail.put_nowait)
+        self.job = Job(
+            count=task.count,
+            lane=model.lane,
+            adapter=model.adapter,
+            is_streamed=task.is_streamed,
+            mail=self.mail.put_nowait,
+        )
         self.num_over = 0
 
     @property
@@ -84,12 +95,15 @@ class Service:
         self.metrics = metrics
         self.worker = Worker(metrics, self._post, max_open=config.batch_size + config.max_queue)
         self.worker.add_lane(BASE, models.open_engine)
+        for name, folder in config.adapters.items():
+            self._know(models.read_adapter(name, Path(folder)))
         self.rules = ImageRules(
             max_bytes=number_of_bytes(config.max_body),
             max_pixels=config.max_image_pixels,
             allow_http=config.allow_http,
             folder=config.image_folder,
         )
+        self.grammars = Grammars()
         self.readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="looktwice-reader")
         self.is_draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -121,8 +135,7 @@ class Service:
                 headers={"Retry-After": str(self._seconds_to_wait())},
             )
         try:
-            assert self._loop is not None
-            reply.job.asked = await self._loop.run_in_executor(self.readers, self._read, task, reply)
+            reply.job.asked = await self._in_reader(lambda: self._read(task, reply))
         except BaseException:
             self.worker.give_back(task.count)
             raise
@@ -132,22 +145,77 @@ class Service:
     def _read(self, task: Task, reply: Reply) -> list[Asked]:
         """Decode the pictures of a task and write its prompt: the work of a reader's thread."""
         conversation = task.conversation(self.rules)
-        own = self.models.processor
+        own = reply.model.processor
         policy = task.policy(own.policy)
         processor = own if policy == own.policy else own.at(policy)
         tells = [reply.job.tell(number) for number in range(task.count)]
-        try:
-            seed_of = seeds_of(task.generation.seed)
-            asked = begin(conversation, processor, task.generation, seed_of=seed_of, tells=tells)
-        except LooktwiceError as error:
-            raise refusal_of(error) from error
+        asked = begin(conversation, processor, task.generation, seed_of=seeds_of(task.generation.seed), tells=tells)
         if (length := len(asked[0].request.prompt)) > self.config.max_prompt_tokens:
             raise Refusal(
                 f"the prompt has {length:,} tokens, more than {self.config.max_prompt_tokens:,}; "
                 "shorten it, or lower max_pixels",
                 code="context_length_exceeded",
             )
+        masks: tuple[JsonMask, ...] = ()
+        if task.schema is not None:
+            masks = tuple(self.grammars.mask(task.schema, processor, task.generation) for _ in asked)
+        request = replace(asked[0].request, adapter=reply.model.adapter, masks=masks)
+        for one in asked:
+            one.request = request
         return asked
+
+    async def load_adapter(self, name: str, written: str) -> None:
+        """Know an adapter by a name from now on. Raises Refusal when it cannot be had."""
+        folder = self._adapter_folder(written)
+        loaded = await self._in_reader(lambda: self.models.read_adapter(name, folder))
+        await asyncio.wrap_future(self.worker.call(lambda: self._know(loaded)))
+
+    def _know(self, loaded: Loaded) -> None:
+        """Have an adapter that was read answer from now on; between two passes."""
+        if loaded.model.name in self.models.known:
+            return  # another request was faster
+        if loaded.shared is not None:
+            self.models.bank.add(loaded.model.name, loaded.shared)
+        elif loaded.alone is not None:
+            self.worker.add_lane(loaded.model.lane, loaded.alone.engine)
+        self.models.known[loaded.model.name] = loaded.model
+
+    async def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; its unfinished answers fail. Raises Refusal for what is no adapter."""
+        self._adapter_folder(".")
+        model = self.models.named(name)
+        if model is self.models.default:
+            raise Refusal("that is the model itself; stop the server to be rid of it", param="lora_name")
+
+        def remove() -> None:
+            if self.models.known.pop(name, None) is None:
+                return  # another request was faster
+            if model.adapter is None:
+                self.worker.remove_lane(model.lane)
+            else:
+                self.worker.end_jobs(model.lane, model.adapter)
+                self.models.bank.remove(name)
+
+        await asyncio.wrap_future(self.worker.call(remove))
+
+    def _adapter_folder(self, written: str) -> Path:
+        """The folder that a request names. Raises Refusal where it may not, or there is none."""
+        root = self.config.adapter_folder
+        if root is None:
+            mend = "start it with --adapter_folder"
+            raise Refusal(f"this server loads no adapters while it runs; {mend}", status=403, code="no_adapters")
+        path = root if written == "." else path_below(root, written)
+        if path is None or not path.is_dir():
+            raise Refusal("no such folder below --adapter_folder", param="lora_path", code="no_such_folder")
+        return path
+
+    async def _in_reader(self, function: Callable[[], T]) -> T:
+        """What comes of a function in a reader's thread; our own errors as refusals."""
+        assert self._loop is not None
+        try:
+            return await self._loop.run_in_executor(self.readers, function)
+        except LooktwiceError as error:
+            raise refusal_of(error) from error
 
     def _seconds_to_wait(self) -> int:
         """A guess at when a place is free: half of what answers take."""

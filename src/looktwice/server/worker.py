@@ -51,6 +51,7 @@ class Job:
 
     count: int
     lane: str
+    adapter: str | None = None
     is_streamed: bool
     mail: Callable[[list[Told]], None]
     """Takes what is handed on, on the side that asked."""
@@ -91,6 +92,8 @@ class Lane:
     engine: Engine
     jobs: list[Job] = field(default_factory=list)
     is_ready: bool = False
+    has_work: bool = False
+    """Whether the engine had something left after its last pass."""
 
     def prepare(self, stack: ExitStack) -> None:
         """Have the model ready for many passes, until the stack is closed."""
@@ -100,7 +103,7 @@ class Lane:
             self.is_ready = True
 
     def begin_anew(self) -> None:
-        self.engine, self.is_ready = self.open(), False
+        self.engine, self.is_ready, self.has_work = self.open(), False, False
 
     def _rest(self) -> None:
         self.is_ready = False
@@ -172,8 +175,17 @@ class Worker:
 
     def remove_lane(self, name: str) -> None:
         """Forget an engine; its unfinished answers fail. Call it in `call`."""
-        lane = self._lanes.pop(name)
-        for job in lane.jobs:
+        self.end_jobs(name)
+        del self._lanes[name]
+
+    def end_jobs(self, name: str, adapter: str | None = None) -> None:
+        """Have the unfinished answers of an adapter fail; those of the whole lane where none is named. Call it in
+        `call`."""
+        lane = self._lanes[name]
+        for job in [job for job in lane.jobs if adapter in (None, job.adapter)]:
+            for number in job.numbers:
+                lane.engine.cancel(number)
+            lane.has_work = True
             job.fail(Failed("the model was removed", is_our_fault=False))
         self._hand_out([lane])
 
@@ -199,7 +211,7 @@ class Worker:
             return False
         while self._inbox:
             self._inbox.popleft()()
-        lanes = [lane for lane in self._lanes.values() if lane.jobs]
+        lanes = [lane for lane in self._lanes.values() if lane.jobs or lane.has_work]
         for lane in lanes:
             self._step(lane, stack)
         self._hand_out(lanes)
@@ -209,7 +221,7 @@ class Worker:
     def _step(self, lane: Lane, stack: ExitStack) -> None:
         try:
             lane.prepare(stack)
-            lane.engine.step()
+            lane.has_work = lane.engine.step()
         except Exception as error:
             self._begin_anew(lane, error)
             return
