@@ -125,9 +125,8 @@ def test_the_small_model_answers_the_same_alone_and_among_others(tiny, question)
 
 
 def test_a_stop_text_ends_the_answer_and_is_not_told(tiny, question) -> None:
-    plain = (
-        tiny.client.chat.completions.create(model="tiny", messages=question, max_tokens=12).choices[0].message.content
-    )
+    asked = {"model": "tiny", "messages": question, "max_tokens": 12}
+    plain = tiny.client.chat.completions.create(**asked).choices[0].message.content
     assert " " in plain
     told = tiny.client.chat.completions.create(**asked, stop=[" "])
     assert told.choices[0].message.content == plain.split(" ")[0] and told.choices[0].finish_reason == "stop"

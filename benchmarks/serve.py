@@ -1,0 +1,178 @@
+"""The server under load: how many requests a second it answers, how soon the first token comes, what it costs.
+
+    python benchmarks/serve.py [--json FILE] [--model tiny]
+
+A server of the model runs in a process of its own on the loopback. 1, 8, 32 and 64 clients ask it at a time, each its
+next question when the last is answered, all with a picture that no other has, and read the stream. The engine alone
+answers the same questions, pictures decoded and prompts written, `batch_size` at a time; both take turns, so that a busy
+moment of the machine hits both. One thread computes in either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from measure import parser, publish
+
+from looktwice.demo.task import make_dataset
+
+CLIENTS = {1: 16, 8: 48, 32: 128, 64: 192}
+"""Clients at a time, and questions in all."""
+MEASURED = 32
+NUM_REPEATS = 3
+NUM_IMAGES = 64
+QUESTION = "List the tiles."
+MAX_TOKENS = 48
+GOALS = {
+    "throughput_32_vs_1": "at least 5",
+    "server_vs_engine": "at least 0.8",
+    "errors": "exactly 0",
+}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One request: seconds until the first text, None where there was none, and whether it was answered whole."""
+
+    first_s: float | None
+    is_whole: bool
+
+
+def main() -> None:
+    options = parser()
+    options.add_argument("--model", default="tiny", help="model folder; tiny is the built-in one")
+    arguments = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_dataset(Path(folder), num_train=1, num_rl=1, num_eval=NUM_IMAGES, seed=0)
+        images = sorted(Path(folder).glob("*.png"))[-NUM_IMAGES:]
+        urls = [f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}" for image in images]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "looktwice", "serve", arguments.model, "--port", "0", "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        figures = measured(address_of(server), arguments.model, urls)
+    finally:
+        server.terminate()
+        server.wait(30)
+    publish(figures, arguments, GOALS)
+
+
+def address_of(server: subprocess.Popen[str]) -> str:
+    """Where a server listens, once it says so; what it says after that is read and dropped."""
+    assert server.stderr is not None
+    for line in server.stderr:
+        if found := re.fullmatch(r"(http://\S+)\s*", line):
+            break
+    else:
+        raise RuntimeError("the server has ended")
+    subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
+    return found[1]
+
+
+def measured(address: str, model: str, urls: Sequence[str]) -> dict[str, float]:
+    """All figures: medians over repeats in which every number of clients, and the engine alone, have their turn."""
+    inference = engine_alone(model)
+    bodies = [body_of(url) for url in urls]
+    asyncio.run(rush(address, bodies[:8], 8))
+    rates: dict[int, list[float]] = {number: [] for number in CLIENTS}
+    firsts: dict[int, list[float]] = {number: [] for number in CLIENTS}
+    alone, ratios, errors = [], [], 0
+    for _ in range(NUM_REPEATS):
+        for number, count in CLIENTS.items():
+            asked = [bodies[place % len(bodies)] for place in range(count)]
+            started = time.perf_counter()
+            told = asyncio.run(rush(address, asked, number))
+            rates[number].append(count / (time.perf_counter() - started))
+            firsts[number] += [one.first_s for one in told if one.first_s is not None]
+            errors += sum(not one.is_whole for one in told)
+            if number == MEASURED:
+                alone.append(rate_alone(inference, [urls[place % len(urls)] for place in range(count)]))
+                ratios.append(rates[number][-1] / alone[-1])
+    figures = {f"requests_per_s_{number}": statistics.median(found) for number, found in rates.items()}
+    for number, found in firsts.items():
+        figures |= {f"ttft_ms_p50_{number}": 1000 * statistics.median(found), f"ttft_ms_p95_{number}": p95(found)}
+    return figures | {
+        "engine_requests_per_s": statistics.median(alone),
+        "throughput_32_vs_1": statistics.median(many / one for many, one in zip(rates[MEASURED], rates[1])),
+        "server_vs_engine": statistics.median(ratios),
+        "ttft_ms_p50": figures[f"ttft_ms_p50_{MEASURED}"],
+        "ttft_ms_p95": figures[f"ttft_ms_p95_{MEASURED}"],
+        "errors": float(errors),
+    }
+
+
+def p95(seconds: Sequence[float]) -> float:
+    """Milliseconds that 95 of 100 do not pass."""
+    return 1000 * statistics.quantiles(seconds, n=20)[-1]
+
+
+def engine_alone(model: str):  # type: ignore[no-untyped-def]
+    """The model with an engine of as many rows as there are clients."""
+    import torch
+
+    from looktwice.inference import OvisInference
+
+    torch.set_num_threads(1)
+    return OvisInference(model, device="cpu", batch_size=MEASURED, max_new_tokens=MAX_TOKENS)
+
+
+def rate_alone(inference, urls: Sequence[str]) -> float:  # type: ignore[no-untyped-def]
+    """Questions a second without a server."""
+    started = time.perf_counter()
+    answers = inference.batch_generate([(url, QUESTION) for url in urls])
+    assert all(answer.error is None for answer in answers)
+    return len(answers) / (time.perf_counter() - started)
+
+
+def body_of(url: str) -> bytes:
+    shown = {"type": "image_url", "image_url": {"url": url}}
+    messages = [{"role": "user", "content": [shown, {"type": "text", "text": QUESTION}]}]
+    return json.dumps({"messages": messages, "max_tokens": MAX_TOKENS, "stream": True}).encode()
+
+
+async def rush(address: str, bodies: Sequence[bytes], num_clients: int) -> list[Timed]:
+    """Ask all, `num_clients` at a time."""
+    waiting = iter(bodies)
+
+    async def client() -> list[Timed]:
+        return [await ask(address, body) for body in waiting]
+
+    return [one for told in await asyncio.gather(*(client() for _ in range(num_clients))) for one in told]
+
+
+async def ask(address: str, body: bytes) -> Timed:
+    """Send one request and read its stream to the end."""
+    parts = urlsplit(address)
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=2**22)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+    first, is_whole = None, False
+    async for line in reader:
+        if first is None and (b'"content":"' in line and b'"content":""' not in line or b'"reasoning":"' in line):
+            first = time.perf_counter() - started
+        is_whole = is_whole or line.startswith(b"data: [DONE]")
+        assert not line.startswith(b"HTTP/1.1") or b" 200 " in line, line
+        is_whole = is_whole and b'"error"' not in line
+    writer.close()
+    return Timed(first, is_whole)
+
+
+if __name__ == "__main__":
+    main()
