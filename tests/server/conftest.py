@@ -57,7 +57,12 @@ class PlayingEngine:
             if row := self.live.pop(self.cancelled.pop(), None):
                 self._respond(row, "cancelled")
         for number, row in [*self.live.items()]:
-            if not self._advance(row):
+            try:
+                is_over = not self._advance(row)
+            except Exception as error:  # it ends its own rollout alone
+                row["driver"].fail(error)
+                is_over = True
+            if is_over:
                 del self.live[number]
         return bool(self.live)
 

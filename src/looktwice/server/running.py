@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 from types import FrameType
@@ -46,7 +47,8 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         self.service.is_draining = True
-        self._captured_signals.append(sig)
+        if sig == signal.SIGINT:  # whoever types Ctrl-C is told that it was heard
+            self._captured_signals.append(sig)
 
     async def main_loop(self) -> None:
         watch = asyncio.create_task(self._end_when_empty())
