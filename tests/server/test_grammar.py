@@ -50,7 +50,9 @@ def test_a_schema_holds_in_a_stream_and_beside_answers_without(tiny, question) -
     assert {*json.loads(text)} == {"tile", "digit"} and beside == plain
 
 
-@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "#/none"}, False, {"pattern": "(", "type": "string"}])
+@pytest.mark.parametrize(
+    "schema", [{"type": "nonsense"}, {"$ref": "#/none"}, False, {"pattern": "(", "type": "string"}]
+)
 def test_a_schema_that_cannot_be_followed_is_refused(tiny, question, schema) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     with pytest.raises(openai.BadRequestError, match="schema"):

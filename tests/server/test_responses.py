@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import openai
 import pytest
-
 from tests.server.conftest import url_of
 from tests.server.test_chat import LOOKS
 

@@ -25,6 +25,8 @@ from looktwice.server.refusal import Refusal
 
 MOST_BYTES = 100_000
 """Of a schema: a larger one could take minutes to read."""
+BLANKS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""Where blanks may stand in the JSON. If anywhere, a model that may not write what it would writes nothing else."""
 State = Literal["opening", "thinking", "ready", "calling", "answering"]
 
 
@@ -97,7 +99,7 @@ class Grammars:
         if len(text) > MOST_BYTES:
             raise Refusal(f"the schema is longer than {MOST_BYTES:,} letters", param="response_format")
         try:
-            grammar = LLMatcher.grammar_from_json_schema(text)
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=BLANKS)
             tokenizer = self._tokenizer(processor)
             matcher = LLMatcher(tokenizer, grammar)
             error = matcher.get_error()
