@@ -25,7 +25,7 @@ from looktwice.server.refusal import Refusal
 
 MOST_BYTES = 100_000
 """Of a schema: a larger one could take minutes to read."""
-BLANKS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+BLANKS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """Where blanks may stand in the JSON. If anywhere, a model that may not write what it would writes nothing else."""
 State = Literal["opening", "thinking", "ready", "calling", "answering"]
 

@@ -87,6 +87,7 @@ def listen(config: ServeConfig) -> socket.socket:
 def serve(config: ServeConfig) -> None:
     """Load the model and answer until a signal ends it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     where = listen(config)
     metrics = ServerMetrics()
     models = Models(config)
