@@ -194,3 +194,14 @@ def test_what_is_no_grounding_is_told(inference, image, phrase, kind, problem) -
 def test_the_model_is_described_in_a_line(inference, model_folder) -> None:
     assert inference.described.startswith(f"{model_folder}: ")
     assert inference.described.endswith("M parameters, float32 on cpu")
+
+
+def test_what_is_said_has_its_ids_and_nothing_else_has(scripted) -> None:
+    asked, events = scripted(SCRIPT)
+    said = [event for event in events if isinstance(event, Said)]
+    decode = asked.episode.processor.decode
+    told = "".join(decode([token for token, _ in event.tokens]) for event in said)
+    assert texts(events, Said).strip() in told and "think" not in told and "tool_call" not in told
+    written = asked.episode.trajectory
+    logprobs = dict(zip(written.completion_ids, written.sampling_logprobs))
+    assert all(logprobs[token] == pytest.approx(logprob, abs=1) for event in said for token, logprob in event.tokens)

@@ -13,6 +13,7 @@ from looktwice.engine import reading, runner
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.interface import Continuation, Request, Segment
 from looktwice.engine.sampling import Sampling
+from looktwice.errors import ConfigError
 from looktwice.messages import question_about
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.packing import pack
@@ -465,3 +466,80 @@ def test_episodes_with_crops_give_the_training_forward_the_logprobs_they_recorde
         if sampled
     ]
     torch.testing.assert_close(torch.tensor(recorded), trained, atol=1e-4, rtol=0)
+
+
+class OnlyThese:
+    """Allows one id after the other; what it is told is noted."""
+
+    def __init__(self, ids: list[int], size: int) -> None:
+        self.ids, self.size = ids, size
+        self.taken: list[int] = []
+        self.put: list[int] = []
+
+    def allowed(self) -> torch.Tensor | None:
+        if len(self.taken) == len(self.ids):
+            raise IndexError("nothing is left")
+        allowed = torch.zeros(self.size, dtype=torch.bool)
+        allowed[self.ids[len(self.taken)]] = True
+        return allowed
+
+    def take(self, token: int) -> None:
+        self.taken.append(token)
+
+    def put_in(self, ids) -> None:
+        self.put += ids
+
+
+def test_a_mask_decides_what_its_own_rollout_may_write(model, prompts, processor, image) -> None:
+    ids = [7, 5, 9, 3, 8, 6]
+    masks = [OnlyThese(ids, model.config.vocab_size), OnlyThese(ids[:2], model.config.vocab_size)]
+    plans = [
+        Plan(budgets=[3, 3], calls=[INSERTS[0]], prompt=prompts[0], processor=processor, image=image) for _ in "ab"
+    ]
+    free = Plan(budgets=[4], calls=[], prompt=prompts[1], processor=processor, image=image)
+    alone = copy.deepcopy(free)
+    asked = {"max_new_tokens": 3, "sampling": GREEDY}
+    engine = BuiltinEngine(model)
+    engine.run(
+        [
+            Request(prompt=prompts[0], drivers=plans, masks=masks, **asked),
+            Request(prompt=prompts[1], drivers=[free], **asked),
+        ]
+    )
+    BuiltinEngine(model).run([Request(prompt=prompts[1], drivers=[alone], **asked)])
+    assert plans[0].sampled == ids == masks[0].taken and plans[0].logprobs == [0.0] * 6
+    put_in = [token for token, flag in zip(plans[0].example.input_ids, plans[0].example.loss_mask) if not flag]
+    assert masks[0].put == put_in[len(prompts[0]) :]
+    assert isinstance(plans[1].error, IndexError) and masks[1].taken == ids[:2]
+    assert free.sampled == alone.sampled and not engine.cache.holders
+
+
+def test_a_picture_that_breaks_ends_its_own_rollout_alone(model, prompts, processor, image) -> None:
+    """As one does that takes more memory than there is; the row that decodes goes on as if nothing had been."""
+
+    def encode(pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        if broken:
+            raise MemoryError("a large picture")
+        return model.get_image_features(pixels, grids)
+
+    broken: list[bool] = []
+    first, second, alone = (
+        Plan(budgets=[6], calls=[], prompt=prompt, processor=processor, image=image)
+        for prompt in (prompts[0], prompts[1], prompts[0])
+    )
+    asked = {"max_new_tokens": 6, "sampling": GREEDY}
+    engine = BuiltinEngine(model, encode=encode)
+    engine.submit(Request(prompt=prompts[0], drivers=[first], **asked))
+    engine.step()
+    broken.append(True)
+    engine.submit(Request(prompt=prompts[1], drivers=[second], **asked))
+    while engine.step():
+        pass
+    BuiltinEngine(model).run([Request(prompt=prompts[0], drivers=[alone], **asked)])
+    assert isinstance(second.error, MemoryError) and first.error is None
+    assert first.sampled == alone.sampled and not engine.cache.holders
+
+
+def test_an_adapter_that_is_not_there_is_refused_at_once(model, prompts) -> None:
+    with pytest.raises(ConfigError, match="no adapter 'a' in the engine"):
+        BuiltinEngine(model).submit(Request(prompt=prompts[0], drivers=[], max_new_tokens=1, adapter="a"))

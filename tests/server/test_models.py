@@ -9,7 +9,9 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from tests.engine.fake_vllm import FakeVllm, serving
 from tests.server.conftest import Served, served
+from tests.server.test_chat import LOOKS
 from tests.server.test_service import is_empty, wait_for
 
 from looktwice.config import ServeConfig
@@ -18,6 +20,7 @@ from looktwice.inference import OvisInference
 from looktwice.model.adapter_bank import AdapterBank, why_alone
 from looktwice.model.adapters import add_lora, base_of
 from looktwice.model.weights import load_model, save_model
+from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.server.models import Models, default_name
 
 
@@ -134,3 +137,33 @@ def test_an_adapter_that_changes_more_than_linear_layers_is_told_apart(folder) -
 def test_a_name_is_made_of_the_folder() -> None:
     assert default_name("outputs/grpo/final_model") == "grpo"
     assert default_name("AIDC-AI/Ovis2.5-2B") == "Ovis2.5-2B" and default_name("tiny") == "tiny"
+
+
+class Written(FakeVllm):
+    """Writes one text whatever it is asked, and goes on with it after a crop."""
+
+    def __init__(self, processor: Ovis2_5Processor, text: str) -> None:
+        super().__init__(processor.decode)
+        before, call, after = text.partition("</tool_call>")
+        self.parts = [processor.tokenizer.encode(part, add_special_tokens=False) for part in (before + call, after)]
+        self.call_id = processor.template.token_id("</tool_call>")
+
+    def _recorded(self, request: dict) -> list:
+        part = self.parts[self.call_id in request["token_ids"]]
+        watched = request["sampling_params"]["logprob_token_ids"]
+        return [[token, -0.5, *([-9.0] * (len(watched) - 1))] for token in part]
+
+
+def test_a_vllm_server_may_do_the_sampling(tiny_models, question) -> None:
+    processor = tiny_models.default.processor
+    with serving(Written(processor, LOOKS)) as fake:
+        config = ServeConfig(port=0, engine="vllm", vllm_servers=(fake.address,))
+        with served(Models(config), config) as running:
+            told = running.client.chat.completions.create(model="tiny", messages=question).choices[0]
+            assert told.message.content == "3" and told.looktwice["crops"][0]["box"] == [20, 30, 100, 90]
+            stream = running.client.chat.completions.create(model="tiny", messages=question, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "3"
+            form = {"type": "json_object"}
+            with pytest.raises(openai.BadRequestError, match="of the built-in engine"):
+                running.client.chat.completions.create(model="tiny", messages=question, response_format=form)
+            wait_for(lambda: running.service.worker.num_open == 0)

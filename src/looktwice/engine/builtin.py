@@ -260,10 +260,7 @@ class BuiltinEngine:
         except LooktwiceError:
             raise
         except Exception as error:  # such as a picture that takes more memory than there is
-            fed = {feed.sequence for feed in feeds}
-            for row in [*self.scheduler.live]:
-                if row in fed or row.prompt in fed:
-                    self._fail(row, error)
+            self._fail_pass(feeds, error)
             return
         self._time(feeds, times)
         self._measure(len(rows))
@@ -275,6 +272,16 @@ class BuiltinEngine:
                 self._fail(row, barred[row])
             else:
                 self._settle(row)
+
+    def _fail_pass(self, feeds: list[Feed], error: Exception) -> None:
+        """End the rollouts of a pass that failed: those that fed a prompt or a picture, if any did. Rows that were to
+        decode one id have changed in nothing until they have their logits, and try again without them."""
+        longer = {feed.sequence for feed in feeds if feed.count > 1}
+        fed = {feed.sequence for feed in feeds}
+        for row in [*self.scheduler.live]:
+            is_done_for = row in fed and not row.num_pending
+            if {row, row.prompt} & (longer or fed) or is_done_for:
+                self._fail(row, error)
 
     def _bar(self, rows: list[Trajectory], logits: Tensor) -> dict[Trajectory, Exception]:
         """Leave out of logits [S, V] what masks do not allow; the rows whose mask failed, with what it raised."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,10 +53,12 @@ class Trimmer:
 
 
 def logprobs_of(tokens: Sequence[tuple[int, float]], decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """Logprobs as chat completions write them. Of a token that is part of a letter `bytes` are not known."""
+    """Logprobs as chat completions write them. Of a token that is part of a letter `bytes` are not known, nor is the
+    logprob where vLLM leaves ids out of the distribution: both are None."""
     content = []
     for token, logprob in tokens:
         text = decode([token])
         whole = None if UNFINISHED in text else [*text.encode()]
-        content.append({"token": text, "logprob": logprob, "bytes": whole, "top_logprobs": []})
+        known = None if math.isnan(logprob) else logprob
+        content.append({"token": text, "logprob": known, "bytes": whole, "top_logprobs": []})
     return {"content": content, "refusal": None}
