@@ -84,6 +84,9 @@ def test_each_curl_gets_an_answer(address: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_is_understood(command: str, monkeypatch, tmp_path: Path) -> None:
+    for name in ("pictures", "outputs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
     heard: list[ServeConfig] = []
     monkeypatch.setattr(running, "serve", heard.append)
     monkeypatch.setattr("looktwice.cli.serve.locate", lambda name: name)

@@ -31,6 +31,8 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise() -> None:
         ({"Host": "[bad"}, "host"),
         ({"Origin": "https://evil.example"}, "origin"),
         ({"Origin": "null"}, "origin"),
+        ({"Origin": "http://127.0.0.1:1"}, "origin"),
+        ({"Origin": "http://[bad"}, "origin"),
     ],
 )
 def test_pages_of_elsewhere_and_names_that_are_not_ours_are_refused(tiny, headers, code) -> None:
@@ -129,6 +131,16 @@ def test_a_malformed_request_is_told_what_is_wrong(tiny, change, param, said) ->
     error = told.json()["error"]
     assert told.status_code == 400 and error["type"] == "invalid_request_error"
     assert error["param"].startswith(param) and said in error["message"]
+
+
+def test_a_bug_is_told_in_the_same_form_and_its_words_stand_in_no_log(tiny, monkeypatch, caplog) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("with a secret")
+
+    monkeypatch.setattr("looktwice.server.chat.task_of", broken)
+    told = tiny.http.post(CHAT, json=HELLO)
+    assert told.status_code == 500 and told.json()["error"]["type"] == "server_error"
+    assert "RuntimeError" in caplog.text and "secret" not in caplog.text + told.text
 
 
 def test_what_is_not_there_is_told_in_the_same_form(tiny) -> None:

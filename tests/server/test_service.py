@@ -129,6 +129,23 @@ def test_an_engine_that_breaks_fails_what_it_had_and_is_begun_anew(play, questio
         assert is_empty(running) and running.http.get("/health").status_code == 200
 
 
+def test_a_server_whose_engine_cannot_be_begun_anew_says_so(play, question, monkeypatch) -> None:
+    def gone() -> None:
+        raise RuntimeError("no memory is left")
+
+    with play(LONG, delay_s=0.01) as running:
+        [lane] = running.service.worker._lanes.values()
+        stream = running.client.chat.completions.create(model="tiny", messages=question, stream=True)
+        monkeypatch.setattr(lane, "open", gone)
+        running.engine.broken = RuntimeError("the device is gone")
+        with pytest.raises(openai.APIError, match="the engine broke|stops"):
+            list(stream)
+        wait_for(lambda: running.http.get("/health").status_code == 503)
+        with pytest.raises(openai.InternalServerError) as refused:
+            running.client.chat.completions.create(model="tiny", messages=question)
+        assert refused.value.status_code == 503 and running.service.worker.num_open == 0
+
+
 def test_an_answer_that_breaks_hurts_no_other(play, question, monkeypatch) -> None:
     """A crop that raises ends its own answer; one beside it, in the same passes, is whole."""
     text = "<think>\n<tool_call>[20, 30, 100, 90]</tool_call>It says 3.\n</think>\n\n<answer>3</answer><|im_end|>"

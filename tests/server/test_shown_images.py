@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from base64 import b64decode
 from pathlib import Path
 
 import openai
@@ -74,6 +75,25 @@ def test_a_picture_is_measured_before_it_is_decoded(monkeypatch) -> None:
     monkeypatch.setattr("looktwice.server.shown_images.open_image", lambda _: pytest.fail("it was decoded"))
     with pytest.raises(Refusal, match="1000x500 pixels"):
         shown_image(url, RULES)
+
+
+def test_a_picture_of_the_web_is_fetched_where_that_is_allowed(play, image, monkeypatch) -> None:
+    raw = b64decode(url_of(image).partition(",")[2])
+    fetched: list[str] = []
+
+    def fetch(url: str, *, max_bytes: int) -> bytes:
+        fetched.append(url)
+        return raw
+
+    monkeypatch.setattr("looktwice.server.shown_images.fetch", fetch)
+    shown = {"type": "image_url", "image_url": {"url": "https://public.example/a.png"}}
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": [shown, {"type": "text", "text": "What?"}]}]}
+    with play("Red.<|im_end|>", allow_http=True) as running:
+        told = running.client.chat.completions.create(**asked)
+    assert told.choices[0].looktwice["picture"]["original"] == [160, 120]
+    assert fetched == ["https://public.example/a.png"]
+    with play("Red.<|im_end|>") as running, pytest.raises(openai.BadRequestError, match="--allow_http"):
+        running.client.chat.completions.create(**asked)
 
 
 def test_a_request_with_too_many_pictures_is_refused(tiny, image) -> None:

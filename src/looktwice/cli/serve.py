@@ -27,6 +27,9 @@ def run(words: Sequence[str]) -> None:
             raise ConfigError("the model is given twice, with --model_path and without; leave one out")
         config = ServeConfig(**{**config.model_dump(exclude_unset=True), "model_path": given["model"]})
     locate(config.model_path)
+    for flag, folder in (("--image_folder", config.image_folder), ("--adapter_folder", config.adapter_folder)):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{flag} {folder}: no such folder")
     try:
         from looktwice.server.running import serve
     except ImportError as error:

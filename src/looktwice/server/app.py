@@ -204,6 +204,10 @@ def _add_errors(app: FastAPI) -> None:
         headers = error.headers or {}
         return await refused(request, Refusal(message, status=error.status_code, headers=headers))
 
+    async def broken(request: Request, error: Exception) -> Response:
+        return await refused(request, Refusal("this request failed; ask again", status=500))
+
+    app.add_exception_handler(Exception, broken)
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, unknown)

@@ -113,7 +113,7 @@ class Guard:
                 "this server does not answer to that host; start it with --allowed_hosts", status=403, code="host"
             )
         origin = headers.get("origin")
-        if origin and origin not in self.origins and _host_of(urlsplit(origin).netloc) != host:
+        if origin and origin not in self.origins and not _is_of(origin, headers.get("host", "")):
             raise Refusal("this page may not call the server; start it with --allow_origins", status=403, code="origin")
         if scope["method"] == "OPTIONS":
             return  # a browser asks what it may do, without a key
@@ -192,6 +192,14 @@ def _endpoint(scope: Scope) -> str:
     """The path of a request where it is one of ours; others may hold anything."""
     route: Any = scope.get("route")
     return getattr(route, "path", None) or (scope["path"] if scope["path"] in OPEN_PATHS else "other")
+
+
+def _is_of(origin: str, netloc: str) -> bool:
+    """Whether an origin is that of a page which this server gave: the same host and port."""
+    try:
+        return urlsplit(origin).netloc.lower() == netloc.lower() != ""
+    except ValueError:
+        return False
 
 
 def _host_of(netloc: str) -> str:

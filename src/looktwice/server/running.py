@@ -14,6 +14,7 @@ import uvicorn
 from looktwice.config import ServeConfig
 from looktwice.errors import ConfigError
 from looktwice.server.app import build_app
+from looktwice.server.guard import read_keys
 from looktwice.server.metrics import ServerMetrics
 from looktwice.server.models import Models
 from looktwice.server.service import Service
@@ -88,6 +89,7 @@ def serve(config: ServeConfig) -> None:
     """Load the model and answer until a signal ends it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    read_keys(config.api_key_file)
     where = listen(config)
     metrics = ServerMetrics()
     models = Models(config)

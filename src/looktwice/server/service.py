@@ -28,6 +28,8 @@ from looktwice.server.worker import Failed, Job, Told, Worker
 
 NUM_READERS = 2
 """Threads that decode pictures and write prompts: as many pictures are in memory at their full size."""
+NUM_WAITERS = 16
+"""Threads that wait for the web or load adapters, so that readers do not."""
 MOST_CRASHES = 3
 """Passes that fail one after the other before the server calls itself unwell."""
 T = TypeVar("T")
@@ -105,6 +107,7 @@ class Service:
         )
         self.grammars = Grammars()
         self.readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="looktwice-reader")
+        self.waiters = ThreadPoolExecutor(NUM_WAITERS, thread_name_prefix="looktwice-waiter")
         self.is_draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -116,15 +119,16 @@ class Service:
     def stop(self) -> None:
         """Stop to answer; what is unfinished fails."""
         self.worker.close()
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.readers, self.waiters):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_well(self) -> bool:
-        return self.worker.num_crashes < MOST_CRASHES
+        return self.worker.is_running and self.worker.num_crashes < MOST_CRASHES
 
     async def begin(self, task: Task) -> Reply:
         """Have a task answered. Raises Refusal when there is no place, or the task cannot be begun."""
-        if self.is_draining:
+        if self.is_draining or not self.worker.is_running:
             raise Refusal("the server is stopping; ask another one", status=503, headers={"Retry-After": "30"})
         reply = Reply(task, self.models.named(task.model), self.worker, self.config.request_seconds)
         if not self.worker.reserve(task.count):
@@ -135,7 +139,9 @@ class Service:
                 headers={"Retry-After": str(self._seconds_to_wait())},
             )
         try:
-            reply.job.asked = await self._in_reader(lambda: self._read(task, reply))
+            if task.has_web_images and self.rules.allow_http:
+                task = await self._in_thread(self.waiters, lambda: task.fetched(self.rules))
+            reply.job.asked = await self._in_thread(self.readers, lambda: self._read(task, reply))
         except BaseException:
             self.worker.give_back(task.count)
             raise
@@ -167,7 +173,7 @@ class Service:
     async def load_adapter(self, name: str, written: str) -> None:
         """Know an adapter by a name from now on. Raises Refusal when it cannot be had."""
         folder = self._adapter_folder(written)
-        loaded = await self._in_reader(lambda: self.models.read_adapter(name, folder))
+        loaded = await self._in_thread(self.waiters, lambda: self.models.read_adapter(name, folder))
         await asyncio.wrap_future(self.worker.call(lambda: self._know(loaded)))
 
     def _know(self, loaded: Loaded) -> None:
@@ -209,11 +215,11 @@ class Service:
             raise Refusal("no such folder below --adapter_folder", param="lora_path", code="no_such_folder")
         return path
 
-    async def _in_reader(self, function: Callable[[], T]) -> T:
-        """What comes of a function in a reader's thread; our own errors as refusals."""
+    async def _in_thread(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        """What comes of a function in another thread; our own errors as refusals."""
         assert self._loop is not None
         try:
-            return await self._loop.run_in_executor(self.readers, function)
+            return await self._loop.run_in_executor(threads, function)
         except LooktwiceError as error:
             raise refusal_of(error) from error
 

@@ -32,7 +32,7 @@ class ImageRules:
 
 def shown_image(url: str, rules: ImageRules) -> Image.Image:
     """The picture that a request names, decoded. Raises Refusal where it may not be had or is none."""
-    address = _held(url, rules)
+    address = held_address(url, rules)
     try:
         size = image_size(address)
         if size.width * size.height > rules.max_pixels:
@@ -46,8 +46,13 @@ def shown_image(url: str, rules: ImageRules) -> Image.Image:
         raise Refusal(f"a picture cannot be used: {error}", param="messages", code="invalid_image") from error
 
 
-def _held(url: str, rules: ImageRules) -> str:
-    """The address that holds the picture itself."""
+def is_web(url: str) -> bool:
+    """Whether a picture is named by an address of the web."""
+    return url[:8].lower().startswith(WEB)
+
+
+def held_address(url: str, rules: ImageRules) -> str:
+    """The address that holds the picture itself. Raises Refusal where it may not be had."""
     lowered = url[:8].lower()
     if lowered.startswith("data:"):
         try:
@@ -56,7 +61,7 @@ def _held(url: str, rules: ImageRules) -> str:
             raise Refusal(str(error), param="messages", code="invalid_image") from error
         assert isinstance(held, str)
         return held
-    if lowered.startswith(WEB):
+    if is_web(url):
         if not rules.allow_http:
             mend = "send the picture as a data: URL, or start the server with --allow_http"
             raise Refusal(f"pictures are not fetched from the web here; {mend}", param="messages", code="no_http")

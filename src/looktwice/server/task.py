@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from looktwice.asking.answer import remembered
@@ -13,7 +13,7 @@ from looktwice.geometry import PixelPolicy
 from looktwice.messages import Conversation, ImagePart, Message, Part, Role, TextPart
 from looktwice.server.refusal import Refusal, refusal_of
 from looktwice.server.schema import ChatMessage, Content, ImageContent, InputImage, InputMessage, Looking, TextContent
-from looktwice.server.shown_images import ImageRules, shown_image
+from looktwice.server.shown_images import ImageRules, held_address, is_web, shown_image
 
 SEEDS = 2**32
 
@@ -57,6 +57,21 @@ class Task:
             return own.override(image_min_pixels=self.min_pixels, image_max_pixels=self.max_pixels)
         except LooktwiceError as error:
             raise refusal_of(error, "max_pixels") from error
+
+    @property
+    def has_web_images(self) -> bool:
+        """Whether a picture is to be fetched."""
+        return any(isinstance(part, Shown) and is_web(part.url) for turn in self.turns for part in turn.parts)
+
+    def fetched(self, rules: ImageRules) -> Task:
+        """The same with the pictures of the web in place of their addresses. Raises Refusal as `conversation` does."""
+
+        def held(part: str | Shown) -> str | Shown:
+            is_there = isinstance(part, Shown) and is_web(part.url)
+            return Shown(url=held_address(part.url, rules)) if is_there else part  # type: ignore[union-attr]
+
+        turns = (replace(turn, parts=tuple(map(held, turn.parts))) for turn in self.turns)
+        return replace(self, turns=tuple(turns))
 
     def conversation(self, rules: ImageRules) -> Conversation:
         """The conversation with its pictures decoded. Raises Refusal for one that may not be had or is none."""

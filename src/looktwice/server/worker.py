@@ -136,6 +136,11 @@ class Worker:
         self._news.set()
         self._thread.join()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes jobs."""
+        return not self._is_closed
+
     def reserve(self, count: int) -> bool:
         """Take places for so many answers; False when there are not enough. They are given back by the last event of
         each, or by `give_back`."""
@@ -194,16 +199,27 @@ class Worker:
         self._news.set()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            # only a bug gets here, or an engine that cannot be begun anew
+            logger.error("the worker ends (%s at %s)", type(error).__name__, _places(error))
+        finally:
+            self._is_closed = True
+            for lane in self._lanes.values():
+                for job in lane.jobs:
+                    job.fail(Failed("the server stops"))
+            self._hand_out([*self._lanes.values()])
+            while self._inbox:  # what came too late
+                self._inbox.popleft()()
+
+    def _work(self) -> None:
         while not self._is_closed:
             self._news.wait()
             self._news.clear()
             with ExitStack() as stack:
                 while self._pass(stack):
                     pass
-        for lane in self._lanes.values():
-            for job in lane.jobs:
-                job.fail(Failed("the server stops"))
-        self._hand_out([*self._lanes.values()])
 
     def _pass(self, stack: ExitStack) -> bool:
         """One pass of every engine that has jobs; False when none has, and nothing came in."""
@@ -246,12 +262,13 @@ class Worker:
     def _begin(self, job: Job) -> None:
         lane = self._lanes.get(job.lane)
         try:
-            if lane is None:
-                raise LooktwiceError("the model was removed")
+            if lane is None or self._is_closed:
+                raise LooktwiceError("the server stops" if self._is_closed else "the model was removed")
             job.numbers = lane.engine.submit(job.asked[0].request)
             lane.jobs.append(job)
-        except (LooktwiceError, ValueError) as error:
-            job.fail(Failed(one_line(str(error)), is_our_fault=False))
+        except Exception as error:
+            is_theirs = isinstance(error, (LooktwiceError, ValueError)) and not self._is_closed
+            job.fail(Failed(one_line(str(error)) if is_theirs else "it cannot be begun", is_our_fault=not is_theirs))
             self._settle([job])
 
     def _cancel(self, job: Job) -> None:
