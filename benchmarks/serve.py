@@ -3,7 +3,7 @@
     python benchmarks/serve.py [--json FILE] [--model tiny]
 
 A server of the model runs in a process of its own on the loopback. 1, 8, 32 and 64 clients ask it at a time, each its
-next question when the last is answered, all with a picture that no other has, and read the stream. The engine alone
+next question when the last is answered, about a picture that no other has, and read the stream. The engine alone
 answers the same questions, pictures decoded and prompts written, 32 at a time; both take turns, so that a busy moment
 of the machine hits both. One thread computes in either.
 """
@@ -34,8 +34,11 @@ CLIENTS = {1: 16, 8: 48, 32: 128, 64: 192}
 MEASURED = 32
 NUM_REPEATS = 3
 NUM_IMAGES = 64
-QUESTION = "List the tiles."
+SKILL = "List the tiles."
+"""What the built-in model writes longest about: about thirty tokens. Any other is asked the demo's own questions."""
 MAX_TOKENS = 128
+Question = tuple[str, str]
+"""A picture's address and what is asked about it."""
 GOALS = {
     "throughput_32_vs_1": "at least 5",
     "server_vs_engine": "at least 0.8",
@@ -57,8 +60,7 @@ def main() -> None:
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_dataset(Path(folder), num_train=1, num_rl=1, num_eval=NUM_IMAGES, seed=0)
-        images = sorted(Path(folder).glob("*.png"))[-NUM_IMAGES:]
-        urls = [f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}" for image in images]
+        questions = read_questions(Path(folder), is_skill=arguments.model == "tiny")
     server = subprocess.Popen(
         [sys.executable, "-m", "looktwice", "serve", arguments.model, "--port", "0", "--device", "cpu"],
         stderr=subprocess.PIPE,
@@ -66,11 +68,19 @@ def main() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        figures = measured(address_of(server), arguments.model, urls)
+        figures = measured(address_of(server), arguments.model, questions)
     finally:
         server.terminate()
         server.wait(30)
     publish(figures, arguments, GOALS)
+
+
+def read_questions(folder: Path, *, is_skill: bool) -> list[Question]:
+    """The demo's questions about pictures of its own, or the one about a skill in their place."""
+    rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    images = [base64.b64encode((folder / row["image_path"]).read_bytes()).decode() for row in rows]
+    asked = [SKILL if is_skill else row["QnA"][0]["Q"] for row in rows]
+    return [(f"data:image/png;base64,{image}", question) for image, question in zip(images, asked)]
 
 
 def address_of(server: subprocess.Popen[str]) -> str:
@@ -85,10 +95,10 @@ def address_of(server: subprocess.Popen[str]) -> str:
     return found[1]
 
 
-def measured(address: str, model: str, urls: Sequence[str]) -> dict[str, float]:
+def measured(address: str, model: str, questions: Sequence[Question]) -> dict[str, float]:
     """All figures: medians over repeats in which every number of clients, and the engine alone, have their turn."""
     inference = engine_alone(model)
-    bodies = [body_of(url) for url in urls]
+    bodies = [body_of(*question) for question in questions]
     asyncio.run(rush(address, bodies[:8], 8))
     rates: dict[int, list[float]] = {number: [] for number in CLIENTS}
     firsts: dict[int, list[float]] = {number: [] for number in CLIENTS}
@@ -102,7 +112,7 @@ def measured(address: str, model: str, urls: Sequence[str]) -> dict[str, float]:
             firsts[number] += [one.first_s for one in told if one.first_s is not None]
             errors += sum(not one.is_whole for one in told)
             if number == MEASURED:
-                alone.append(rate_alone(inference, [urls[place % len(urls)] for place in range(count)]))
+                alone.append(rate_alone(inference, [questions[place % len(questions)] for place in range(count)]))
                 ratios.append(rates[number][-1] / alone[-1])
     figures = {f"requests_per_s_{number}": statistics.median(found) for number, found in rates.items()}
     for number, found in firsts.items():
@@ -132,17 +142,17 @@ def engine_alone(model: str):  # type: ignore[no-untyped-def]
     return OvisInference(model, device="cpu", batch_size=MEASURED, max_new_tokens=MAX_TOKENS)
 
 
-def rate_alone(inference, urls: Sequence[str]) -> float:  # type: ignore[no-untyped-def]
+def rate_alone(inference, questions: Sequence[Question]) -> float:  # type: ignore[no-untyped-def]
     """Questions a second without a server."""
     started = time.perf_counter()
-    answers = inference.batch_generate([(url, QUESTION) for url in urls])
+    answers = inference.batch_generate(questions)
     assert all(answer.error is None for answer in answers)
     return len(answers) / (time.perf_counter() - started)
 
 
-def body_of(url: str) -> bytes:
+def body_of(url: str, question: str) -> bytes:
     shown = {"type": "image_url", "image_url": {"url": url}}
-    messages = [{"role": "user", "content": [shown, {"type": "text", "text": QUESTION}]}]
+    messages = [{"role": "user", "content": [shown, {"type": "text", "text": question}]}]
     return json.dumps({"messages": messages, "max_tokens": MAX_TOKENS, "stream": True}).encode()
 
 
