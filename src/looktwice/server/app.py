@@ -26,6 +26,12 @@ from looktwice.server.schema import AdapterRequest, ChatRequest, ResponsesReques
 from looktwice.server.service import Reply, Service
 
 PAGE = Path(__file__).parent / "page"
+PAGE_FILES = {file.name for file in PAGE.iterdir()}
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
 CLOSED_BY_CLIENT = 499
 T = TypeVar("T")
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -62,11 +68,11 @@ def _add_state(app: FastAPI, service: Service, metrics: ServerMetrics) -> None:
     """What the server says of itself."""
 
     @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        file = PAGE / "index.html"
-        if not file.is_file():
-            raise Refusal("there is no page here; ask /v1/chat/completions", status=404)
-        return FileResponse(file)
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page(name: str = "index.html") -> Response:
+        if name not in PAGE_FILES:
+            raise Refusal("no such address", status=404)
+        return FileResponse(PAGE / name, headers=PAGE_HEADERS)
 
     @app.get("/health")
     async def health() -> JSONResponse:

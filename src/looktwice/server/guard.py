@@ -27,7 +27,7 @@ from looktwice.server.refusal import Refusal
 
 logger = logging.getLogger("looktwice.server")
 KEY_VARIABLE = "LOOKTWICE_API_KEY"
-OPEN_PATHS = ("/", "/health")
+OPEN_PATHS, OPEN_FOLDER = ("/", "/health"), "/page/"
 """What needs no key: the page holds nothing, and who watches over servers has none."""
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 ANY_HOSTS = ("0.0.0.0", "::")
@@ -117,7 +117,7 @@ class Guard:
             raise Refusal("this page may not call the server; start it with --allow_origins", status=403, code="origin")
         if scope["method"] == "OPTIONS":
             return  # a browser asks what it may do, without a key
-        if self.keys and scope["path"] not in OPEN_PATHS:
+        if self.keys and not (scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)):
             kind, _, word = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not is_known(word.strip(), self.keys):
                 raise Refusal(
