@@ -89,14 +89,15 @@ def test_a_limit_is_told_as_length(play, question) -> None:
 
 
 def test_earlier_answers_are_sent_back_without_their_thinking(play, question) -> None:
-    earlier = {"role": "assistant", "content": "3", "reasoning": "secret one", "reasoning_content": "secret one"}
+    content = f"<think>secret two</think>{CALL}3"
+    earlier = {"role": "assistant", "content": content, "reasoning": "secret one", "reasoning_content": "secret one"}
     messages = [*question, earlier, {"role": "user", "content": "Sure?"}]
     with play("Yes.<|im_end|>") as running:
         told = running.client.chat.completions.create(
             model="tiny", messages=messages, extra_body={"return_token_ids": True}
         )
         written = running.service.models.default.processor.decode(told.prompt_token_ids)
-    assert "secret" not in written and written.count("assistant\n") == 2 and "3" in written
+    assert "secret" not in written and "tool_call" not in written and written.count("assistant\n") == 2 and "3" in written
 
 
 def test_logprobs_are_those_of_what_is_said(play, question) -> None:
