@@ -6,6 +6,10 @@ A server of the model runs in a process of its own on the loopback. 1, 8, 32 and
 next question when the last is answered, about a picture that no other has, and read the stream. The engine alone
 answers the same questions, pictures decoded and prompts written, 32 at a time; both take turns, so that a busy moment
 of the machine hits both. One thread computes in either.
+
+`requests_per_s` are of the wall and mean something on two idle cores; the seconds of the processor, of which
+`cpu_32_vs_1` and `cpu_server_vs_engine` are ratios, do on a busy machine too, and leave out that the server reads pictures
+while it computes.
 """
 
 from __future__ import annotations
@@ -54,6 +58,24 @@ class Timed:
     is_whole: bool
 
 
+@dataclass(frozen=True)
+class Turn:
+    """So many requests, the seconds that went by, and the seconds of the processor that their answering took."""
+
+    count: int
+    wall_s: float
+    processor_s: float
+    told: list[Timed]
+
+    @property
+    def rate(self) -> float:
+        return self.count / self.wall_s
+
+    @property
+    def cpu_ms(self) -> float:
+        return 1000 * self.processor_s / self.count
+
+
 def main() -> None:
     options = parser()
     options.add_argument("--model", default="tiny", help="model folder; tiny is the built-in one")
@@ -68,7 +90,7 @@ def main() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        figures = measured(address_of(server), arguments.model, questions)
+        figures = measured(server, arguments.model, questions)
     finally:
         server.terminate()
         server.wait(30)
@@ -95,36 +117,51 @@ def address_of(server: subprocess.Popen[str]) -> str:
     return found[1]
 
 
-def measured(address: str, model: str, questions: Sequence[Question]) -> dict[str, float]:
+def measured(server: subprocess.Popen[str], model: str, questions: Sequence[Question]) -> dict[str, float]:
     """All figures: medians over repeats in which every number of clients, and the engine alone, have their turn."""
+    address = address_of(server)
     inference = engine_alone(model)
     bodies = [body_of(*question) for question in questions]
     asyncio.run(rush(address, bodies[:8], 8))
-    rates: dict[int, list[float]] = {number: [] for number in CLIENTS}
-    firsts: dict[int, list[float]] = {number: [] for number in CLIENTS}
-    alone, ratios, errors = [], [], 0
+    turns: dict[int, list[Turn]] = {number: [] for number in CLIENTS}
+    alone: list[Turn] = []
     for _ in range(NUM_REPEATS):
         for number, count in CLIENTS.items():
-            asked = [bodies[place % len(bodies)] for place in range(count)]
-            started = time.perf_counter()
-            told = asyncio.run(rush(address, asked, number))
-            rates[number].append(count / (time.perf_counter() - started))
-            firsts[number] += [one.first_s for one in told if one.first_s is not None]
-            errors += sum(not one.is_whole for one in told)
+            places = [place % len(bodies) for place in range(count)]
+            turns[number].append(turn_of(server.pid, address, [bodies[place] for place in places], number))
             if number == MEASURED:
-                alone.append(rate_alone(inference, [questions[place % len(questions)] for place in range(count)]))
-                ratios.append(rates[number][-1] / alone[-1])
-    figures = {f"requests_per_s_{number}": statistics.median(found) for number, found in rates.items()}
-    for number, found in firsts.items():
-        figures |= {f"ttft_ms_p50_{number}": 1000 * statistics.median(found), f"ttft_ms_p95_{number}": p95(found)}
+                alone.append(turn_alone(inference, [questions[place] for place in places]))
+    figures: dict[str, float] = {}
+    for number, found in turns.items():
+        firsts = [one.first_s for turn in found for one in turn.told if one.first_s is not None]
+        figures[f"requests_per_s_{number}"] = statistics.median(turn.rate for turn in found)
+        figures[f"cpu_ms_per_request_{number}"] = statistics.median(turn.cpu_ms for turn in found)
+        figures |= {f"ttft_ms_p50_{number}": 1000 * statistics.median(firsts), f"ttft_ms_p95_{number}": p95(firsts)}
+    many, one = turns[MEASURED], turns[1]
     return figures | {
-        "engine_requests_per_s": statistics.median(alone),
-        "throughput_32_vs_1": statistics.median(many / one for many, one in zip(rates[MEASURED], rates[1])),
-        "server_vs_engine": statistics.median(ratios),
+        "engine_requests_per_s": statistics.median(turn.rate for turn in alone),
+        "engine_cpu_ms_per_request": statistics.median(turn.cpu_ms for turn in alone),
+        "cpu_32_vs_1": statistics.median(a.cpu_ms / b.cpu_ms for a, b in zip(one, many)),
+        "cpu_server_vs_engine": statistics.median(a.cpu_ms / b.cpu_ms for a, b in zip(alone, many)),
+        "throughput_32_vs_1": statistics.median(a.rate / b.rate for a, b in zip(many, one)),
+        "server_vs_engine": statistics.median(a.rate / b.rate for a, b in zip(many, alone)),
         "ttft_ms_p50": figures[f"ttft_ms_p50_{MEASURED}"],
         "ttft_ms_p95": figures[f"ttft_ms_p95_{MEASURED}"],
-        "errors": float(errors),
+        "errors": float(sum(not told.is_whole for found in turns.values() for turn in found for told in turn.told)),
     }
+
+
+def turn_of(pid: int, address: str, bodies: Sequence[bytes], num_clients: int) -> Turn:
+    """The server under so many clients."""
+    started, spent = time.perf_counter(), processor_s(pid)
+    told = asyncio.run(rush(address, bodies, num_clients))
+    return Turn(len(bodies), time.perf_counter() - started, processor_s(pid) - spent, told)
+
+
+def processor_s(pid: int) -> float:
+    """Seconds that all threads of a process have computed, from Linux."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def p95(seconds: Sequence[float]) -> float:
@@ -142,12 +179,12 @@ def engine_alone(model: str):  # type: ignore[no-untyped-def]
     return OvisInference(model, device="cpu", batch_size=MEASURED, max_new_tokens=MAX_TOKENS)
 
 
-def rate_alone(inference, questions: Sequence[Question]) -> float:  # type: ignore[no-untyped-def]
-    """Questions a second without a server."""
-    started = time.perf_counter()
+def turn_alone(inference, questions: Sequence[Question]) -> Turn:  # type: ignore[no-untyped-def]
+    """The engine without a server."""
+    started, spent = time.perf_counter(), time.process_time()
     answers = inference.batch_generate(questions)
     assert all(answer.error is None for answer in answers)
-    return len(answers) / (time.perf_counter() - started)
+    return Turn(len(answers), time.perf_counter() - started, time.process_time() - spent, [])
 
 
 def body_of(url: str, question: str) -> bytes:

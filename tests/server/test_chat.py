@@ -97,7 +97,9 @@ def test_earlier_answers_are_sent_back_without_their_thinking(play, question) ->
             model="tiny", messages=messages, extra_body={"return_token_ids": True}
         )
         written = running.service.models.default.processor.decode(told.prompt_token_ids)
-    assert "secret" not in written and "tool_call" not in written and written.count("assistant\n") == 2 and "3" in written
+    assert (
+        "secret" not in written and "tool_call" not in written and written.count("assistant\n") == 2 and "3" in written
+    )
 
 
 def test_logprobs_are_those_of_what_is_said(play, question) -> None:
