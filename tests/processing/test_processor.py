@@ -490,3 +490,10 @@ def test_a_tokenizer_whose_visual_tokens_have_other_ids_is_refused(processor: Ov
     config.image_token_id = 3
     with pytest.raises(CheckpointError, match=r"in the tokenizer and \[\d+, \d+, 3, "):
         add_visual_tokens(copy.deepcopy(processor.tokenizer), config)
+
+
+def test_ids_that_come_one_by_one_are_decoded_as_ever(processor) -> None:
+    ids = [*range(processor.config.vocab_size)]
+    for _ in "ab":  # remembered the second time
+        assert [processor.decode_few([token]) for token in ids] == [processor.decode([token]) for token in ids]
+    assert processor.decode_few(ids[200:210]) == processor.decode(ids[200:210])

@@ -86,7 +86,7 @@ class Asked(Watcher):
         self.conversation = conversation
         self.tell = tell
         self.answer: Answer | None = None
-        self.letters, self.splitter = Letters(processor.decode), Splitter()
+        self.letters, self.splitter = Letters(processor.decode_few), Splitter()
         self.end_ids = frozenset(processor.end_ids)
         self.call_text = ""
         self.untold: list[tuple[int, float]] = []

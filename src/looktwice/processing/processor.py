@@ -104,6 +104,7 @@ class Ovis2_5Processor(ProcessorMixin):
         self.template = ChatTemplate(tokenizer)
         self.patch_size, self.stride, self.factor = vit.patch_size, vit.hidden_stride, vit.factor
         self.end_ids = [self.template.turn_close_id, self.template.token_id(TEXT_END)]
+        self._texts: dict[int, str] = {}
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -299,6 +300,14 @@ class Ovis2_5Processor(ProcessorMixin):
         hidden = set(self.config.visual_token_ids)
         shown = [token for token in torch.as_tensor(ids).tolist() if token not in hidden]
         return str(self.tokenizer.decode(shown, skip_special_tokens=skip_special_tokens, **kwargs))
+
+    def decode_few(self, ids: Sequence[int]) -> str:
+        """What `decode` gives for ids as they come one by one: those that stand alone are remembered."""
+        if len(ids) != 1:
+            return self.decode(ids)
+        if (text := self._texts.get(ids[0])) is None:
+            text = self._texts[ids[0]] = self.decode(ids)
+        return text
 
     def batch_decode(self, sequences: Sequence[Sequence[int]] | Tensor, **kwargs: Any) -> list[str]:  # type: ignore[override]
         return [self.decode(ids, **kwargs) for ids in sequences]
