@@ -7,9 +7,9 @@ next question when the last is answered, about a picture that no other has, and 
 answers the same questions, pictures decoded and prompts written, 32 at a time; both take turns, so that a busy moment
 of the machine hits both. One thread computes in either.
 
-`requests_per_s` are of the wall and mean something on two idle cores. The seconds of the processor, of which `cpu_32_vs_1`
-and `cpu_server_vs_engine` are ratios, do on a busy machine too; they leave out that a server reads pictures while it
-computes.
+`requests_per_s` are of the wall and mean something on two idle cores. The seconds of the processor, of which
+`cpu_32_vs_1` and `cpu_server_vs_engine` are ratios, do on a busy machine too; they leave out that a server reads
+pictures while it computes.
 """
 
 from __future__ import annotations
