@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from live_bytes import LiveBytes
 from torch.profiler import ProfilerActivity, profile
 
+from looktwice.planning.live_bytes import LiveBytes
 from looktwice.training.learner import Learner
 
 KINDS_OF_TIME = {

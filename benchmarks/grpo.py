@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from flops import counted_flops
-from live_bytes import peak_bytes
 from measure import interleaved, median_ratio, parser, publish
 from models import LONGEST, config_of
 from recomputing import one_at_a_time
@@ -35,6 +34,7 @@ from looktwice.geometry import Size
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.vision_cache import encoder
 from looktwice.model.weights import TINY, locate, save_model
+from looktwice.planning.live_bytes import peak_bytes
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.packing import PackedBatch, pack
 from looktwice.processing.processor import Example, Ovis2_5Processor

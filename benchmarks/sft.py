@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from breakdown import peak_by_kind, time_by_kind
 from flops import counted_flops
-from live_bytes import peak_bytes
 from measure import interleaved, median_ratio, parser, publish
 from models import REAL_VOCABULARY, config_of
 from torch import Tensor
@@ -35,6 +34,7 @@ from looktwice.model.configuration import IGNORE_INDEX, Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.vision_cache import VisionCache
 from looktwice.model.weights import TINY, locate, save_model
+from looktwice.planning.live_bytes import peak_bytes
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.packing import pack, pack_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor

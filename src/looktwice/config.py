@@ -330,6 +330,19 @@ class StatsConfig(SampleConfig):
     seed: Seed = knob(42, "seed of what is picked and of the order in which samples are packed")
 
 
+class PlanConfig(Config):
+    """What a run is to fit, and what its steps have to bear. Measured are steps of these sizes, and longer ones."""
+
+    gpu: Annotated[str, AfterValidator(check_file_size)] | None = knob(
+        None, "memory of a GPU, such as 24GB: settings that fit are proposed"
+    )
+    stage: Stage = knob("both", "what is proposed for")
+    max_tokens_per_row: Annotated[Whole, Field(ge=64)] = knob(2048, "fewest tokens of a row")
+    max_pixels: Positive | None = knob(None, "pixels of each picture; default: the most that the model is shown")
+    rollout_batch_size: Annotated[Whole, Field(ge=2)] = knob(16, "rollouts that advance together")
+    rollout_tokens: Annotated[Whole, Field(ge=64)] = knob(3072, "tokens of a rollout with its prompt and pictures")
+
+
 class StageConfig(Config):
     """What both stages share. A step is `train_batch_size` x `gradient_accumulation_steps` samples or prompts."""
 

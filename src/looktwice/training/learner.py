@@ -142,21 +142,7 @@ class Learner:
             attn_implementation=pick_attention(model_config.attn_implementation, device, is_bf16=config.bf16),
             quantization=model_config.quantization,
         )
-        if isinstance(model, PeftModel):
-            check_same_adapter(model, **lora_settings(config, only_given=True))
-        elif config.use_lora:
-            model = add_lora(base_of(model), **lora_settings(config))
-        freeze(model, config.frozen_parts)
-        if compute_dtype(config) != torch.float32:
-            cast_by_autocast(model)
-        if not has_adapter:
-            halve_frozen(model, compute_dtype(config))
-        towers = "all" if config.memory_efficient else config.gradient_checkpointing
-        if towers == "auto":
-            towers = "all" if is_gpu(device) else "none"
-        recompute_layers(base_of(model), towers)
-        if config.torch_compile:
-            compile_layers(base_of(model))
+        model = made_trainable(model, config, is_on_gpu=is_gpu(device))
         if is_gpu(device):
             torch.set_float32_matmul_precision("highest" if is_exact or config.deterministic else "high")  # TF32
         if is_exact:
@@ -442,6 +428,27 @@ class Learner:
         if scaler:  # of a run in fp16
             self.scaler.load_state_dict(scaler)
         restore_random_state(random)
+
+
+def made_trainable(model: nn.Module, config: StageConfig, *, is_on_gpu: bool) -> nn.Module:
+    """A loaded model under the settings: with adapters, frozen parts, precisions and recomputed layers; one that comes
+    with an adapter keeps it."""
+    if isinstance(model, PeftModel):
+        check_same_adapter(model, **lora_settings(config, only_given=True))
+    elif config.use_lora:
+        model = add_lora(base_of(model), **lora_settings(config))
+    freeze(model, config.frozen_parts)
+    if compute_dtype(config) != torch.float32:
+        cast_by_autocast(model)
+    if not isinstance(model, PeftModel):
+        halve_frozen(model, compute_dtype(config))
+    towers = "all" if config.memory_efficient else config.gradient_checkpointing
+    if towers == "auto":
+        towers = "all" if is_on_gpu else "none"
+    recompute_layers(base_of(model), towers)
+    if config.torch_compile:
+        compile_layers(base_of(model))
+    return model
 
 
 def parameter_groups(model: nn.Module, config: StageConfig) -> list[dict[str, Any]]:
