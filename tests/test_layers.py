@@ -35,7 +35,7 @@ LAYERS = (
     ("data",),
     ("formats",),
     ("checking", "benches"),
-    ("training", "asking", "inference", "export", "evaluation", "planning", "report", "demo", "server"),
+    ("training", "asking", "inference", "export", "evaluation", "planning", "doctor", "report", "demo", "server"),
     ("cli", "__init__", "__main__"),
 )
 DRAWERS = ("utils", "common", "helpers", "misc")

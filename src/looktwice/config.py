@@ -186,6 +186,10 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+RUN_CLASSES = ("ModelConfig", "DataConfig", "SFTConfig", "GRPOConfig")
+"""What a file may hold the settings of, each under its name."""
+
+
 class Config(BaseModel):
     """Base of all configs: frozen, and an unknown key is an error that names the nearest one."""
 
@@ -207,8 +211,8 @@ class Config(BaseModel):
             values = json.loads(text, object_pairs_hook=unique) if is_json else yaml.load(text, UniqueKeys)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read as a config file ({' '.join(str(error).split())})") from error
-        if isinstance(values, dict) and isinstance(values.get(cls.__name__), dict):
-            values = values[cls.__name__]  # the file of a run, with the settings of all classes
+        if isinstance(values, dict) and any(isinstance(values.get(name), dict) for name in RUN_CLASSES):
+            values = values.get(cls.__name__, {})  # the file of a run or of a plan, with the settings of all classes
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a config file holds one object of settings, got {type(values).__name__}")
         fields = {flag_of(cls, name): name for name in cls.model_fields}
@@ -341,6 +345,25 @@ class PlanConfig(Config):
     max_pixels: Positive | None = knob(None, "pixels of each picture; default: the most that the model is shown")
     rollout_batch_size: Annotated[Whole, Field(ge=2)] = knob(16, "rollouts that advance together")
     rollout_tokens: Annotated[Whole, Field(ge=64)] = knob(3072, "tokens of a rollout with its prompt and pictures")
+
+
+class DoctorConfig(Config):
+    """What is looked at. Without --parity it is this machine alone."""
+
+    parity: NameOrPath | None = knob(None, "compare all ways to compute with this model, or `tiny`")
+    vllm: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = knob(
+        (), "addresses of vLLM servers that have this model, compared too"
+    )
+    device: str | None = knob(None, DEVICE_HELP)
+    bf16: bool = knob(False, "compare in bfloat16")
+    output_dir: Place = knob(Path("outputs"), "where runs would write")
+
+    @model_validator(mode="after")
+    def _check_parity(self) -> DoctorConfig:
+        idle = [name for name in ("vllm", "device", "bf16") if name in self.model_fields_set]
+        if idle and self.parity is None:
+            raise ValueError(f"{', '.join(idle)}: nothing is computed without --parity MODEL; add it, or leave it out")
+        return self
 
 
 class StageConfig(Config):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from looktwice import __version__
-from looktwice.cli import ask, chat, data, demo, evaluate, export, plan, serve, train
+from looktwice.cli import ask, chat, data, demo, doctor, evaluate, export, plan, serve, train
 from looktwice.cli.arguments import run_one
 from looktwice.errors import LooktwiceError, short
 from looktwice.training.stopping import Interrupted
@@ -23,6 +23,7 @@ VERBS = {
     "data": data.run,
     "export": export.run,
     "plan": plan.run,
+    "doctor": doctor.run,
     "demo": demo.run,
 }
 NOBODY_READS = 141

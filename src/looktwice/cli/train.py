@@ -210,6 +210,7 @@ def train_parser() -> Parser:
     parser.add_argument("--stage", choices=["sft", "grpo", "both"], default="both", help="what to run (both)")
     parser.add_argument("--replay", metavar="RUN", type=place, help="pay the written rollouts of a run anew, and stop")
     parser.add_argument("--as_documented", action="store_true", help="the defaults of train_ovis25.py, see README.md")
+    parser.add_argument("--config", metavar="FILE", help="settings of all classes, as plan writes them; others win")
     for flag, config_class in FILE_FLAGS.items():
         parser.add_argument(f"--{flag}", metavar="FILE", help=f"{config_class.__name__} as JSON or YAML; flags win")
     for config_class in FILE_FLAGS.values():
@@ -220,9 +221,11 @@ def train_parser() -> Parser:
 
 
 def given_values(file_flag: str, stage: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of one config class that its file and the flags give."""
+    """The settings of one config class that the files and the flags give, the later ones winning."""
     config_class = FILE_FLAGS[file_flag]
-    values = config_class.read(flags[file_flag]) if flags.get(file_flag) else {}
+    values: dict[str, Any] = {}
+    for file in filter(None, (flags.get("config"), flags.get(file_flag))):
+        values |= config_class.read(file)
     for name in config_class.model_fields:
         flag = flag_of(config_class, name)
         is_for_stage_1 = config_class is GRPOConfig and stage == "both" and name in STAGE_1_ONLY

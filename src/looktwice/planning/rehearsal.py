@@ -34,8 +34,6 @@ from looktwice.training.policy import update_policy
 from looktwice.training.rollouts import Rollout
 from looktwice.training.sft import train_step
 
-SHORT = 16
-"""Tokens of the first row of an update in stage 1."""
 NUM_PLAYED, NUM_SAMPLED = 2, 2
 """Rollouts that are computed, and ids that each samples: they show a pass that is full of prompts, and one of ids."""
 Where = Literal["gpu", "cpu", "real"]
@@ -66,18 +64,17 @@ def answer(config: Ovis2_5Config, model: ModelConfig, load: Load, on: Where = "g
 
 
 def sft(config: Ovis2_5Config, model: ModelConfig, stage: SFTConfig, load: Load, on: Where = "gpu") -> list[Moments]:
-    """An update of stage 1 on a short row and a whole one, which meets the gradients of the other, when the optimizer
-    has its state."""
+    """An update of stage 1 after others, on a row that comes after another one."""
     with rehearsed(on) as trace:
         learner = learner_of(trace, config, model, stage, on)
-        rows = (sample_of(config, SHORT, 1), sample_of(config, load.tokens, load.image_tokens))
-        train_step(learner, [pack([row]) for row in rows])
+        row = sample_of(config, load.tokens, load.image_tokens)
+        train_step(learner, [pack([row])] * num_rows(on))
         note(trace, learner)
     return trace.sections()
 
 
 def grpo(config: Ovis2_5Config, model: ModelConfig, stage: GRPOConfig, load: Load, on: Where = "gpu") -> list[Moments]:
-    """Rollouts of stage 2, and an update on two groups that fill a row each, when the optimizer has its state."""
+    """A step of stage 2 after others: rollouts, and an update on a group that fills a row and comes after another."""
     stage = stage.model_copy(update={"max_tokens_per_row": load.tokens})
     with rehearsed(on) as trace:
         learner = learner_of(trace, config, model, stage, on)
@@ -88,7 +85,7 @@ def grpo(config: Ovis2_5Config, model: ModelConfig, stage: GRPOConfig, load: Loa
             with trace.making("weights"):
                 stack.enter_context(merged(learner.base))
             play(trace, learner.base, load, tokens=load.rollout_tokens, num_rollouts=load.rollouts)
-        groups = [group_of(config, load.tokens, load.image_tokens, load.siblings) for _ in range(2)]
+        groups = [group_of(config, load.tokens, load.image_tokens, load.siblings) for _ in range(num_rows(on))]
         with learner.images_kept():
             update_policy(learner, [[rollout_of(one) for one in group] for group in groups], stage, reference)
         note(trace, learner)
@@ -128,14 +125,27 @@ def learner_of(trace: Trace, config: Ovis2_5Config, model: ModelConfig, stage: S
             network = made_trainable(base, stage, is_on_gpu=on == "gpu")
     # a config alone has no tokenizer, and an update needs none
     learner = Learner(network, cast(Any, None), stage, total_steps=2, world=Alone(trace))
-    for weight in learner.parameters:
-        weight.grad = torch.zeros_like(weight)
+    leave_gradients(trace, learner)
     learner.optimizer.step()
-    learner.optimizer.zero_grad(set_to_none=True)
+    if num_rows(on) == 1:
+        learner.base.register_forward_pre_hook(lambda *_: leave_gradients(trace, learner))
     watch(trace, learner.base)
     trace.section()
     learner.optimizer.register_step_pre_hook(lambda *_: trace.section())
     return learner
+
+
+def num_rows(on: Where) -> int:
+    """Rows of an update. Without memory the first one is spared, and what it leaves is put there."""
+    return 2 if on == "real" else 1
+
+
+def leave_gradients(trace: Trace, learner: Learner) -> None:
+    """Have gradients where there are none, as a row before, or the last update, leaves them."""
+    with trace.making("gradients"):
+        for weight in learner.parameters:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
 
 
 def watch(trace: Trace, base: Ovis2_5ForConditionalGeneration) -> None:

@@ -29,7 +29,7 @@ def peaks_table(planner: Planner, num_bytes: int | None) -> Table:
         header=("step", "method", *KINDS, "all", "" if num_bytes is None else f"in {gigabytes(num_bytes)}"),
         rows=tuple(rows),
         note=(
-            f"A row of {load.tokens:,} tokens after another one, pictures of {load.image_tokens:,} visual tokens; "
+            f"Steps after the first, rows of {load.tokens:,} tokens, pictures of {load.image_tokens:,} visual tokens; "
             f"R-GRPO: {load.rollouts} rollouts of {load.rollout_tokens:,} tokens at a time. bfloat16, all layers "
             "recomputed; the parts are those of the fullest moment. CUDA and its allocator come on top."
         ),
