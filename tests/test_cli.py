@@ -675,7 +675,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 def test_help_lists_the_commands(words, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert listed == ["train", "ask", "chat", "eval", "serve", "data", "export", "demo"]
+    assert listed == ["train", "ask", "chat", "eval", "serve", "data", "export", "plan", "doctor", "demo"]
 
 
 def test_an_interrupt_ends_with_its_own_code(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -20,10 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from looktwice.config import Quantization
 from looktwice.errors import ConfigError
-from looktwice.model import visual_tokenizer
+from looktwice.model import logprobs, visual_tokenizer
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.quantization import quantization_config
+
+CHUNKS: tuple[dict[str, int], ...] = (
+    *(visual_tokenizer.CHUNK, visual_tokenizer.BLOCK, visual_tokenizer.KEPT),
+    *(logprobs.CHUNK_NUMBERS, logprobs.BLOCK_NUMBERS),
+)
+"""Sizes by device, of what is computed in parts; a device that is not there has its own default."""
 
 
 class Guesses(TorchDispatchMode):
@@ -67,8 +73,11 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 def chunks_of_a_gpu() -> Iterator[None]:
     """Inside, what is computed in chunks is so in those of a GPU: fake tensors stand on the CPU, as only a torch that
     was built for CUDA has fake ones there."""
-    sizes = (visual_tokenizer.CHUNK, visual_tokenizer.BLOCK)
-    with patch.dict(sizes[0], cpu=sizes[0]["cuda"]), patch.dict(sizes[1], cpu=sizes[1]["cuda"]):
+    with ExitStack() as stack:
+        for sizes in CHUNKS:
+            of_a_gpu = {"cpu": sizes["cuda"]} if "cuda" in sizes else {}
+            others = {name: size for name, size in sizes.items() if name != "cpu"}
+            stack.enter_context(patch.dict(sizes, others | of_a_gpu, clear=True))
         yield
 
 
