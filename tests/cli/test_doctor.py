@@ -38,6 +38,14 @@ def test_a_broken_threshold_ends_with_1(
     assert {gap["way"] for gap in gaps if not gap["is_kept"]} == {"built-in engine"}
 
 
+def test_the_commands_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("looktwice doctor")]
+    assert commands == [["doctor"], ["doctor", "--parity", "tiny"]]
+    assert {main(command) for command in commands} <= {0, 1}
+    assert "TRL's collator" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [(["--bf16"], "without --parity MODEL"), (["--parity", "./none"], "no such model folder")],

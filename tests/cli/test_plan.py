@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,18 @@ def test_settings_that_fit_are_written_for_train(folder: Path, capsys: pytest.Ca
     assert grpo.learning_rate == GRPOConfig().learning_rate
     counted = json.loads(found.read_text(encoding="utf-8"))["bytes"]["sft LoRA r=32"]
     assert counted["all"] == sum(size for kind, size in counted.items() if kind != "all")
+
+
+TEXT = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+[COMMANDS] = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS.splitlines() if "plan" in line])
+def test_the_commands_of_the_page_run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    _, _, _, *options = shlex.split(command)
+    assert main(["plan", str(folder), *SMALL, "--stage", "sft", *options, "--max_pixels", "4096"]) == 0
+    assert Path("plan.yaml").is_file() == ("--out" in options)
 
 
 def test_what_fits_nowhere_is_told_with_what_helps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,18 +37,18 @@ def test_the_peak_told_from_few_layers_is_that_of_the_whole_model(name: str) -> 
 def moments(operations: str, *bytes_of_each: int) -> Moments:
     live = np.zeros((len(bytes_of_each), len(KINDS)), dtype=np.int64)
     live[:, KINDS.index("activations")] = bytes_of_each
-    return Moments([*operations], live)
+    return Moments([(letter, 0) for letter in operations], live)
 
 
 def test_a_moment_grows_with_its_distance_from_the_end() -> None:
     few, more = moments("aLLz", 1, 3, 5, 4), moments("aLLLz", 1, 3, 5, 7, 4)
     peak = extrapolated([few, more], [4])
-    assert (peak.total, peak.operation) == (5 + 4 * 2, "L")
+    assert (peak.total, peak.operation) == (5 + 4 * 2, ("L", 0))
 
 
 def test_what_holds_more_before_the_layers_stays_the_peak() -> None:
     few, more = moments("aLLz", 20, 3, 5, 4), moments("aLLLz", 20, 3, 5, 7, 4)
-    assert extrapolated([few, more], [4]).operation == "a"
+    assert extrapolated([few, more], [4]).operation == ("a", 0)
 
 
 def test_sections_that_do_not_repeat_a_layer_are_refused() -> None:

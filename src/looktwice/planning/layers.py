@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from looktwice.model.configuration import Ovis2_5Config
-from looktwice.planning.live_bytes import KINDS, Kind, Moments
+from looktwice.planning.live_bytes import KINDS, Kind, Moments, Operation
 
 FEW = 2
 """Layers of a tower in the smallest model: the first and the last."""
@@ -26,7 +26,7 @@ class Peak(NamedTuple):
     """Bytes at the fullest moment, by what they are for, and the operation after which it was."""
 
     parts: dict[Kind, int]
-    operation: str
+    operation: Operation
 
     @property
     def total(self) -> int:
@@ -99,7 +99,7 @@ def extrapolated(runs: Sequence[Moments], further: Sequence[int]) -> Peak:
     return Peak(parts, few.operations[where])
 
 
-def _alignments(few: Sequence[str], more: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _alignments(few: Sequence[Operation], more: Sequence[Operation]) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each moment of the shorter section its place in the longer one, counted from the start and from the end, and
     whether both did the same until there. Raises AssertionError where a moment has no place."""
     length, longer = len(few), len(more)

@@ -61,10 +61,16 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return memory.peak
 
 
-class Moments(NamedTuple):
-    """What was alive after each operation that made something: its name [N], and bytes by kind [N, K] int64."""
+Operation = tuple[str, int]
+"""Its name, and the bytes of the largest storage it made: of one over a list of tensors that is one of a layer, too. A
+small one counts as 0, since such as hold a number for each weight grow with the layers."""
+SMALL = 2**13
 
-    operations: list[str]
+
+class Moments(NamedTuple):
+    """What was alive after each operation that made something: these [N], and bytes by kind [N, K] int64."""
+
+    operations: list[Operation]
     live: np.ndarray
 
 
@@ -80,7 +86,7 @@ class Trace(LiveBytes):
         self.made: list[tuple[int, int]] = []
         """Moment and size of each storage, by its number; a moment is the number of the operation that made it."""
         self.ended: dict[int, int] = {}
-        self.operations: list[str] = []
+        self.operations: list[Operation] = []
         self.starts: list[int] = []
         super().__init__(with_present=False)
 
@@ -88,7 +94,8 @@ class Trace(LiveBytes):
         before = self.count
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.count > before:
-            self.operations.append(func.__name__)
+            largest = max(size for _, size in self.made[before:])
+            self.operations.append((func.__name__, largest if largest >= SMALL else 0))
         return out
 
     def _see(self, storage: torch.UntypedStorage) -> None:
