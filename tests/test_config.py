@@ -417,7 +417,19 @@ def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConfigError("seen")
 
     monkeypatch.setattr(Parser, "parse_strictly", note)
-    for command in ("train", "ask", "chat", "data check", "data show", "data stats", "data convert", "export", "demo"):
+    for command in (
+        "train",
+        "ask",
+        "chat",
+        "data check",
+        "data show",
+        "data stats",
+        "data convert",
+        "export",
+        "plan",
+        "doctor",
+        "demo",
+    ):
         cli.main(command.split())
     assert seen == {
         "looktwice train": TRAIN_FLAGS,
@@ -428,6 +440,8 @@ def test_the_flags_are_these(monkeypatch: pytest.MonkeyPatch) -> None:
         "looktwice data stats": STATS_FLAGS,
         "looktwice data convert": CONVERT_FLAGS,
         "looktwice export": EXPORT_FLAGS,
+        "looktwice plan": PLAN_FLAGS,
+        "looktwice doctor": DOCTOR_FLAGS,
         "looktwice demo": DEMO_FLAGS,
     }
 
@@ -512,6 +526,7 @@ TRAIN_FLAGS = [
     "--bf16",
     "--box_frame",
     "--cache_tokens",
+    "--config",
     "--crop_max_pixels",
     "--crop_min_pixels",
     "--data_config",
@@ -719,6 +734,17 @@ EXPORT_FLAGS = [
     "--verify_with",
     "--vllm_python",
 ]
+PLAN_FLAGS = [
+    "--gpu",
+    "--json",
+    "--max_pixels",
+    "--max_tokens_per_row",
+    "--out",
+    "--rollout_batch_size",
+    "--rollout_tokens",
+    "--stage",
+]
+DOCTOR_FLAGS = ["--bf16", "--device", "--json", "--output_dir", "--parity", "--vllm"]
 DEMO_FLAGS = [
     "--output_dir",
     "--overwrite",
