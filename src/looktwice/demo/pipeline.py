@@ -22,7 +22,7 @@ from looktwice.geometry import Size
 from looktwice.inference import OvisInference
 from looktwice.model.location import TINY
 from looktwice.processing.images import image_size
-from looktwice.report.run_page import ANSWERS_FILE, SUMMARY_FILE, run_tables, write_run_page
+from looktwice.report.demo_page import ANSWERS_FILE, SUMMARY_FILE, demo_tables, write_demo_page
 from looktwice.report.terminal import titled
 from looktwice.training.folder import check_free, claimed, remove
 from looktwice.training.grpo import train_grpo
@@ -184,8 +184,8 @@ def run_phases(folder: Path, *, seed: int) -> dict[str, Any]:
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     evaluations = {"base": base, "sft": sft, "grpo": grpo, **controls}
     write_answers(folder / ANSWERS_FILE, samples, evaluations, inference.processor.overview_size)
-    page = write_run_page(folder)
-    for line in titled(run_tables(folder)):
+    page = write_demo_page(folder)
+    for line in titled(demo_tables(folder)):
         demo.console.print(line, crop=False)
     places = f"\nreport: {page}\nfigures: {folder / SUMMARY_FILE}\nanswers: {folder / ANSWERS_FILE}"
     demo.console.out(places)

@@ -17,7 +17,7 @@ from looktwice.processing.chat_template import TURN_CLOSE, TURN_OPEN
 from looktwice.processing.images import name_of, open_image
 from looktwice.report.charts import Chart, count_bars, histogram, size_dots
 from looktwice.report.figures import Figure, Mark, crop_figure, merged, whole_figures
-from looktwice.report.html import write_html
+from looktwice.report.html import CHARTS, PLOTLY, write_html
 from looktwice.report.passages import Passage, passages_of
 from looktwice.report.sample_view import ImageView, Piece, SampleView, TurnView
 from looktwice.report.tables import Table, token_table
@@ -58,7 +58,8 @@ def write_statistics_page(
     path: Path, *, title: str, lead: str, tables: Sequence[Table], charts: Sequence[Chart]
 ) -> None:
     """Tables of a data set and its charts."""
-    write_html(path, "statistics.html.jinja", title=title, lead=lead, tables=tables, charts=charts)
+    scripts = (PLOTLY, CHARTS)
+    write_html(path, "statistics.html.jinja", scripts=scripts, title=title, lead=lead, tables=tables, charts=charts)
 
 
 def statistics_charts(statistics: Statistics) -> list[Chart]:

@@ -1,268 +1,317 @@
-"""The HTML page of a demo: how often each model is right, the same questions before and after each stage, curves.
+"""The HTML page of training runs: curves side by side, alarms, settings, and on what each ran.
 
-All of it is read from the run folder, so that the page can be written again.
+All of it is read from the run folders, so a run that is still going on has a page too.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from PIL import Image
+import yaml
 
-from looktwice.evaluation.accuracy import wilson_interval
-from looktwice.geometry import Box, Size
-from looktwice.metrics import LOG_FILE, METRICS
-from looktwice.processing.images import open_image, resize
-from looktwice.report.charts import Chart, curve
-from looktwice.report.figures import Figure, Mark, crop_figure, merged, whole_figures
-from looktwice.report.html import write_html
-from looktwice.report.passages import Passage, passages_of
-from looktwice.report.tables import Table, share_text
+from looktwice.errors import DataError
+from looktwice.metrics import LOG_FILE, METRICS, four_digits
+from looktwice.report.charts import Chart, Line, curves
+from looktwice.report.html import CHARTS, PLOTLY, write_html
+from looktwice.report.tables import Table
+from looktwice.training.alarms import ALARMS, read_history
+from looktwice.training.folder import CONFIG_FILE
+from looktwice.training.provenance import read_run
 
-SUMMARY_FILE, ANSWERS_FILE = "summary.json", "answers.jsonl"
-STAGES = {"base": "pretrained", "sft": "after SFT", "grpo": "after R-GRPO"}
-CONTROL_NAMES = {
-    "no_crop": "no crop, must answer",
-    "random_crop": "crop of another place",
-    "blank_crop": "grey crop",
-    "gold_crop": "crop of the right place",
-}
-CURVES = (
-    ("sft", "loss", "SFT: loss", "nats a trained token"),
-    ("grpo", "reward/accuracy", "R-GRPO: right answers of rollouts", "share"),
-    ("grpo", "tool/mean_iou", "R-GRPO: crops and gold box", "overlap, IoU"),
-)
-SMALLEST_IMAGE = 160
-EXAMPLES_EACH = 2
-"""Questions shown of each course, such as wrong, wrong, right."""
-
-Answered = Mapping[str, Any]
-"""A line of answers.jsonl."""
+STAGES = {"sft": "SFT", "grpo": "R-GRPO"}
+LAST_STEP = 2**62
+LONGEST_CELL = 300
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """How often somebody is right: a model, one with a control in place of its crop, or who guesses."""
-
-    name: str
-    share: float
-    interval: tuple[float, float] | None = None
-    counts: str = ""
-    kind: str = "model"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What one model said to a question, in passages and crops, and what it is worth."""
-
-    model: str
-    parts: tuple[Passage | Figure, ...]
-    verdict: str
-    is_right: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One question with its picture and the replies of all models."""
-
-    question: str
-    solution: str
-    image: tuple[Figure, Figure]
-    replies: tuple[Reply, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Course:
-    """Questions that went the same way: which models were right and which were not."""
+class Curves(NamedTuple):
+    """Metrics that belong on one chart; a star in a name stands for any word."""
 
     title: str
-    count: int
-    examples: tuple[Example, ...]
+    y_name: str
+    metrics: tuple[str, ...]
+    kind: Literal["plain", "share", "log", "stacked"] = "plain"
 
 
-def write_run_page(folder: Path) -> Path:
-    """Write `report.html` of a finished demo from its summary, its answers and its logs."""
-    summary, answered = read_summary(folder), read_answers(folder)
-    lead = (
-        f"A tiny model learns to look twice: it cannot read the digits at the size at which it sees a picture, so it "
-        f"has to cut out the right place. Asked are {len(answered)} questions about pictures never seen in training; "
-        f"answers are greedy, the seed is {summary['seed']}."
-    )
-    path = folder / "report.html"
+CURVES = (
+    Curves("Loss", "per trained token", ("loss", "eval/loss")),
+    Curves(
+        "Right answers",
+        "share",
+        ("rollout/right", "eval/accuracy", "rollout/right_with_crop", "rollout/right_without_crop"),
+        "share",
+    ),
+    Curves(
+        "Reward by term",
+        "mean, as paid",
+        ("reward/total", "reward/accuracy", "reward/format", "reward/length", "reward/region", "reward/own/*"),
+    ),
+    Curves("Reward of right and wrong answers", "mean", ("reward/total_right", "reward/total_wrong")),
+    Curves("Crop calls", "per answer", ("tool/calls", "eval/calls")),
+    Curves("Crops", "share", ("tool/crop_share", "tool/valid_share", "tool/mean_iou", "tool/whole_share"), "share"),
+    Curves("Refused calls", "share of the calls", ("tool/refused/*",)),
+    Curves(
+        "Lengths",
+        "tokens per rollout",
+        (
+            "rollout/num_tokens",
+            "rollout/num_tokens_right",
+            "rollout/num_tokens_wrong",
+            "rollout/trained_tokens",
+            "rollout/visual_tokens",
+        ),
+    ),
+    Curves("How rollouts end", "share", ("rollout/truncated", "rollout/stop/*"), "share"),
+    Curves("Groups without signal", "share", ("group/all_right", "group/all_wrong", "group/dropped"), "share"),
+    Curves("Gap of trainer and engine", "nats", ("kl/sampling", "gap/max"), "log"),
+    Curves("Policy", "nats", ("policy/entropy", "kl/reference")),
+    Curves("Clipped tokens", "share", ("clip/low", "clip/high", "importance/left_out")),
+    Curves("Gradient norm", "before clipping", ("optim/grad_norm",)),
+    Curves("Learning rate", "", ("optim/lr",)),
+    Curves(
+        "Time by phase",
+        "seconds",
+        (
+            "time/data_s",
+            "time/rollout_s",
+            "time/reward_s",
+            "time/reference_s",
+            "time/update_s",
+            "time/eval_s",
+            "time/saving_s",
+            "time/waiting_s",
+        ),
+        "stacked",
+    ),
+    Curves("Seconds of a step", "seconds", ("time/step_s",)),
+    Curves("Idle and waiting", "share", ("time/idle_share", "time/data_wait_share"), "share"),
+    Curves(
+        "Speed", "tokens per second", ("perf/tokens_per_s", "perf/sampled_tokens_per_s", "perf/trained_tokens_per_s")
+    ),
+)
+UNDRAWN = ("step", "alarm/*", "epoch", "optim/updates", "group/number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run folder says: its log, a mapping a step, its settings by dotted names, and its starts."""
+
+    name: str
+    folder: Path
+    stage: str
+    lines: Sequence[Mapping[str, float]]
+    settings: Mapping[str, str]
+    starts: Sequence[Mapping[str, Any]]
+
+    def line(self, metric: str) -> Line:
+        """A metric at the steps that have it."""
+        found = [(int(line["step"]), float(line[metric])) for line in self.lines if metric in line]
+        steps, values = zip(*found) if found else ((), ())
+        return Line(name=self.name, steps=steps, values=values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The runs of one stage, drawn into the same charts."""
+
+    name: str
+    runs: tuple[Run, ...]
+    charts: tuple[Chart, ...]
+
+
+def write_run_page(path: Path, folders: Sequence[Path]) -> None:
+    """Write the page of one run, or of several that are compared. Raises DataError for a folder without a log."""
+    runs = read_runs(folders)
+    names = dict.fromkeys(run.stage for run in runs)
+    stages = [stage_of(name, [run for run in runs if run.stage == name]) for name in names]
     write_html(
         path,
         "run.html.jinja",
-        title="looktwice demo",
-        lead=lead,
-        scores=scores_of(answered, summary["chance"]),
-        chance=summary["chance"],
-        crops=crop_table(summary["crop"]),
-        courses=courses_of(answered, folder),
-        num_asked=len(answered),
-        alarms=alarm_table(folder / "grpo"),
-        charts=[chart for chart in (read_curve(folder, *which) for which in CURVES) if chart],
-        seconds=summary["seconds"],
-        percent=share_text,
+        scripts=(PLOTLY, CHARTS),
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        lead=", ".join(str(run.folder) for run in runs),
+        overview=overview_table(runs),
+        stages=stages,
+        alarms=[alarm_table(run.lines, title=run.name) for run in runs if run.stage != "sft"],
+        settings=value_tables("Settings", {run.name: run.settings for run in runs}),
+        environment=value_tables("Environment", {run.name: environment_of(run) for run in runs}),
+        glossary=glossary(runs),
     )
-    return path
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    return summary
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    return [read_one(folder, name) for folder, name in zip(folders, short_names(folders))]
 
 
-def read_answers(folder: Path) -> list[Answered]:
-    return [json.loads(line) for line in (folder / ANSWERS_FILE).read_text(encoding="utf-8").splitlines()]
-
-
-def scores_of(answered: Sequence[Answered], chance: float) -> list[Score]:
-    """The models one after the other, chance, and the last model with each control."""
-    models = [_score(answered, key, name, "model") for key, name in STAGES.items()]
-    controls = [_score(answered, key, name, "control") for key, name in CONTROL_NAMES.items()]
-    return [*models, *controls, Score(name="guessing", share=chance, kind="chance")]
-
-
-def _score(answered: Sequence[Answered], key: str, name: str, kind: str) -> Score:
-    replies = [one["replies"][key] for one in answered]
-    num_right = sum(reply["is_right"] for reply in replies)
-    num_silent = sum(not _has_answer(reply) for reply in replies)
-    counts = f"{num_right} right, {len(replies) - num_right - num_silent} wrong, {num_silent} without an answer"
-    interval = wilson_interval(num_right, len(replies))
-    return Score(name=name, share=num_right / len(replies), interval=interval, counts=counts, kind=kind)
-
-
-def _has_answer(reply: Mapping[str, Any]) -> bool:
-    return bool(reply["is_right"] or reply["stop_reason"] == "answered")
-
-
-def run_tables(folder: Path) -> list[Table]:
-    """What the page opens with, for the terminal."""
-    summary = read_summary(folder)
-    rows = tuple(
-        (score.name, share_text(score.share), " to ".join(map(share_text, score.interval or ())))
-        for score in scores_of(read_answers(folder), summary["chance"])
+def read_one(folder: Path, name: str) -> Run:
+    lines = read_history(folder / LOG_FILE, last=LAST_STEP)
+    if not lines:
+        raise DataError(f"{folder}: no step in its {LOG_FILE}; name the folder of a run that has taken one")
+    try:
+        values = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        values = None
+    run = read_run(folder)
+    starts = run.get("starts")
+    return Run(
+        name=name,
+        folder=folder,
+        stage=str(run.get("stage", "grpo" if any("reward/total" in line for line in lines) else "sft")),
+        lines=lines,
+        settings=dict(_flat(values if isinstance(values, dict) else {})),
+        starts=[start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
     )
-    table = Table(title="Right answers", header=("", "share", "95 % interval"), rows=rows)
-    return [table, crop_table(summary["crop"])]
 
 
-def crop_table(crop: Mapping[str, float | None]) -> Table:
-    """How the last model uses its crops; a dash where it has none."""
-    valid, overlap = crop["valid_share"], crop["mean_iou"]
-    rows = (
-        ("calls per answer", f"{crop['calls_per_answer']:.2f}"),
-        ("valid calls", "-" if valid is None else share_text(valid)),
-        ("mean overlap with the gold box (IoU)", "-" if overlap is None else f"{overlap:.2f}"),
-    )
-    return Table(title="Crops after R-GRPO", header=("", ""), rows=rows)
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """As many last parts of each path as tell them apart."""
+    absolute = [path.absolute() for path in paths]
+    most = max(len(path.parts) for path in absolute)
+    for count in range(1, most + 1):
+        names = ["/".join(path.parts[-count:]) for path in absolute]
+        if len({*names}) == len(names):
+            return names
+    return [f"{number}. {path}" for number, path in enumerate(absolute, 1)]
 
 
-def courses_of(answered: Sequence[Answered], folder: Path) -> list[Course]:
-    """The courses that questions took through the stages, the most frequent first, with examples of each."""
+def stage_of(name: str, runs: Sequence[Run]) -> Stage:
+    return Stage(name=STAGES.get(name, name), runs=tuple(runs), charts=tuple(charts_of(runs)))
 
-    def course(one: Answered) -> tuple[bool, ...]:
-        return tuple(one["replies"][key]["is_right"] for key in STAGES)
 
-    groups = [(rights, list(group)) for rights, group in groupby(sorted(answered, key=course), key=course)]
-    return [
-        Course(
-            title=", ".join(
-                f"{name} {'right' if is_right else 'not right'}" for name, is_right in zip(STAGES.values(), rights)
-            ),
-            count=len(group),
-            examples=tuple(example_of(one, folder) for one in group[:EXAMPLES_EACH]),
+def charts_of(runs: Sequence[Run]) -> Iterator[Chart]:
+    """The curves of a run, those that belong together on one chart; of several runs a chart a metric, a line a run."""
+    logged = [*dict.fromkeys(name for run in runs for line in run.lines for name in line)]
+    drawn = {*_matching(UNDRAWN, logged)}
+    for group in CURVES:
+        metrics = _matching(group.metrics, logged)
+        drawn |= {*metrics}
+        yield from _charts(group, metrics, runs)
+    for metric in logged:
+        if metric not in drawn:
+            yield from _charts(Curves(metric, "", (metric,)), [metric], runs)
+
+
+def _charts(group: Curves, metrics: Sequence[str], runs: Sequence[Run]) -> Iterator[Chart]:
+    options = {"is_share": group.kind == "share", "is_log": group.kind == "log"}
+    if not metrics:
+        return
+    if len(runs) == 1:
+        names = dict(zip(metrics, _without_area(metrics)))
+        lines = [replace(runs[0].line(metric), name=name) for metric, name in names.items()]
+        yield curves(lines, title=group.title, y_name=group.y_name, stacked=group.kind == "stacked", **options)
+        return
+    for metric in metrics:
+        title = group.title if len(metrics) == 1 else f"{group.title}: {metric}"
+        yield curves([run.line(metric) for run in runs], title=title, y_name=group.y_name, **options)
+
+
+def _without_area(metrics: Sequence[str]) -> list[str]:
+    """Names without the area before the stroke, where they all have the same one."""
+    areas = {metric.partition("/")[0] for metric in metrics}
+    return [metric.partition("/")[2] or metric for metric in metrics] if len(areas) == 1 else [*metrics]
+
+
+def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [*dict.fromkeys(name for pattern in patterns for name in names if fnmatchcase(name, pattern))]
+
+
+def overview_table(runs: Sequence[Run]) -> Table:
+    """A row a run: how far it came and where it stands, each metric at the last step that has it."""
+    shown = {
+        "loss": "loss",
+        "rollout/right": "right",
+        "reward/total": "reward",
+        "tool/calls": "calls",
+        "eval/accuracy": "validation",
+        "rollout/num_tokens": "tokens",
+    }
+    present = [metric for metric in shown if any(metric in line for run in runs for line in run.lines)]
+    rows = []
+    for run in runs:
+        last = {name: value for line in run.lines for name, value in line.items()}
+        seconds = sum(line.get("time/step_s", 0.0) for line in run.lines)
+        cells = [four_digits(last[metric]) if metric in last else "" for metric in present]
+        started = str(run.starts[0].get("time", ""))[:16].replace("T", " ") if run.starts else ""
+        rows.append(
+            (run.name, STAGES.get(run.stage, run.stage), f"{last['step']:.0f}", _minutes(seconds), *cells, started)
         )
-        for rights, group in sorted(groups, key=lambda pair: -len(pair[1]))
-    ]
+    header = ("run", "stage", "steps", "minutes", *(shown[metric] for metric in present), "started")
+    return Table(title="Where it stands", header=header, rows=tuple(rows), note="Of each metric its last value.")
 
 
-def example_of(one: Answered, folder: Path) -> Example:
-    """A question with its picture, on which the boxes of all stages stand, and what each stage said."""
-    image, seen = open_image(folder / one["image"]), Size(*one["seen"])
-    marks = [Mark(box=Box(*one["gold_box"]), is_gold=True)] if one["gold_box"] else []
-    for key, name in STAGES.items():
-        boxes = [crop["box"] for crop in one["replies"][key]["crops"] if crop["box"]]
-        marks += [Mark(box=Box(*box), label=name.removeprefix("after ")) for box in boxes]
-    return Example(
-        question=one["question"],
-        solution=one["solution"],
-        image=whole_figures(
-            image,
-            resize(image, seen),
-            caption=f"{one['image']}, {image.width} x {image.height}",
-            seen_caption=f"as the model sees it: {seen.width} x {seen.height}",
-            marks=merged(marks),
-            smallest=SMALLEST_IMAGE,
-        ),
-        replies=tuple(_reply(one["replies"][key], name, image) for key, name in STAGES.items()),
-    )
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}" if seconds else ""
 
 
-def _reply(reply: Mapping[str, Any], model: str, image: Image.Image) -> Reply:
-    verdict = "no answer"
-    if _has_answer(reply):
-        verdict = f"{reply['parsed']['answer_content']} is {'right' if reply['is_right'] else 'wrong'}"
-    elif reply["stop_reason"] == "error":
-        verdict = f"ended by an error: {reply['error']}"
-    elif reply["stop_reason"] == "no_room":
-        verdict = "no answer: longer than the cache"
-    elif reply["stop_reason"] != "no_answer":
-        verdict = "no answer before the limit"
-    return Reply(model=model, parts=tuple(_read(reply, image)), verdict=verdict, is_right=reply["is_right"])
-
-
-def _read(reply: Mapping[str, Any], image: Image.Image) -> Iterator[Passage | Figure]:
-    """What was said, each call followed by its crop; the answer is left to the verdict.
-
-    A call that a limit cut off before it ran, or whose tag was spelled in other tokens, is told without one.
-    """
-    crops = iter(reply["crops"])
-    for passage in passages_of(reply["response"]):
-        crop = next(crops, None) if passage.kind == "call" else None
-        if crop and crop["box"]:
-            size = Size(*crop["size"])
-            caption = f"{passage.text}, seen as {size.width} x {size.height}"
-            yield crop_figure(resize(image, size, tuple(crop["box"])), caption=caption)
-        elif passage.kind != "answer":
-            yield passage
-
-
-def alarm_table(run: Path) -> Table:
-    """The alarms of a run of stage 2 that were on at any step: at which, and what that means."""
-    rows: dict[str, list[int]] = {}
-    for line in read_lines(run):
+def alarm_table(lines: Sequence[Mapping[str, float]], *, title: str) -> Table:
+    """The alarms of a run of stage 2 that were on at any step: at which, what that means, and what helps."""
+    found: dict[str, list[int]] = {}
+    for line in lines:
         for name in (name for name, value in line.items() if name.startswith("alarm/") and value):
-            rows.setdefault(name, []).append(line["step"])
+            found.setdefault(name, []).append(int(line["step"]))
+    rows = [
+        (
+            f"{name.removeprefix('alarm/')}: {METRICS.get(name, '').removeprefix('is 1 ')}",
+            f"{len(steps)}",
+            f"{min(steps)} to {max(steps)}",
+            _mend(name.removeprefix("alarm/")),
+        )
+        for name, steps in found.items()
+    ]
     return Table(
-        title="Alarms of R-GRPO",
-        header=("", "steps", "from to") if rows else (),
-        rows=tuple(
-            (
-                f"{name.removeprefix('alarm/')}: {METRICS[name].removeprefix('is 1 ')}",
-                f"{len(steps)}",
-                f"{min(steps)} to {max(steps)}",
-            )
-            for name, steps in rows.items()
-        ),
+        title=title,
+        header=("", "steps", "from to", "what helps") if rows else (),
+        rows=tuple(rows),
         note="" if rows else "None was on at any step.",
     )
 
 
-def read_lines(run: Path) -> list[dict[str, Any]]:
-    """The log of a run, a mapping a step."""
-    return [json.loads(line) for line in (run / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+def _mend(name: str) -> str:
+    return next((alarm.mend for known, alarm in ALARMS.items() if known == name), "")
 
 
-def read_curve(folder: Path, stage: str, metric: str, title: str, y_name: str) -> Chart | None:
-    """A metric of a stage's log at the steps that have it, None where no step has."""
-    pairs = [(line["step"], line[metric]) for line in read_lines(folder / stage) if metric in line]
-    if not pairs:
-        return None
-    steps, values = zip(*pairs)
-    return curve(steps, values, title=title, y_name=y_name, is_share=metric != "loss")
+def environment_of(run: Run) -> dict[str, str]:
+    """On what a run ran, by its last start, and at which steps it was started."""
+    if not run.starts:
+        return {}
+    facts = dict(_flat({name: value for name, value in run.starts[-1].items() if name not in ("step", "changed")}))
+    return {"started at step": ", ".join(str(start.get("step", "?")) for start in run.starts), **facts}
+
+
+def value_tables(title: str, named: Mapping[str, Mapping[str, str]]) -> list[Table]:
+    """Values by name, a column a run: of several runs first those in which they differ, then all."""
+    names = [*dict.fromkeys(name for values in named.values() for name in values)]
+    rows = [(name, *(_cell(values.get(name, "")) for values in named.values())) for name in names]
+    header = ("", *named) if len(named) > 1 else ()
+    tables = []
+    if len(named) > 1:
+        differing = tuple(row for row in rows if len({*row[1:]}) > 1)
+        note = "" if differing else "They are the same in all runs."
+        tables.append(Table(title=f"{title} that differ", header=header, rows=differing, note=note))
+    note = "" if rows else "The run folder does not say."
+    return [*tables, Table(title=title, header=header, rows=tuple(rows), note=note)]
+
+
+def _cell(value: str) -> str:
+    return value if len(value) <= LONGEST_CELL else f"{value[:LONGEST_CELL]}..."
+
+
+def glossary(runs: Sequence[Run]) -> Table:
+    """What the logged metrics mean."""
+    logged = [*dict.fromkeys(name for run in runs for line in run.lines for name in line if name != "step")]
+    meanings = {name: next((METRICS[known] for known in METRICS if fnmatchcase(name, known)), "") for name in logged}
+    return Table(title="What the metrics mean", header=(), rows=tuple(meanings.items()))
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{dotted}.")
+        elif isinstance(value, list):
+            yield dotted, " ".join(map(str, value))
+        else:
+            yield dotted, "" if value is None else str(value)
