@@ -613,6 +613,9 @@ SFT = ["train", "--stage", "sft", "--train_data", __file__, "--model_name", "tin
         (["eval", "./none", "--bench", "vstar", "--data", "/"], "./none: no such model folder"),
         (["eval", "tiny", "--bench", "vstar", "--samples", "3"], "samples is 3 and answers are greedy"),
         (["eval", "tiny", "--bench", "vstar", "--judge", "http://x/v1"], "judge and judge_model belong together"),
+        (["report", "none", "--out", "p.html"], "none: no such run folder or file"),
+        (["report", ".", "--out", "p.html"], ".: neither a run folder (no metrics.jsonl) nor one of trajectories"),
+        (["report", "none"], "the following arguments are required: --out"),
         (["eval", "compare", "none.jsonl"], "the following arguments are required: B"),
         (["data", "check", __file__, "--model_name", "./none"], "./none: no such model folder"),
         (["data", "show", "none.jsonl"], "none.jsonl: no such data file"),
@@ -675,7 +678,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 def test_help_lists_the_commands(words, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert listed == ["train", "ask", "chat", "eval", "serve", "data", "export", "plan", "doctor", "demo"]
+    assert listed == ["train", "ask", "chat", "eval", "report", "serve", "data", "export", "plan", "doctor", "demo"]
 
 
 def test_an_interrupt_ends_with_its_own_code(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from looktwice import __version__
-from looktwice.cli import ask, chat, data, demo, doctor, evaluate, export, plan, serve, train
+from looktwice.cli import ask, chat, data, demo, doctor, evaluate, export, plan, report, serve, train
 from looktwice.cli.arguments import run_one
 from looktwice.errors import LooktwiceError, short
 from looktwice.training.stopping import Interrupted
@@ -19,6 +19,7 @@ VERBS = {
     "ask": ask.run,
     "chat": chat.run,
     "eval": evaluate.run,
+    "report": report.run,
     "serve": serve.run,
     "data": data.run,
     "export": export.run,

@@ -19,7 +19,7 @@ from looktwice.paths import write_result
 
 MAX_IMAGE_BYTES = 100_000
 MAX_EXACT_BYTES = 30_000
-JPEG_QUALITIES = (80, 60, 40)
+QUALITIES = (80, 60, 40)
 PLOTLY, CHARTS = "plotly.js", "charts.js"
 
 
@@ -57,15 +57,15 @@ def _hash(text: str) -> str:
 def image_uri(image: Image.Image, max_bytes: int = MAX_IMAGE_BYTES) -> str:
     """The picture in an address of so many bytes before base64.
 
-    As PNG, which keeps every pixel, up to 30,000 bytes; from there on as PNG or JPEG, whichever is smaller, of a lower
+    As PNG, which keeps every pixel, up to 30,000 bytes; from there on as PNG or WebP, whichever is smaller, of a lower
     quality or half the size where it is still too large.
     """
     png = _encoded(image, "png")
     if len(png) <= min(MAX_EXACT_BYTES, max_bytes):
         return _address("png", png)
-    for quality in JPEG_QUALITIES:
-        jpeg = _encoded(image, "jpeg", quality=quality)
-        kind, content = min(("png", png), ("jpeg", jpeg), key=lambda one: len(one[1]))
+    for quality in QUALITIES:
+        webp = _encoded(image, "webp", quality=quality)
+        kind, content = min(("png", png), ("webp", webp), key=lambda one: len(one[1]))
         if len(content) <= max_bytes or image.size == (1, 1):
             return _address(kind, content)
     return image_uri(image.resize(Size(max(1, image.width // 2), max(1, image.height // 2))), max_bytes)
