@@ -46,6 +46,8 @@ def write_trajectory_page(path: Path, places: Sequence[Path]) -> None:
     run = next(iter(steps.values())).parent.parent
     processor = processor_of(run)
     groups, num_left_out = groups_within(steps, processor)
+    if not groups:
+        raise DataError(f"{places[0]}: its first group alone has no room on a page; look at it with shorter rollouts")
     lines = [line for group in groups for line in group["rollouts"]]
     images = add_images(groups)
     names = [*dict.fromkeys(name for line in lines for name in line["parts"])]
