@@ -32,6 +32,8 @@
 
   const draw = (place) => {
     const figure = JSON.parse(place.nextElementSibling.textContent);
+    const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
+    for (const trace of figure.data) if (trace.error_x) trace.error_x.color = ink;
     Plotly.react(place, figure.data, themed(figure.layout), CONFIG);
     drawn.add(place);
   };

@@ -24,7 +24,7 @@ from looktwice.report.charts import Chart, Interval, intervals
 from looktwice.report.evaluation_tables import comparison_tables, finding, summary_tables, verdict_of
 from looktwice.report.html import CHARTS, PLOTLY, write_html
 from looktwice.report.passages import passages_of
-from looktwice.report.run_page import short_names, value_tables
+from looktwice.report.run_page import flat, short_names, value_tables
 from looktwice.report.tables import Table
 
 ITEMS, SCRIPT = "items.js", "evaluation.js"
@@ -150,15 +150,7 @@ def _interval(name: str, found: Estimate) -> Interval:
 def recipe_of(result: Result) -> dict[str, str]:
     """The recipe and where it ran, by dotted names."""
     start = {name: value for name, value in result.starts[-1]["start"].items() if name not in ("places", "folders")}
-    return dict(_flat({**result.recipe, "start": start}))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return dict(flat({**result.recipe, "start": start}))
 
 
 def items_within(results: Mapping[str, Result]) -> tuple[list[Line], int]:

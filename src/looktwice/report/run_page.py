@@ -161,7 +161,7 @@ def read_one(folder: Path, name: str) -> Run:
         folder=folder,
         stage=str(run.get("stage", "grpo" if any("reward/total" in line for line in lines) else "sft")),
         lines=lines,
-        settings=dict(_flat(values if isinstance(values, dict) else {})),
+        settings=dict(flat(values if isinstance(values, dict) else {})),
         starts=[start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
     )
 
@@ -277,7 +277,7 @@ def environment_of(run: Run) -> dict[str, str]:
     """On what a run ran, by its last start, and at which steps it was started."""
     if not run.starts:
         return {}
-    facts = dict(_flat({name: value for name, value in run.starts[-1].items() if name not in ("step", "changed")}))
+    facts = dict(flat({name: value for name, value in run.starts[-1].items() if name not in ("step", "changed")}))
     return {"started at step": ", ".join(str(start.get("step", "?")) for start in run.starts), **facts}
 
 
@@ -306,12 +306,13 @@ def glossary(runs: Sequence[Run]) -> Table:
     return Table(title="What the metrics mean", header=(), rows=tuple(meanings.items()))
 
 
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as texts by dotted names, those that are not set left out."""
     for name, value in values.items():
         dotted = f"{prefix}{name}"
         if isinstance(value, dict):
-            yield from _flat(value, f"{dotted}.")
+            yield from flat(value, f"{dotted}.")
         elif isinstance(value, list):
             yield dotted, " ".join(map(str, value))
-        else:
-            yield dotted, "" if value is None else str(value)
+        elif value is not None:
+            yield dotted, str(value)
