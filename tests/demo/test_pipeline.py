@@ -10,7 +10,7 @@ import pytest
 
 from looktwice.demo import pipeline
 from looktwice.errors import ConfigError
-from looktwice.report.run_page import write_run_page
+from looktwice.report.demo_page import write_demo_page
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_answers_of_all_models_and_controls_to_each_question_are_kept(run: t
 def test_the_page_can_be_written_again_from_the_folder(run: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = run
     before = (folder / "report.html").read_bytes()
-    assert write_run_page(folder).read_bytes() == before
+    assert write_demo_page(folder).read_bytes() == before
 
 
 def test_both_final_models_are_left_behind(run: tuple[Path, dict[str, Any]]) -> None:

@@ -172,6 +172,15 @@ def test_curves_are_drawn_and_told_on_hovering(runs: Path, open_page: Callable[.
     page.locator(".hoverlayer text").first.wait_for()
 
 
+def test_curves_are_smoothed_as_one_likes(runs: Path, open_page: Callable[..., Any]) -> None:
+    page = open_page(runs)
+    page.locator(".scatterlayer").first.wait_for(state="attached")
+    drawn = "JSON.stringify(document.querySelector('.plot').data[0].y)"
+    assert page.evaluate(drawn) == "[0.1,0.2,0.30000000000000004]"
+    page.select_option("#smoothing", "5")
+    assert json.loads(page.evaluate(drawn)) == [pytest.approx(0.2)] * 3  # two values before and two after
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_page_fits_the_screen(
     size: dict[str, int], rollouts: Path, runs: Path, evaluations: Path, open_page: Callable[..., Any]

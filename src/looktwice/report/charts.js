@@ -30,8 +30,22 @@
     };
   };
 
+  // The mean of so many values around each; at the ends of a line of those that are there.
+  const smoothed = (values, width) => {
+    const sums = [0];
+    for (const value of values) sums.push(sums.at(-1) + value);
+    return values.map((_, place) => {
+      const first = Math.max(0, place - (width >> 1));
+      const last = Math.min(values.length, place + (width >> 1) + 1);
+      return (sums[last] - sums[first]) / (last - first);
+    });
+  };
+  const smoothing = document.getElementById("smoothing");
+
   const draw = (place) => {
     const figure = JSON.parse(place.nextElementSibling.textContent);
+    const width = +(smoothing?.value ?? 1);
+    if (width > 1) for (const trace of figure.data) if (trace.mode === "lines") trace.y = smoothed(trace.y, width);
     const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
     for (const trace of figure.data) if (trace.error_x) trace.error_x.color = ink;
     Plotly.react(place, figure.data, themed(figure.layout), CONFIG);
@@ -48,5 +62,6 @@
   }, { rootMargin: "300px" });
   for (const place of document.querySelectorAll(".plot")) seen.observe(place);
   dark.addEventListener("change", () => drawn.forEach(draw));
+  smoothing?.addEventListener("change", () => drawn.forEach(draw));
   addEventListener("beforeprint", () => document.querySelectorAll(".plot").forEach(draw));
 })();

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,11 @@ def groups_within(steps: dict[int, Path], processor: Ovis2_5Processor | None) ->
     groups: list[Line] = []
     left, num_left_out = TEXT_BYTES, 0
     for step, path in steps.items():
-        for recorded, raw in zip(read_trajectories(path), raw_groups(path)):
-            group = group_line(step, recorded, raw, processor) if left > 0 else None
+        if left <= 0:
+            num_left_out += len(RowFile(path))
+            continue
+        for recorded in read_trajectories(path):
+            group = group_line(step, recorded, processor) if left > 0 else None
             left -= len(json.dumps(group)) if group else 0
             if group and left >= 0:
                 groups.append(group)
@@ -118,24 +120,18 @@ def groups_within(steps: dict[int, Path], processor: Ovis2_5Processor | None) ->
     return groups, num_left_out
 
 
-def raw_groups(path: Path) -> list[list[Line]]:
-    """The lines of a step as they were written, by their groups: they name the pictures."""
-    rows = [dict(row.values) for row in RowFile(path)]
-    return [list(group) for _, group in groupby(rows, key=lambda row: row["group"])]
-
-
-def group_line(step: int, group: Sequence[Recorded], raw: Sequence[Line], processor: Ovis2_5Processor | None) -> Line:
-    """A group as the page takes it. `images` are sources, for which `add_images` puts numbers."""
+def group_line(step: int, group: Sequence[Recorded], processor: Ovis2_5Processor | None) -> Line:
+    """A group as the page takes it. `sources` name its pictures, for which `add_images` puts numbers."""
     first = group[0].played
     solution = first.solution
     return {
         "step": step,
         "group": first.group,
-        "where": f"{raw[0]['where']} {raw[0]['field']}",
+        "where": first.source,
         "question": first.question[:LONGEST_TEXT],
         "gold": solution if isinstance(solution, str) else " or ".join(solution),
         "goldBoxes": [[*box] for box in first.gold_boxes],
-        "sources": [str(name) for name in raw[0]["images"]],
+        "sources": [*group[0].images],
         "sizes": [[*size] for size in first.trajectory.image_sizes],
         "rollouts": [rollout_line(one, number, processor) for number, one in enumerate(group, 1)],
     }

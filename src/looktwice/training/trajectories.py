@@ -33,12 +33,13 @@ class Recorded:
 
     `trainer_logprobs` are those of its sampled ids in each update, empty where it was left out; `reference_logprobs`
     those of the starting policy where there was a KL term, `old_logprobs` those before the step's first update where
-    several corrected by importance.
+    several corrected by importance. `images` are the pictures of its prompt as they were named.
     """
 
     played: Played
     reward: Reward
     advantage: float
+    images: tuple[str, ...] = ()
     trainer_logprobs: list[list[float]] = field(default_factory=list)
     reference_logprobs: list[float] | None = None
     old_logprobs: list[float] | None = None
@@ -170,6 +171,7 @@ def _recorded(line: dict[str, Any]) -> Recorded:
             total=math.nan if total is None else total, parts=line["parts"], raw=line.get("raw", {}), error=error
         ),
         advantage=line["advantage"],
+        images=tuple(line.get("images", ())),
         trainer_logprobs=[_exact(logprobs) for logprobs in line["trainer_logprobs"]],
         **{name: _exact(line[name]) if name in line else None for name in ("reference_logprobs", "old_logprobs")},
     )
