@@ -78,7 +78,7 @@ def test_of_several_runs_a_metric_has_a_chart_and_a_run_a_line(run: Path, tmp_pa
 
 def test_stages_have_charts_of_their_own(run: Path, tmp_path: Path) -> None:
     sft = run_folder(tmp_path / "sft", SFT, stage="sft")
-    write_run_page(tmp_path / "p.html", [sft, run])
+    write_run_page(tmp_path / "p.html", [run, sft])
     html = (tmp_path / "p.html").read_text()
     assert html.index("<h2>SFT</h2>") < html.index("<h2>R-GRPO</h2>")
     assert html.count(">Loss</figcaption>") == 2

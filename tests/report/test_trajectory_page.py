@@ -161,7 +161,7 @@ def test_rollouts_without_room_are_left_out_and_counted(
     monkeypatch.setattr(trajectory_page, "TEXT_BYTES", 3000)
     write_trajectory_page(tmp_path / "p.html", [run / "trajectories"])
     assert len(data_in(tmp_path / "p.html")["groups"]) == 1
-    assert "3 of the earliest steps left out" in (tmp_path / "p.html").read_text()
+    assert "3 rollouts of the earliest steps left out" in (tmp_path / "p.html").read_text()
 
 
 def test_steps_are_named_one_by_one_or_as_a_folder(run: Path, tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ class Stage:
 
 def write_run_page(path: Path, folders: Sequence[Path]) -> None:
     """Write the page of one run, or of several that are compared. Raises DataError for a folder without a log."""
-    runs = read_runs(folders)
+    order = [*STAGES]
+    runs = sorted(read_runs(folders), key=lambda run: order.index(run.stage) if run.stage in order else len(order))
     names = dict.fromkeys(run.stage for run in runs)
     stages = [stage_of(name, [run for run in runs if run.stage == name]) for name in names]
     write_html(

@@ -67,7 +67,9 @@ def _lead(
     which = f"step {first}" if first == last else f"{counted(len(steps), 'step')}, {first} to {last}"
     told = [f"{counted(len(lines), 'rollout')} of {which}"]
     if num_left_out:
-        told.append(f"{num_left_out:,} of the earliest steps left out for the size of the page; name fewer steps")
+        told.append(
+            f"{num_left_out:,} rollouts of the earliest steps left out for the size of the page; name fewer steps"
+        )
     if num_images:
         told.append(f"{num_images:,} pictures left out for the size of the page")
     if not has_tokens:
