@@ -130,6 +130,8 @@ def test_a_run_that_has_taken_no_step_is_refused(tmp_path: Path) -> None:
 
 
 def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart() -> None:
-    assert short_names([Path("/a/x/grpo"), Path("/a/y/grpo")]) == ["x/grpo", "y/grpo"]
+    assert short_names([Path("/a/x/grpo"), Path("/a/y/grpo")]) == ["x", "y"]
+    assert short_names([Path("/a/x/grpo"), Path("/a/y/grpo"), Path("/a/y/sft")]) == ["x/grpo", "y/grpo", "y/sft"]
+    assert short_names([Path("/a/grpo")]) == ["grpo"]
     assert short_names([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
     assert short_names([Path("/a"), Path("/a")]) == ["1. /a", "2. /a"]

@@ -168,14 +168,18 @@ def read_one(folder: Path, name: str) -> Run:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """As many last parts of each path as tell them apart."""
-    absolute = [path.absolute() for path in paths]
-    most = max(len(path.parts) for path in absolute)
-    for count in range(1, most + 1):
-        names = ["/".join(path.parts[-count:]) for path in absolute]
-        if len({*names}) == len(names):
-            return names
-    return [f"{number}. {path}" for number, path in enumerate(absolute, 1)]
+    """As many last parts of each path as tell them apart, without those at the end that are the same in all.
+
+    Example: short_names([Path("a/seed-0/grpo"), Path("a/seed-1/grpo")]) == ["seed-0", "seed-1"]
+    """
+    absolute = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, absolute)) + 1):
+        tails = [parts[-count:] for parts in absolute]
+        if len({*tails}) == len(tails):
+            while len(tails) > 1 and len({tail[-1] for tail in tails}) == 1:
+                tails = [tail[:-1] for tail in tails]
+            return ["/".join(tail) for tail in tails]
+    return [f"{number}. {path}" for number, path in enumerate(paths, 1)]
 
 
 def stage_of(name: str, runs: Sequence[Run]) -> Stage:
