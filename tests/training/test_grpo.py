@@ -191,6 +191,15 @@ def test_no_picture_is_encoded_twice_in_a_step_where_vision_is_frozen(load, data
     assert learner.vision_cache is None
 
 
+def test_no_gradient_lives_on_through_the_next_rollouts(load, dataset) -> None:
+    learner = load(num_generations=2, max_new_tokens=3, mask_truncated_completions=False)
+    samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
+    stage = Stage2(learner, learner.config, lambda played: [Reward(total=float(place)) for place in range(len(played))])
+    metrics = stage.step(samples, with_canaries=False)
+    assert metrics["optim/grad_norm"] > 0
+    assert all(weight.grad is None for weight in learner.parameters)
+
+
 def test_a_reward_that_always_fails_stops_the_run_with_its_text(run, tmp_path) -> None:
     (tmp_path / "reward.py").write_text("def f(completions, **kwargs):\n    return [0.0 for _ in completions]")
     with pytest.raises(TrainingError, match=r"8 rewards of this step failed, the first by: TypeError: f\(\) takes 1"):

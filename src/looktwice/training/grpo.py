@@ -201,6 +201,8 @@ class Stage2:
                 self.ahead.begin(learner.step + 1, coming)
             self.groups = [*groups, *refilled]
             metrics |= improve(learner, self.groups, config, self.reference)
+        # or they live on through the next rollouts, as large as the trained weights
+        learner.optimizer.zero_grad(set_to_none=True)
         if config.refill_batches:
             dropped = sum(not carries_signal(group, config) for group in groups) / len(groups)
             metrics |= {"group/dropped": dropped, "group/refilled": float(len(refilled))}
