@@ -81,6 +81,7 @@ def grpo(config: Ovis2_5Config, model: ModelConfig, stage: GRPOConfig, load: Loa
         reference = learner.freeze_reference() if stage.beta > 0 else None
         if reference:
             trace.call("adapters" if stage.use_lora else "weights", reference.frozen)
+        learner.optimizer.zero_grad(set_to_none=True)  # as a step ends: rollouts need none
         with learner.precision(), ExitStack() as stack:
             with trace.making("weights"):
                 stack.enter_context(merged(learner.base))
