@@ -537,7 +537,10 @@ def test_a_switch_may_be_written_off_with_its_value(words) -> None:
         (["ask", "a.png", "Q", "--question", "R"], "a picture or a question is given twice"),
         (["ask", "--image_path", "none.jpg", "What is it?"], "none.jpg: no such picture or video"),
         (["ask", "What is it? " * 40, "a.png"], "What is it? What is it?"),
-        (["hm"], 'unknown command "hm". There are train, ask, chat, eval, report, serve, data, export, plan, doctor, demo.'),
+        (
+            ["hm"],
+            'unknown command "hm". There are train, ask, chat, eval, report, serve, data, export, plan, doctor, demo.',
+        ),
         (["train", "--min_pixels", "9", "--max_pixels", "5"], "min_pixels 9 is more than max_pixels 5; swap them"),
     ],
 )
