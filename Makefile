@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench learning clean
+.PHONY: demo test lint docs bench learning clean
 
 demo: $(VENV)/installed
 	$(BIN)/looktwice demo --overwrite
@@ -23,6 +23,9 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/numerics.py
+
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx -W --keep-going -q docs outputs/site
 
 learning: $(VENV)/installed
 	$(BIN)/python benchmarks/learning.py
