@@ -50,7 +50,7 @@ def test_the_commands_of_a_page_run_with_the_tiny_model(
 ) -> None:
     (tmp_path / "data").symlink_to(dataset.train.parent)
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", "")
     for command in "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines():
         *settings, verb = command.replace("AIDC-AI/Ovis2.5-9B", "tiny").partition("looktwice ")[::2]
         for name, value in (word.split("=") for word in "".join(settings).split()):
