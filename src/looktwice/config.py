@@ -670,7 +670,7 @@ class AnswerConfig(Config):
     top_p: Annotated[Number, Field(gt=0, le=1)] = knob(1.0, "sample from the smallest set of this probability")
     top_k: Annotated[Whole, Field(ge=0)] = knob(0, "sample from this many ids; 0 is off")
     min_p: Annotated[Number, Field(ge=0, le=1)] = knob(0.0, "leave out ids below this share of the likeliest; 0 is off")
-    repetition_penalty: Annotated[Number, Field(gt=0)] = knob(
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] = knob(
         1.0, "divides logits of ids in prompt and answer; 1 is off"
     )
     presence_penalty: Number = knob(0.0, "taken from logits of ids in the answer; 0 is off")

@@ -51,3 +51,10 @@ def test_a_norm_is_taken_over_with_its_weight_and_once() -> None:
     take_over_norms(layers)
     take_over_norms(layers)
     assert type(layers[0]) is RMSNorm and layers[0].weight is weight
+
+
+def test_a_second_gradient_is_refused_and_not_wrong() -> None:
+    hidden = torch.randn(3, 16, requires_grad=True)
+    [gradient] = torch.autograd.grad(RMSNorm(16)(hidden).square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

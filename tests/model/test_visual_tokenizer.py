@@ -195,3 +195,15 @@ def test_under_autocast_gradients_are_those_of_the_plain_product() -> None:
     for ours, wanted in zip(found, plain, strict=True):
         assert ours.dtype == wanted.dtype
         torch.testing.assert_close(ours, wanted, atol=2e-2 * float(wanted.detach().abs().max()), rtol=2e-2)
+
+
+def test_without_gradients_no_scores_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    head, table = make_head(num_words=50, width=20)
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda self, **options: kept.append(self) or clone(self, **options))
+    with torch.no_grad():
+        embed_features(torch.randn(5, 32), head, table)
+    assert kept == []
+    embed_features(torch.randn(5, 32), head, table)
+    assert len(kept) == 1

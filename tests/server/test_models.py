@@ -27,12 +27,12 @@ from looktwice.server.models import Models, default_name
 def make_adapter(folder: Path, seed: int, **options: object) -> Path:
     """An adapter of the small model that changes what it says."""
     model = load_model("tiny")
+    torch.manual_seed(seed)
     adapted = add_lora(base_of(model), r=4, alpha=8, **options)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if ".lora_B." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape))
     save_model(adapted, folder)
     OvisInference("tiny", device="cpu").processor.save_pretrained(folder)
     return folder

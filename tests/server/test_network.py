@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -139,3 +140,25 @@ def test_a_name_with_a_private_address_among_others_is_refused(monkeypatch) -> N
     monkeypatch.setattr(network.socket, "getaddrinfo", lambda *_, **__: both)
     with pytest.raises(network.Unreachable):
         network.public_address("two.example", 80)
+
+
+def test_a_server_that_dribbles_does_not_hold_a_fetch_beyond_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dribble(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for _ in range(50):
+                try:
+                    connection.sendall(b"H")
+                except OSError:
+                    return
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(network, "PORTS", (port,))
+        monkeypatch.setattr(network, "is_public", lambda address: True)
+        threading.Thread(target=dribble, args=(listener,), daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(Refusal, match="cannot be fetched"):
+            network.fetch(f"http://localhost:{port}/a.png", max_bytes=100, seconds=0.5)
+        assert time.monotonic() - started < 3

@@ -35,7 +35,7 @@ def is_empty(running) -> bool:  # type: ignore[no-untyped-def]
     worker, engine = running.service.worker, running.engine
     is_idle = not any(lane.jobs for lane in worker._lanes.values())
     held = len(engine.live) if hasattr(engine, "live") else engine.cache.num_used + len(engine.scheduler.live)
-    return worker.num_open == 0 and is_idle and held == 0
+    return worker.num_open == 0 and is_idle and held == running.service.pixels.held == 0
 
 
 def raw_request(body: dict) -> bytes:
@@ -201,3 +201,14 @@ def test_what_a_server_is_told_to_end_it_finishes_and_takes_no_more(play, questi
         assert running.http.get("/health").status_code == 503
         assert future.result().choices[0].finish_reason == "stop"
         wait_for(lambda: running.server.should_exit)
+
+
+def test_what_comes_after_the_worker_ended_is_told_so(play) -> None:
+    with play("<answer>3</answer><|im_end|>") as running:
+        worker = running.service.worker
+        told: list[object] = []
+        worker.close()
+        assert worker.reserve(1)
+        worker.submit(Job(count=1, lane="base", is_streamed=False, mail=told.extend))
+        assert worker.call(lambda: 5).result(timeout=5) == 5
+        assert worker.num_open == 0

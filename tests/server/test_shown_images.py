@@ -12,7 +12,7 @@ from PIL import Image
 from tests.server.conftest import url_of
 
 from looktwice.server.refusal import Refusal
-from looktwice.server.shown_images import ImageRules, file_below, shown_image
+from looktwice.server.shown_images import ImageRules, Pixels, file_below, shown_image
 
 RULES = ImageRules(max_bytes=10_000, max_pixels=10_000)
 
@@ -100,3 +100,17 @@ def test_a_request_with_too_many_pictures_is_refused(tiny, image) -> None:
     shown = {"type": "image_url", "image_url": {"url": url_of(image)}}
     with pytest.raises(openai.BadRequestError, match="4 pictures, more than 3"):
         tiny.client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": [shown] * 4}])
+
+
+def test_decoded_pixels_are_bounded_for_a_request_and_for_all() -> None:
+    pixels = Pixels(10)
+    pixels.take(40, of_request=0)
+    with pytest.raises(Refusal, match="more than 40 pixels together"):
+        pixels.take(1, of_request=40)
+    for _ in range(3):
+        pixels.take(40, of_request=0)
+    with pytest.raises(Refusal, match="too many pictures are shown at a time") as refused:
+        pixels.take(1, of_request=0)
+    assert refused.value.status == 429
+    pixels.give_back(40)
+    pixels.take(40, of_request=0)

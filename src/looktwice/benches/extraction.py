@@ -48,7 +48,8 @@ def picked_option(text: str, options: tuple[str, ...]) -> Pick:
 
     the last complete answer block is read alone where there is one; `\\boxed{…}`; "answer is X"; a letter in brackets;
     a letter and a period at the start; a lone letter ("A" and "I" only where they are the whole answer); the text of an
-    option, whole or as the only one contained. Two letters under one rule are ambiguous and none.
+    option, whole or as the only one contained. Of several statements the last
+    counts; two letters under another rule are ambiguous and none.
     """
     said = spoken(text)
     if said is None:

@@ -56,7 +56,7 @@ def only_letter(item: Item, said: Said) -> Verdict:
     texts = [place for place, text in enumerate(item.options) if text and text.lower() in answer.lower()]
     if len(words) == 1:
         found, by = words.pop(), "lone"
-    elif not words and len(texts) == 1:
+    elif len(texts) == 1:
         found, by = item.letters[texts[0]], "option_text"
     else:
         return Verdict(score=0.0, prediction=None, by="none")

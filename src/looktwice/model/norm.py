@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from looktwice.model.exact import is_exact
@@ -40,6 +41,7 @@ class _Normalise(torch.autograd.Function):
         return weight * normal
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         normal, weight, scale = ctx.saved_tensors
         by_weight = by_hidden = None

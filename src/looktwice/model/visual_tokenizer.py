@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from looktwice.model.configuration import NUM_INDICATORS, Siglip2NavitConfig
@@ -65,21 +66,24 @@ def embed_features(features: Tensor, tokenizer: VisualTokenizer, table: VisualEm
     # by name, which also finds the copy that PEFT trains of the head
     linear, norm = (getattr(tokenizer.head, place) for place in ("0", "1"))
     device = linear.weight.device
-    return _Mixture.apply(features.to(device), linear.weight, norm.weight, norm.bias, table.weight.to(device))
+    weights = linear.weight, norm.weight, norm.bias, table.weight.to(device)
+    return _Mixture.apply(features.to(device), *weights, torch.is_grad_enabled())
 
 
 class _Mixture(torch.autograd.Function):
     """Head, norm, softmax and table in one, chunk by chunk in the same memory."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, words: Tensor, scale: Tensor, shift: Tensor, rows: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, words: Tensor, scale: Tensor, shift: Tensor, rows: Tensor, is_trained: bool
+    ) -> Tensor:
         ctx.save_for_backward(features, words, scale, shift, rows)
         ctx.dtype = dtype = autocast_dtype(features.device, words.dtype)
         features, words, mixed = features.to(dtype), words.to(dtype), rows[: len(words)].to(dtype)
         chunks = features.split(CHUNK.get(features.device.type, len(features)))
         memory = features.new_empty(len(chunks[0]), len(words))
         vectors, ctx.kept = [], []
-        num_kept = KEPT.get(features.device.type, 0) if any(ctx.needs_input_grad) else 0
+        num_kept = KEPT.get(features.device.type, 0) if is_trained and any(ctx.needs_input_grad) else 0
         for number, chunk in enumerate(chunks):
             scores = memory[: len(chunk)]
             if is_exact():
@@ -94,6 +98,7 @@ class _Mixture(torch.autograd.Function):
         return torch.cat(vectors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         features, words, scale, shift, rows = ctx.saved_tensors
         needed, dtype, precise = ctx.needs_input_grad, ctx.dtype, torch.promote_types(words.dtype, torch.float32)
@@ -128,8 +133,14 @@ class _Mixture(torch.autograd.Function):
             if needed[4]:
                 by_rows.add(chunk, grad[place])
         by_scale, by_shift = (total.to(scale.dtype) for total in by_norm)
-        gradients = (by_features.to(features.dtype), by_words.value, by_scale, by_shift, by_rows.value)
-        return tuple(each if is_needed else None for each, is_needed in zip(gradients, needed))
+        return (
+            by_features.to(features.dtype) if needed[0] else None,
+            by_words.value if needed[1] else None,
+            by_scale if needed[2] else None,
+            by_shift if needed[3] else None,
+            by_rows.value if needed[4] else None,
+            None,
+        )
 
 
 def _probabilities(scores: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ async def chunks(reply: Reply) -> AsyncIterator[dict[str, Any]]:
         choice: dict[str, Any] = {"index": number, "delta": {}, "logprobs": None, "finish_reason": None}
         if isinstance(event, Cropped):
             num_crops[number] += 1
-            told_crop = crop_event(event.crop, num_crops[number], with_image=task.crop_images)
+            told_crop = crop_event(event.crop, num_crops[number], reply.crop_images)
             yield {**head, "choices": [{**choice, "looktwice": told_crop}]}
             continue
         reasoning, content = text.add(event)
@@ -135,7 +135,7 @@ async def chunks(reply: Reply) -> AsyncIterator[dict[str, Any]]:
             yield {**head, "choices": [{**choice, "delta": {"content": content}, "logprobs": logprobs}]}
         if isinstance(event, Done):
             ids = {"token_ids": reply.asked[number].episode.trajectory.completion_ids} if task.with_ids else {}
-            trace = trace_of(event.answer, with_images=task.crop_images)
+            trace = trace_of(event.answer, reply.crop_images)
             reason = finish_reason(event.answer.stop_reason)
             yield {**head, "choices": [{**choice, "finish_reason": reason, "looktwice": trace, **ids}]}
     if task.with_usage:
@@ -158,6 +158,6 @@ def _choice(reply: Reply, number: int, text: Texts) -> dict[str, Any]:
         "message": message,
         "logprobs": logprobs,
         "finish_reason": finish_reason(asked.answer.stop_reason),
-        "looktwice": trace_of(asked.answer, with_images=reply.task.crop_images),
+        "looktwice": trace_of(asked.answer, reply.crop_images),
     }
     return {**choice, "token_ids": asked.episode.trajectory.completion_ids} if reply.task.with_ids else choice

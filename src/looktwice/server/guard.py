@@ -31,7 +31,7 @@ OPEN_PATHS, OPEN_FOLDER = ("/", "/health"), "/page/"
 """What needs no key: the page holds nothing, and who watches over servers has none."""
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 ANY_HOSTS = ("0.0.0.0", "::")
-BODY_SECONDS = 60.0
+BODY_SECONDS = SEND_SECONDS = 60.0
 BODIES_AT_ONCE = 8
 """So many of the largest bodies are read at a time."""
 
@@ -86,9 +86,10 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
-            await send(message)
+            async with asyncio.timeout(SEND_SECONDS):  # a client that does not read holds its body and its place
+                await send(message)
 
-        held: list[int] = []
+        held = [0]
         try:
             self._check(scope)
             body = await self._body(scope, receive, held)
@@ -101,7 +102,7 @@ class Guard:
             if not status:
                 await answer(Refusal("this request failed; ask again", status=500), noted)
         finally:
-            self.bytes_held -= sum(held)
+            self.bytes_held -= held[0]
             self._note(scope, status, time.monotonic() - started)
 
     def _check(self, scope: Scope) -> None:
@@ -135,8 +136,8 @@ class Guard:
             raise self._too_large()
 
     async def _body(self, scope: Scope, receive: Receive, held: list[int]) -> bytes:
-        """The whole body, however it comes. Raises Refusal when it is too large or too slow, or too much is read
-        already."""
+        """The whole body, however it comes; `held` counts its bytes. Raises Refusal when it is too large or too slow,
+        or too much is read already."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return b""
         pieces: list[bytes] = []
@@ -148,9 +149,9 @@ class Guard:
                         return b""
                     piece = message.get("body", b"")
                     pieces.append(piece)
-                    held.append(len(piece))
+                    held[0] += len(piece)
                     self.bytes_held += len(piece)
-                    if sum(held) > self.max_bytes:
+                    if held[0] > self.max_bytes:
                         raise self._too_large()
                     if self.bytes_held > BODIES_AT_ONCE * self.max_bytes:
                         raise Refusal("too much is sent at a time; try again", status=429, headers={"Retry-After": "1"})

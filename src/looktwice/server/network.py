@@ -66,11 +66,43 @@ def public_address(host: str, port: int) -> str:
     return addresses[0]
 
 
-class PublicBackend(httpcore.NetworkBackend):
-    """Opens connections to public addresses alone."""
+class TimedStream(httpcore.NetworkStream):
+    """A connection that ends at a moment of the monotonic clock, however slowly its other side writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: httpcore.NetworkStream, ends: float) -> None:
+        self.inner, self.ends = inner, ends
+
+    def _left(self, timeout: float | None, error: type[Exception]) -> float:
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            raise error("it takes too long")
+        return left if timeout is None else min(timeout, left)
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self.inner.read(max_bytes, self._left(timeout, httpcore.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.inner.write(buffer, self._left(timeout, httpcore.WriteTimeout))
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        inner = self.inner.start_tls(ssl_context, server_hostname, self._left(timeout, httpcore.ConnectTimeout))
+        return TimedStream(inner, self.ends)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self.inner.get_extra_info(info)
+
+
+class PublicBackend(httpcore.NetworkBackend):
+    """Opens connections to public addresses alone, which end at a moment of the monotonic clock."""
+
+    def __init__(self, ends: float) -> None:
         self.inner = httpcore.SyncBackend()
+        self.ends = ends
 
     def connect_tcp(
         self,
@@ -81,14 +113,15 @@ class PublicBackend(httpcore.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
         address = public_address(host, port)
-        return self.inner.connect_tcp(address, port, timeout, local_address, socket_options)
+        stream = self.inner.connect_tcp(address, port, timeout, local_address, socket_options)
+        return TimedStream(stream, self.ends)
 
 
 def fetch(url: str, *, max_bytes: int, seconds: float = FETCH_SECONDS) -> bytes:
     """What lies at a public web address. Raises Refusal for another kind of address, and for what cannot be had."""
     ends = time.monotonic() + seconds
     context = ssl.create_default_context()
-    with httpcore.ConnectionPool(ssl_context=context, network_backend=PublicBackend(), max_connections=1) as pool:
+    with httpcore.ConnectionPool(ssl_context=context, network_backend=PublicBackend(ends), max_connections=1) as pool:
         for _ in range(MOST_REDIRECTS + 1):
             check_url(url)
             try:

@@ -121,7 +121,7 @@ def finished(reply: Reply, text: Texts) -> dict[str, Any]:
             "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"],
         },
-        "looktwice": trace_of(asked.answer, with_images=reply.task.crop_images),
+        "looktwice": trace_of(asked.answer, reply.crop_images),
     }
     if reply.task.with_ids:
         ids = asked.episode.trajectory
@@ -144,7 +144,7 @@ async def events(reply: Reply) -> AsyncIterator[dict[str, Any]]:
     async for told in reply:
         if isinstance(told.event, Cropped):
             num_crops += 1
-            crop = crop_event(told.event.crop, num_crops, with_image=reply.task.crop_images)
+            crop = crop_event(told.event.crop, num_crops, reply.crop_images)
             yield event(CROP_EVENT, output_index=place, looktwice=crop)
             continue
         for item, more in zip((thinking, saying), text.add(told.event)):

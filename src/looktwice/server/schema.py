@@ -139,7 +139,7 @@ class Looking(Strict):
     max_seconds: Annotated[Number, Field(gt=0)] | None = Field(None, description="seconds before an answer is cut")
     top_k: NonNegativeInt | None = Field(None, description="sample from this many ids; 0 is off")
     min_p: Share | None = Field(None, description="leave out ids below this share of the likeliest")
-    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | Seed | None = None
 
     user: Text | None = Field(None, description=IGNORED)

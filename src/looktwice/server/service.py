@@ -14,22 +14,26 @@ from pathlib import Path
 from typing import TypeVar
 
 from looktwice.asking.asked import Asked, begin
-from looktwice.asking.events import Done
+from looktwice.asking.events import Cropped, Done
 from looktwice.config import ServeConfig, number_of_bytes
 from looktwice.errors import LooktwiceError
+from looktwice.geometry import Box
 from looktwice.inference import seeds_of
 from looktwice.server.grammar import Grammars, JsonMask
 from looktwice.server.metrics import ServerMetrics
 from looktwice.server.models import BASE, Loaded, Models, ServedModel
 from looktwice.server.refusal import Refusal, refusal_of
-from looktwice.server.shown_images import ImageRules, path_below
+from looktwice.server.shown_images import ImageRules, Pixels, path_below
 from looktwice.server.task import Task
+from looktwice.server.trace import place_of, small_image
 from looktwice.server.worker import Failed, Job, Told, Worker
 
 NUM_READERS = 2
-"""Threads that decode pictures and write prompts: as many pictures are in memory at their full size."""
+"""Threads that decode pictures and write prompts."""
 NUM_WAITERS = 16
 """Threads that wait for the web or load adapters, so that readers do not."""
+MOST_ADAPTERS = 64
+"""Adapters that are known at a time; each takes memory until it is removed."""
 MOST_CRASHES = 3
 """Passes that fail one after the other before the server calls itself unwell."""
 T = TypeVar("T")
@@ -38,7 +42,7 @@ T = TypeVar("T")
 class Reply:
     """A request that is being answered: iterate over what is told, and `close` it at the end, whatever happens."""
 
-    def __init__(self, task: Task, model: ServedModel, worker: Worker, seconds: float) -> None:
+    def __init__(self, task: Task, model: ServedModel, worker: Worker, pixels: Pixels, seconds: float) -> None:
         self.task = task
         self.model = model
         self.worker = worker
@@ -55,6 +59,10 @@ class Reply:
             mail=self.mail.put_nowait,
         )
         self.num_over = 0
+        self.crop_images: dict[tuple[int, Box | None], str | None] | None = {} if task.crop_images else None
+        self.pixels = pixels
+        self.num_pixels = 0
+        self.is_closed = False
 
     @property
     def asked(self) -> Sequence[Asked]:
@@ -70,6 +78,9 @@ class Reply:
                     raise Refusal(told.event.message, status=status)
                 if isinstance(told.event, Done) and told.event.answer.stop_reason == "error":
                     raise Refusal("this answer could not be finished; ask again", status=500, code="answer_failed")
+                if self.crop_images is not None and isinstance(told.event, Cropped):
+                    image = await asyncio.to_thread(small_image, told.event.crop)
+                    self.crop_images[place_of(told.event.crop)] = image
                 yield told
 
     async def _next(self) -> list[Told]:
@@ -86,6 +97,20 @@ class Reply:
         """Free what the request holds, if it is not over."""
         if self.num_over < self.task.count:
             self.worker.cancel(self.job)
+        self.is_closed = True
+        self.give_pixels_back()
+
+    def take_pixels(self, count: int) -> None:
+        """Have room for so many decoded pixels; a reader's thread calls it. Raises Refusal where there is none."""
+        self.pixels.take(count, of_request=self.num_pixels)
+        self.num_pixels += count
+        if self.is_closed:  # it took too long, and nobody closes it again
+            self.give_pixels_back()
+            raise Refusal("the request is over", status=408)
+
+    def give_pixels_back(self) -> None:
+        count, self.num_pixels = self.num_pixels, 0
+        self.pixels.give_back(count)
 
 
 class Service:
@@ -105,6 +130,8 @@ class Service:
             allow_http=config.allow_http,
             folder=config.image_folder,
         )
+        self.pixels = Pixels(config.max_image_pixels)
+        self.loading = asyncio.Lock()
         self.grammars = Grammars()
         self.readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="looktwice-reader")
         self.waiters = ThreadPoolExecutor(NUM_WAITERS, thread_name_prefix="looktwice-waiter")
@@ -130,7 +157,8 @@ class Service:
         """Have a task answered. Raises Refusal when there is no place, or the task cannot be begun."""
         if self.is_draining or not self.worker.is_running:
             raise Refusal("the server is stopping; ask another one", status=503, headers={"Retry-After": "30"})
-        reply = Reply(task, self.models.named(task.model), self.worker, self.config.request_seconds)
+        model = self.models.named(task.model)
+        reply = Reply(task, model, self.worker, self.pixels, self.config.request_seconds)
         if not self.worker.reserve(task.count):
             raise Refusal(
                 f"{self.worker.num_open} answers are begun or wait already; ask again later",
@@ -139,18 +167,23 @@ class Service:
                 headers={"Retry-After": str(self._seconds_to_wait())},
             )
         try:
-            if task.has_web_images and self.rules.allow_http:
-                task = await self._in_thread(self.waiters, lambda: task.fetched(self.rules))
-            reply.job.asked = await self._in_thread(self.readers, lambda: self._read(task, reply))
-        except BaseException:
+            async with asyncio.timeout_at(reply.deadline):
+                if task.has_web_images and self.rules.allow_http:
+                    task = await self._in_thread(self.waiters, lambda: task.fetched(self.rules))
+                reply.job.asked = await self._in_thread(self.readers, lambda: self._read(task, reply))
+        except BaseException as error:
             self.worker.give_back(task.count)
+            reply.is_closed = True
+            reply.give_pixels_back()
+            if isinstance(error, TimeoutError):
+                raise Refusal("the pictures of the request take too long", status=408, code="slow_images") from error
             raise
         self.worker.submit(reply.job)
         return reply
 
     def _read(self, task: Task, reply: Reply) -> list[Asked]:
         """Decode the pictures of a task and write its prompt: the work of a reader's thread."""
-        conversation = task.conversation(self.rules)
+        conversation = task.conversation(replace(self.rules, take=reply.take_pixels))
         own = reply.model.processor
         policy = task.policy(own.policy)
         processor = own if policy == own.policy else own.at(policy)
@@ -173,8 +206,11 @@ class Service:
     async def load_adapter(self, name: str, written: str) -> None:
         """Know an adapter by a name from now on. Raises Refusal when it cannot be had."""
         folder = self._adapter_folder(written)
-        loaded = await self._in_thread(self.waiters, lambda: self.models.read_adapter(name, folder))
-        await asyncio.wrap_future(self.worker.call(lambda: self._know(loaded)))
+        async with self.loading:  # one after the other: each may be as large as the model
+            if name not in self.models.known and len(self.models.known) > MOST_ADAPTERS:
+                raise Refusal(f"{MOST_ADAPTERS} adapters are there already; remove one", code="too_many_adapters")
+            loaded = await self._in_thread(self.waiters, lambda: self.models.read_adapter(name, folder))
+            await asyncio.wrap_future(self.worker.call(lambda: self._know(loaded)))
 
     def _know(self, loaded: Loaded) -> None:
         """Have an adapter that was read answer from now on; between two passes."""

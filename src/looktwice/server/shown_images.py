@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -28,6 +30,39 @@ class ImageRules:
     max_pixels: int
     allow_http: bool = False
     folder: Path | None = None
+    take: Callable[[int], None] = lambda pixels: None
+    """Called with the pixels of each picture before it is decoded; raises Refusal where there is no room for it."""
+
+
+class Pixels:
+    """Decoded pixels that are in memory for all requests, which keep their pictures until they are over: 6 bytes each.
+
+    A request may have those of 4 of the largest pictures, all together those of 16.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self.most_of_request, self.most = 4 * largest, 16 * largest
+        self.held = 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int, *, of_request: int) -> None:
+        """Have room for a picture of a request that has so many already. Raises Refusal."""
+        if of_request + count > self.most_of_request:
+            raise Refusal(
+                f"the pictures have more than {self.most_of_request:,} pixels together; make them smaller",
+                param="messages",
+                code="images_too_large",
+            )
+        with self._lock:
+            if self.held + count > self.most:
+                raise Refusal(
+                    "too many pictures are shown at a time; try again", status=429, headers={"Retry-After": "5"}
+                )
+            self.held += count
+
+    def give_back(self, count: int) -> None:
+        with self._lock:
+            self.held -= count
 
 
 def shown_image(url: str, rules: ImageRules) -> Image.Image:
@@ -41,6 +76,7 @@ def shown_image(url: str, rules: ImageRules) -> Image.Image:
                 param="messages",
                 code="image_too_large",
             )
+        rules.take(size.width * size.height)
         return open_image(address)
     except ImageError as error:
         raise Refusal(f"a picture cannot be used: {error}", param="messages", code="invalid_image") from error

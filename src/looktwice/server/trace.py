@@ -4,6 +4,7 @@ its own, `looktwice`, of each choice."""
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from looktwice.asking.answer import Answer, Crop
 from looktwice.asking.asked import Asked
 from looktwice.calls import TOOL_CALL_OPEN
+from looktwice.geometry import Box
 from looktwice.messages import THINK_CLOSE, THINK_OPEN
 from looktwice.rollout.trajectory import StopReason, Trajectory
 
@@ -29,16 +31,25 @@ CUT: tuple[StopReason, ...] = (
 """The reasons that OpenAI calls `length`: a limit ended the answer."""
 
 
-def crop_event(crop: Crop, number: int, *, with_image: bool) -> dict[str, Any]:
+Pictures = Mapping[tuple[int, Box | None], str | None]
+"""The small pictures of crops by picture number and box, as data: URLs; they are made off the event loop."""
+
+
+def crop_event(crop: Crop, number: int, pictures: Pictures | None) -> dict[str, Any]:
     """A crop as it happens: `number` counts the calls of an answer from 1, `box` is in whole pixels of the original
     picture number `image`, None where the call was refused for `error`; `label` are the words in the call."""
-    return {"type": "crop", "number": number, **crop_fields(crop, with_image=with_image)}
+    return {"type": "crop", "number": number, **crop_fields(crop, pictures)}
 
 
-def crop_fields(crop: Crop, *, with_image: bool) -> dict[str, Any]:
-    """A crop with its label, and with its small picture as a data: URL."""
+def crop_fields(crop: Crop, pictures: Pictures | None) -> dict[str, Any]:
+    """A crop with its label, and with its small picture where there are `pictures`."""
     fields = {**crop.plain(), "label": label_of(crop.text)}
-    return {**fields, "image_url": small_image(crop)} if with_image else fields
+    return fields if pictures is None else {**fields, "image_url": pictures.get(place_of(crop))}
+
+
+def place_of(crop: Crop) -> tuple[int, Box | None]:
+    """What a crop's small picture is kept by."""
+    return crop.image_number, crop.box
 
 
 def label_of(call: str) -> str | None:
@@ -58,10 +69,10 @@ def small_image(crop: Crop) -> str | None:
     return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
-def trace_of(answer: Answer, *, with_images: bool) -> dict[str, Any]:
+def trace_of(answer: Answer, pictures: Pictures | None) -> dict[str, Any]:
     """All that an answer tells: response, parsed, tool_calls, grounding, crops, stop_reason, picture, tokens, seconds;
     boxes and points in pixels of the original."""
-    crops = [crop_fields(crop, with_image=with_images) for crop in answer.crops]
+    crops = [crop_fields(crop, pictures) for crop in answer.crops]
     return {"type": "trace", **answer, "crops": crops}
 
 

@@ -124,7 +124,7 @@ class Worker:
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Event()
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._is_closed = self._is_drained = False
         self._thread = threading.Thread(target=self._run, name="looktwice-engine", daemon=True)
 
     def start(self) -> None:
@@ -195,8 +195,12 @@ class Worker:
         self._hand_out([lane])
 
     def _do(self, function: Callable[[], None]) -> None:
-        self._inbox.append(function)
-        self._news.set()
+        with self._lock:
+            if not self._is_drained:
+                self._inbox.append(function)
+                self._news.set()
+                return
+        function()  # nobody else would: the worker has ended
 
     def _run(self) -> None:
         try:
@@ -210,8 +214,14 @@ class Worker:
                 for job in lane.jobs:
                     job.fail(Failed("the server stops"))
             self._hand_out([*self._lanes.values()])
-            while self._inbox:  # what came too late
-                self._inbox.popleft()()
+            while function := self._late():
+                function()
+
+    def _late(self) -> Callable[[], None] | None:
+        """What came too late for a pass; None when there is no more of it, from when on it is done where it comes."""
+        with self._lock:
+            self._is_drained = not self._inbox
+            return self._inbox.popleft() if self._inbox else None
 
     def _work(self) -> None:
         while not self._is_closed:
