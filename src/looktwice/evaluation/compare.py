@@ -17,7 +17,7 @@ from looktwice.evaluation.summary import decided, paired, units
 @dataclass(frozen=True, kw_only=True)
 class Compared:
     """Two results on the same questions of one benchmark, under one condition: their scores, the second minus the first
-    with its test, and the same of each category. `won` and `lost` are the questions whose score rose and fell."""
+    with its test, and the same of each category."""
 
     bench: str
     condition: str
@@ -25,8 +25,6 @@ class Compared:
     second: float
     gap: Difference
     categories: dict[str, Difference]
-    won: list[str]
-    lost: list[str]
     num_unpaired: int
 
 
@@ -72,7 +70,6 @@ def _compared(bench: str, condition: str, ours: Sequence[Line], theirs: Sequence
         pair = paired([line for line in ours if line["category"] == name], theirs)
         if pair[0]:
             split[name] = difference(pair[1], pair[0])
-    changes = _changes(ours, theirs)
     return Compared(
         bench=bench,
         condition=condition,
@@ -80,23 +77,8 @@ def _compared(bench: str, condition: str, ours: Sequence[Line], theirs: Sequence
         second=fmean(other),
         gap=difference(other, one),
         categories=split,
-        won=[name for name, change in changes.items() if change > 0],
-        lost=[name for name, change in changes.items() if change < 0],
         num_unpaired=len(units(decided(ours))) + len(units(decided(theirs))) - 2 * len(one),
     )
-
-
-def _changes(ours: Sequence[Line], theirs: Sequence[Line]) -> dict[str, float]:
-    """How much the score of each item rose from the one to the other."""
-    before, after = _by_item(ours), _by_item(theirs)
-    return {name: after[name] - before[name] for name in before if name in after}
-
-
-def _by_item(lines: Sequence[Line]) -> dict[str, float]:
-    scores: dict[str, list[float]] = {}
-    for line in decided(lines):
-        scores.setdefault(line["id"], []).append(line["score"])
-    return {name: fmean(of) for name, of in scores.items()}
 
 
 def _check_questions(bench: str, ours: Sequence[Line], theirs: Sequence[Line]) -> None:

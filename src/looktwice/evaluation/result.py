@@ -144,9 +144,7 @@ def lines_of(path: Path) -> Iterator[Line]:
             raise ConfigError(f"{path}:{number}: no line of an evaluation; name another --out") from error
 
 
-def answer_line(
-    key: Key, row: int, item: Item, begun: Begun, verdict: Verdict, folder: Path, *, copied_from: str | None = None
-) -> Line:
+def answer_line(key: Key, row: int, item: Item, begun: Begun, verdict: Verdict, folder: Path) -> Line:
     """The line of an answer. Pictures with a file are named by it, from `folder` where they lie there; of others, which
     the row itself holds, `path` is None."""
     answer = begun.asked.answer
@@ -164,7 +162,7 @@ def answer_line(
         "tokens": answer["tokens"],
         "num_overview_tokens": begun.num_overview_tokens,
         "seconds": answer["seconds"],
-        "copied_from": copied_from,
+        "copied_from": None,
     }
 
 
