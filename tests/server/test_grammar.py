@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from looktwice.config import AnswerConfig
-from looktwice.server.grammar import Grammars
+from looktwice.processing.processor import Ovis2_5Processor
+from looktwice.server.grammar import LONGEST_CALL, Grammars
 from looktwice.server.refusal import Refusal
 
 SCHEMA = {
@@ -97,3 +98,21 @@ def test_thinking_comes_first_and_is_free(processor) -> None:
     assert mask.allowed().sum() == len(mask.allowed()) - len(processor.end_ids)
     mask.take(closed)
     assert not mask.allowed()[template.encode("a")[0]] and mask.allowed()[template.encode("{")[0]]
+
+
+def test_a_model_that_has_thought_calls_no_more(processor: Ovis2_5Processor) -> None:
+    mask = Grammars().mask(SCHEMA, processor, AnswerConfig(enable_thinking=True))
+    mask.take(mask.think_open)
+    assert mask.allowed()[mask.call_open]
+    mask.take(mask.think_close)
+    assert not mask.allowed()[mask.call_open] and mask.allowed().any()
+
+
+def test_a_call_in_place_of_the_json_holds_no_tags_and_is_closed_in_time(processor: Ovis2_5Processor) -> None:
+    mask = Grammars().mask(SCHEMA, processor, AnswerConfig(enable_thinking=False))
+    mask.take(mask.call_open)
+    for _ in range(LONGEST_CALL):
+        allowed = mask.allowed()
+        assert allowed[mask.call_close] and not allowed[[mask.think_close, mask.call_open, *mask.end_ids]].any()
+        mask.take(5)
+    assert mask.allowed().nonzero().tolist() == [[mask.call_close]]

@@ -55,14 +55,18 @@ def write_trajectory_page(path: Path, places: Sequence[Path]) -> None:
         "trajectories.html.jinja",
         scripts=(ITEMS, SCRIPT),
         title=f"Rollouts of {run.absolute().name}",
-        lead=_lead(lines, steps, num_left_out, images.num_left_out, has_tokens=processor is not None),
+        lead=_lead(
+            lines,
+            {group["step"] for group in groups},
+            num_left_out,
+            images.num_left_out,
+            has_tokens=processor is not None,
+        ),
         data={"images": images.entries, "groups": groups, "terms": names, "hasTokens": processor is not None},
     )
 
 
-def _lead(
-    lines: Sequence[Line], steps: dict[int, Path], num_left_out: int, num_images: int, *, has_tokens: bool
-) -> str:
+def _lead(lines: Sequence[Line], steps: set[int], num_left_out: int, num_images: int, *, has_tokens: bool) -> str:
     last, first = max(steps), min(steps)
     which = f"step {first}" if first == last else f"{counted(len(steps), 'step')}, {first} to {last}"
     told = [f"{counted(len(lines), 'rollout')} of {which}"]

@@ -135,7 +135,7 @@ async def chunks(reply: Reply) -> AsyncIterator[dict[str, Any]]:
             yield {**head, "choices": [{**choice, "delta": {"content": content}, "logprobs": logprobs}]}
         if isinstance(event, Done):
             ids = {"token_ids": reply.asked[number].episode.trajectory.completion_ids} if task.with_ids else {}
-            trace = trace_of(event.answer, reply.crop_images)
+            trace = trace_of(event.answer, reply.crop_images, is_json=task.schema is not None)
             reason = finish_reason(event.answer.stop_reason)
             yield {**head, "choices": [{**choice, "finish_reason": reason, "looktwice": trace, **ids}]}
     if task.with_usage:
@@ -158,6 +158,6 @@ def _choice(reply: Reply, number: int, text: Texts) -> dict[str, Any]:
         "message": message,
         "logprobs": logprobs,
         "finish_reason": finish_reason(asked.answer.stop_reason),
-        "looktwice": trace_of(asked.answer, reply.crop_images),
+        "looktwice": trace_of(asked.answer, reply.crop_images, is_json=reply.task.schema is not None),
     }
     return {**choice, "token_ids": asked.episode.trajectory.completion_ids} if reply.task.with_ids else choice

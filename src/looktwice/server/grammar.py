@@ -25,6 +25,8 @@ from looktwice.server.refusal import Refusal
 
 MOST_BYTES = 100_000
 """Of a schema: a larger one could take minutes to read."""
+LONGEST_CALL = 64
+"""Ids of a call in place of the JSON before it is closed; a box with its words is half of that."""
 BLANKS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """Where blanks may stand in the JSON. If anywhere, a model that may not write what it would writes nothing else."""
 State = Literal["opening", "thinking", "ready", "calling", "answering"]
@@ -34,7 +36,9 @@ class JsonMask:
     """Follows one answer. It opens its thinking, if it is to think; it thinks and calls as it likes, but does not end
     its turn in there; and from then on each id is one that a JSON text of the schema can go on with.
 
-    In place of the first id of the JSON a call may come, where crops are on, until one was refused.
+    Of an answer without thinking a call may come in place of the first id of the JSON, where crops are on, until one
+    was refused. (A model that has thought has looked: offered the JSON or a call it would call, since it wants to write
+    neither, but the tag of an answer.)
     """
 
     def __init__(self, matcher: LLMatcher, processor: Ovis2_5Processor, *, thinks: bool, crops: bool) -> None:
@@ -45,15 +49,20 @@ class JsonMask:
         self.think_open, self.think_close = template.token_id(THINK_OPEN), template.token_id(THINK_CLOSE)
         self.call_open, self.call_close = template.token_id(TOOL_CALL_OPEN), template.token_id(TOOL_CALL_CLOSE)
         self.refusal_start = template.encode(TOOL_RESPONSE_OPEN)[0]
-        self.may_call = crops
+        self.may_call = crops and not thinks
+        self.num_called = 0
         self.state: State = "opening" if thinks else "ready"
         self.bits = allocate_token_bitmask(1, self.num_ids)
 
     def allowed(self) -> Tensor | None:
         if self.state == "opening":
             return self._only([self.think_open])
-        if self.state in ("thinking", "calling"):
+        if self.state == "thinking":
             return ~self._only(self.end_ids)
+        if self.state == "calling":
+            is_long = self.num_called >= LONGEST_CALL
+            tags = [*self.end_ids, self.think_open, self.think_close, self.call_open]
+            return self._only([self.call_close]) if is_long else ~self._only(tags)
         fill_next_token_bitmask(self.matcher, self.bits)
         if error := self.matcher.get_error():
             raise ValueError(f"the schema cannot be followed: {error}")
@@ -68,8 +77,10 @@ class JsonMask:
         elif self.state == "thinking":
             self.state = "ready" if token == self.think_close else "thinking"
         elif self.state == "ready" and token == self.call_open and self.may_call:
-            self.state = "calling"
-        elif self.state != "calling":
+            self.state, self.num_called = "calling", 0
+        elif self.state == "calling":
+            self.num_called += 1
+        else:
             self.state = "answering"
             if token not in self.end_ids:
                 self.matcher.consume_token(token)

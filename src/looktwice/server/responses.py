@@ -121,7 +121,7 @@ def finished(reply: Reply, text: Texts) -> dict[str, Any]:
             "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"],
         },
-        "looktwice": trace_of(asked.answer, reply.crop_images),
+        "looktwice": trace_of(asked.answer, reply.crop_images, is_json=reply.task.schema is not None),
     }
     if reply.task.with_ids:
         ids = asked.episode.trajectory

@@ -69,11 +69,13 @@ def small_image(crop: Crop) -> str | None:
     return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
-def trace_of(answer: Answer, pictures: Pictures | None) -> dict[str, Any]:
+def trace_of(answer: Answer, pictures: Pictures | None, *, is_json: bool) -> dict[str, Any]:
     """All that an answer tells: response, parsed, tool_calls, grounding, crops, stop_reason, picture, tokens, seconds;
     boxes and points in pixels of the original."""
     crops = [crop_fields(crop, pictures) for crop in answer.crops]
-    return {"type": "trace", **answer, "crops": crops}
+    told = {"type": "trace", **answer, "crops": crops}
+    # JSON by a schema needs no tags around it
+    return {**told, "stop_reason": "answered"} if is_json and answer.stop_reason == "no_answer" else told
 
 
 def finish_reason(reason: StopReason) -> str:

@@ -137,6 +137,7 @@ async function run(conversation, turn, panels) {
     await Promise.all(panels.map((panel) => answer(conversation, turn, panel, stopping.signal)));
   } finally {
     stopping = null;
+    panels.at(-1).root.scrollIntoView({ block: "nearest" });
     for (const name of ["ask", "new"]) find(name).disabled = false;
     find("stop").disabled = true;
   }
