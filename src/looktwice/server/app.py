@@ -222,12 +222,15 @@ def _add_errors(app: FastAPI) -> None:
 def malformed_request(error: RequestValidationError) -> Refusal:
     """The first thing that is wrong with a body, in words; what the body held is not repeated."""
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"] if part != "body")
+    # beside names and numbers there are pydantic's own words for the branches of a type
+    place = ".".join(str(part) for part in problem["loc"] if part != "body" and "[" not in str(part))
     if problem["type"] == "json_invalid":
         return Refusal("the body is no JSON", code="invalid_json")
     if problem["type"] == "extra_forbidden":
         hint = nearest(str(problem["loc"][-1]), ChatRequest.model_fields)
         return Refusal(f"unknown field {place}.{hint}", param=place, code="unknown_field")
+    if problem["type"] == "too_long" and not problem["ctx"]["max_length"]:
+        return Refusal(f"{place}: there is none here; leave it out", param=place, code="unsupported")
     return Refusal(f"{place or 'the body'}: {problem['msg']}", param=place or None, code="invalid_value")
 
 
