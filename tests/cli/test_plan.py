@@ -65,7 +65,7 @@ def test_the_commands_of_the_page_run(command: str, folder: Path, monkeypatch: p
 
 def test_what_fits_nowhere_is_told_with_what_helps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(folder), "--gpu", "1MB", "--stage", "sft", *SMALL]) == 1
-    assert "nothing fits 0.0 GB; what helps" in capsys.readouterr().out
+    assert "nothing fits 0.001 GB; what helps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_the_test_of_right_and_wrong_is_mcnemars_exact_one() -> None:
 
 def test_three_of_three_is_no_proof_though_all_say_the_same() -> None:
     gap = difference([1.0] * 3, [0.0] * 3)
-    assert (gap.low, gap.high, gap.p_value) == (1.0, 1.0, pytest.approx(0.25)) and not gap.is_above
+    assert (gap.low, gap.high, gap.p_value) == pytest.approx((-0.123, 1.0, 0.25), abs=1e-3) and not gap.is_above
 
 
 def test_scores_between_are_tested_by_turning_signs() -> None:
@@ -58,3 +58,12 @@ def test_without_the_extra_the_mend_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("looktwice.extras.importlib.import_module", missing)
     with pytest.raises(ConfigError, match=r'statsmodels is not installed, .* pip install "looktwice\[eval\]"'):
         estimate([1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "low", "high"), [(1, 0, 0.351, 1), (0, 1, -1, -0.351), (1, 1, -0.324, 0.324)]
+)
+def test_gaps_that_are_all_alike_are_not_sure_for_that(ours: int, theirs: int, low: float, high: float) -> None:
+    found = difference([float(ours)] * 8, [float(theirs)] * 8)
+    # 8 of 8: Wilson's lower bound is 0.676
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-3)

@@ -35,7 +35,7 @@ def run(words: Sequence[str]) -> int:
     if not (Path(given["model"]) / CONFIG).is_file():
         locate(given["model"])
     from looktwice.console import open_console
-    from looktwice.planning.plan import Planner, Task, config_of, load_of, processes
+    from looktwice.planning.plan import Planner, Task, config_of, is_documented, load_of, processes
     from looktwice.report.memory_tables import documented_table, gigabytes, peaks_table, proposal_table
     from looktwice.report.terminal import titled
 
@@ -45,7 +45,9 @@ def run(words: Sequence[str]) -> int:
     executor = processes()
     with notices.status("rehearsing steps without memory"), executor or nullcontext():
         planner = Planner(config, load_of(plan, config, folder), executor)
-        tables = [peaks_table(planner, num_bytes), documented_table(planner)]
+        tables = [peaks_table(planner, num_bytes)]
+        if is_documented(config):
+            tables.append(documented_table(planner))
         stages: dict[str, list[Task]] = {"sft": ["sft"], "grpo": ["grpo"], "both": ["sft", "grpo"]}
         proposal = None if num_bytes is None else planner.proposal(stages[plan.stage], num_bytes)
     settings: dict[str, Any] = {}

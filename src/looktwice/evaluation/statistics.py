@@ -64,13 +64,14 @@ def estimate(units: Sequence[float]) -> Estimate:
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """How much better `ours` is on the same questions in the same order.
 
-    The interval is a bootstrap over questions. The test is McNemar's exact one where all scores are 0 or 1, else a
+    The interval is a bootstrap over questions, which cannot say how sure it is of gaps that are all alike: of scores of
+    0 and 1 Wilson's bound does. The test is McNemar's exact one where all scores are 0 or 1, else a
     permutation of signs. Raises ConfigError as `estimate`.
     """
     one, other = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     gaps = one - other
     better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
-    low, high = _bootstrap(gaps)
+    low, high = _alike(gaps) if np.ptp(gaps) == 0 and is_binary(abs(gaps)) else _bootstrap(gaps)
     if is_binary(one) and is_binary(other):
         both = int(((one == 1) & (other == 1)).sum())
         table = [[both, better], [worse, len(gaps) - both - better - worse]]
@@ -79,6 +80,15 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     else:
         p_value, test = _permuted(gaps), "permutation of signs"
     return Difference(float(gaps.mean()), low, high, p_value, better, worse, len(gaps), test)
+
+
+def _alike(gaps: np.ndarray) -> tuple[float, float]:
+    """The interval of gaps that are all -1, 0 or 1, with the share of others that Wilson's bound allows for so many."""
+    proportion = _library("statsmodels.stats.proportion")
+    rest = proportion.proportion_confint(0, len(gaps), 1 - CONFIDENCE, method="wilson")[1]
+    mean = float(gaps[0])
+    width = rest * (1 + abs(mean))  # another question is better rather than worse, or worse rather than alike
+    return max(-1.0, mean - width), min(1.0, mean + width)
 
 
 def is_binary(values: Any) -> bool:

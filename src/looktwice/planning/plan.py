@@ -92,6 +92,11 @@ DOCUMENTED = (
 )
 
 
+def is_documented(config: Ovis2_5Config) -> bool:
+    """Whether the documented table is of a model of this size: Ovis2.5-9B."""
+    return (config.llm_config.hidden_size, config.llm_config.num_hidden_layers) == (4096, 36)
+
+
 @dataclass(frozen=True)
 class Proposal:
     """Settings that fit, by config class as `looktwice train --config` reads them, and the peak of each stage."""

@@ -11,8 +11,8 @@ TASKS: dict[Task, str] = {"inference": "inference", "sft": "SFT", "grpo": "R-GRP
 
 
 def gigabytes(count: int) -> str:
-    """Bytes in units of 10^9."""
-    return f"{count / 1e9:.1f}"
+    """Bytes in units of 10^9; of few of them the first two digits."""
+    return f"{count / 1e9:.1f}" if count >= 5e7 or not count else f"{count / 1e9:.2g}"
 
 
 def peaks_table(planner: Planner, num_bytes: int | None) -> Table:

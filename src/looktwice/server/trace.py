@@ -31,20 +31,20 @@ CUT: tuple[StopReason, ...] = (
 """The reasons that OpenAI calls `length`: a limit ended the answer."""
 
 
-Pictures = Mapping[tuple[int, Box | None], str | None]
+Images = Mapping[tuple[int, Box | None], str | None]
 """The small pictures of crops by picture number and box, as data: URLs; they are made off the event loop."""
 
 
-def crop_event(crop: Crop, number: int, pictures: Pictures | None) -> dict[str, Any]:
+def crop_event(crop: Crop, number: int, images: Images | None) -> dict[str, Any]:
     """A crop as it happens: `number` counts the calls of an answer from 1, `box` is in whole pixels of the original
     picture number `image`, None where the call was refused for `error`; `label` are the words in the call."""
-    return {"type": "crop", "number": number, **crop_fields(crop, pictures)}
+    return {"type": "crop", "number": number, **crop_fields(crop, images)}
 
 
-def crop_fields(crop: Crop, pictures: Pictures | None) -> dict[str, Any]:
-    """A crop with its label, and with its small picture where there are `pictures`."""
+def crop_fields(crop: Crop, images: Images | None) -> dict[str, Any]:
+    """A crop with its label, and with its small picture where there are `images`."""
     fields = {**crop.plain(), "label": label_of(crop.text)}
-    return fields if pictures is None else {**fields, "image_url": pictures.get(place_of(crop))}
+    return fields if images is None else {**fields, "image_url": images.get(place_of(crop))}
 
 
 def place_of(crop: Crop) -> tuple[int, Box | None]:
@@ -69,10 +69,10 @@ def small_image(crop: Crop) -> str | None:
     return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
-def trace_of(answer: Answer, pictures: Pictures | None, *, is_json: bool) -> dict[str, Any]:
+def trace_of(answer: Answer, images: Images | None, *, is_json: bool) -> dict[str, Any]:
     """All that an answer tells: response, parsed, tool_calls, grounding, crops, stop_reason, picture, tokens, seconds;
     boxes and points in pixels of the original."""
-    crops = [crop_fields(crop, pictures) for crop in answer.crops]
+    crops = [crop_fields(crop, images) for crop in answer.crops]
     told = {"type": "trace", **answer, "crops": crops}
     # JSON by a schema needs no tags around it
     return {**told, "stop_reason": "answered"} if is_json and answer.stop_reason == "no_answer" else told
