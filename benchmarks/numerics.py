@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from looktwice.doctor.parity import Script
 from looktwice.engine.builtin import BuiltinEngine
-from looktwice.engine.interface import Continuation, Request, Segment
+from looktwice.engine.interface import Request
 from looktwice.messages import Conversation, user
 from looktwice.model.adapters import add_lora, base_of, merge, trained_parameters
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import TINY, load_model, locate
-from looktwice.processing.images import PatchedImage
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example, Ovis2_5Processor
 
@@ -41,7 +41,7 @@ CONFIG_IDS = {
     "video_end_token_id": 518,
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NUM_ROWS, NUM_TURNS, TURN_TOKENS = 8, 3, 24
+NUM_ROWS, TURN_TOKENS = 8, 24
 
 
 def main() -> None:
@@ -137,36 +137,12 @@ def cache_difference(
     prompts = [example.copy() for example in examples]
     for prompt in prompts:
         prompt.loss_mask = [False] * len(prompt)
-    scripts = [Script(prompt, crop, processor) for prompt in prompts]
+    scripts = [Script(prompt, crop, processor, turn_tokens=TURN_TOKENS) for prompt in prompts]
     engine = BuiltinEngine(model, max_rows=len(prompts))
     engine.run([Request(prompt=one.prompt, drivers=[one], max_new_tokens=TURN_TOKENS) for one in scripts])
     finished, noted = [one.finished for one in scripts], [one.noted for one in scripts]
     difference = (logprobs(model, finished) - torch.tensor([value for row in noted for value in row])).abs()
     return float(difference.max()), float(difference.mean())
-
-
-class Script:
-    """A rollout of set turns with a crop after each, and the logprobs it was told."""
-
-    def __init__(self, prompt: Example, crop: PatchedImage, processor: Ovis2_5Processor) -> None:
-        self.prompt, self.finished, self.crop, self.processor = prompt, prompt.copy(), crop, processor
-        self.noted: list[float] = []
-        self.turns = 0
-
-    def hear(self, token: int, logprob: float) -> None:
-        pass
-
-    def respond(self, segment: Segment) -> Continuation | None:
-        self.finished.append(segment.ids, is_trained=True)
-        self.noted += segment.logprobs
-        self.turns += 1
-        if self.turns == NUM_TURNS:
-            return None
-        self.processor.append_image(self.finished, self.crop)
-        return Continuation(ids=self.processor.image_ids(self.crop), images=[self.crop], max_new_tokens=TURN_TOKENS)
-
-    def fail(self, error: Exception) -> None:
-        raise error
 
 
 def checkpointing_difference(model: Ovis2_5ForConditionalGeneration, examples: list[Example]) -> float:

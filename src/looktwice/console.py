@@ -7,13 +7,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
-from typing import Any
+from math import inf
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
 from looktwice.errors import shown_controls
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 UNWRAPPED = 10_000
 """Columns of a console that is no terminal: as many as any table needs."""
@@ -50,6 +54,32 @@ def open_console(*, stderr: bool = False) -> Console:
         markup=False,
         emoji=False,
         highlight=False,
+    )
+
+
+def open_bar(title: str, console: Console, *, redirect_stdout: bool = True) -> Progress:
+    """A bar with how many are done, the time spent and the time left; none where nobody watches."""
+    # most commands show none
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_interactive,
+        redirect_stdout=redirect_stdout,
+        speed_estimate_period=inf,  # one step of R-GRPO may take longer than rich looks back
     )
 
 

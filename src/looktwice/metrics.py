@@ -13,9 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from looktwice.console import open_console
+from looktwice.console import open_bar, open_console
 from looktwice.drafts import file_draft
 from looktwice.paths import append_line
 from looktwice.trackers import Tracker
@@ -147,18 +145,7 @@ class Recorder:
         self.trackers = [*trackers]
         self.shown = shown
         self.console = open_console(stderr=True)
-        self.progress = Progress(
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_interactive,
-            redirect_stdout=open_console().is_interactive,
-            speed_estimate_period=math.inf,  # one step of R-GRPO may take longer than rich looks back
-        )
+        self.progress = open_bar(title, self.console, redirect_stdout=open_console().is_interactive)
         self.task = self.progress.add_task(title, total=total_steps, completed=start)
 
     def __enter__(self) -> Recorder:

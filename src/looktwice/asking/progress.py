@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from looktwice.console import open_console
+from looktwice.console import open_bar, open_console
 
 TOLD_EVERY = 10.0
 """Seconds between two lines of progress where nobody watches."""
@@ -21,17 +18,7 @@ class Watched:
     def __init__(self, noun: str, total: int, num_failed: Callable[[], int]) -> None:
         self.noun, self.num_failed = noun, num_failed
         self.console = open_console(stderr=True)
-        self.progress = Progress(
-            TextColumn(f"{noun}s"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_interactive,
-            speed_estimate_period=math.inf,
-        )
+        self.progress = open_bar(f"{noun}s", self.console)
         self.task = self.progress.add_task(noun, total=total)
         self.told = time.monotonic()
 

@@ -235,9 +235,12 @@ def _largest(numbers: Sequence[float]) -> float:
 
 
 class Script:
-    """A rollout of set turns with a crop after each, and the logprobs it was told."""
+    """A rollout of set turns of so many tokens with a crop after each, and the logprobs it was told."""
 
-    def __init__(self, prompt: Example, crop: PatchedImage, processor: Ovis2_5Processor) -> None:
+    def __init__(
+        self, prompt: Example, crop: PatchedImage, processor: Ovis2_5Processor, *, turn_tokens: int = TURN_TOKENS
+    ) -> None:
+        self.turn_tokens = turn_tokens
         self.prompt, self.finished, self.crop, self.processor = prompt, prompt.copy(), crop, processor
         self.noted: list[float] = []
         self.turns = 0
@@ -251,7 +254,9 @@ class Script:
         if self.turns == NUM_TURNS:
             return None
         self.processor.append_image(self.finished, self.crop)
-        return Continuation(ids=self.processor.image_ids(self.crop), images=[self.crop], max_new_tokens=TURN_TOKENS)
+        return Continuation(
+            ids=self.processor.image_ids(self.crop), images=[self.crop], max_new_tokens=self.turn_tokens
+        )
 
     def fail(self, error: Exception) -> None:
         raise error
