@@ -85,7 +85,7 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     arms = (arguments.arms or TASKS[arguments.task]).split(",")
     out = arguments.out or Path("outputs/learning", arguments.task)
-    started_from(arguments.task, out)
+    started_from(arguments.task, out)  # pretrained once, before the workers ask for it
     work = partial(run, task=arguments.task, out=out, questions=arguments.questions, steps=arguments.steps)
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         sft = dict(zip(seeds, pool.map(partial(work, arm="sft"), seeds)))
@@ -162,8 +162,8 @@ def crops_trained() -> Iterator[None]:
     """While it lasts what the tool put into an answer is trained like what the policy wrote: the mask is left out."""
     masked = grpo.roll_out
 
-    def roll_out(learner: Any, *arguments: Any) -> Any:
-        groups = masked(learner, *arguments)
+    def roll_out(learner: Any, *arguments: Any, **options: Any) -> Any:
+        groups = masked(learner, *arguments, **options)
         for rollout in (rollout for group in groups for rollout in group):
             example, trajectory = rollout.episode.example, rollout.trajectory
             length = len(trajectory.completion_ids)

@@ -43,6 +43,15 @@ def test_an_arm_is_trained_asked_with_controls_and_kept(small: None, tmp_path: P
     assert run("robust") == {"accuracy": 0.5}  # what is finished is not trained again
 
 
+@pytest.mark.parametrize("arm", ["crops_trained", "region_ungated", "no_region", "phantom", "boxes_as_text"])
+def test_an_ablation_trains_also_where_groups_are_replaced(arm: str, small: None, tmp_path: Path) -> None:
+    import learning
+
+    for one in ("sft", arm):  # a random model is right nowhere, so that every group is replaced
+        found = learning.run(0, one, task="boards", out=tmp_path, questions=2, steps=1)
+    assert found["accuracy"] == 0.0
+
+
 def test_figures_are_of_seeds_and_gain_is_over_the_sft_of_the_same_seed() -> None:
     import learning
 
