@@ -142,7 +142,7 @@ def against_recomputing(
     one_at_a_time(model, work.scripts(part[:1]))
     seconds = interleaved(ways, repeats=repeats, clock=clock)
     stats = engines[-1].stats
-    shares = {phase: value / seconds["engine"][-1] for phase, value in stats.seconds.items()}
+    shares = {phase: value / sum(stats.seconds.values()) for phase, value in stats.seconds.items()}
     return {
         "engine_s": statistics.median(seconds["engine"]),
         "engine_vs_sequential": scale * median_ratio(seconds["sequential"], seconds["engine"]),

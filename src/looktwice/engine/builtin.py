@@ -43,8 +43,8 @@ CACHE_SHARE = 0.25
 class Stats:
     """What an engine has done so far, and how full it is.
 
-    `seconds` are CPU seconds of this process and `tokens` ids by phase: prefill, decode; seconds also of vision,
-    sampling and drivers. `rows_used` of `rows_offered` decoded in the passes that had work for all rows.
+    `seconds` and `tokens`, which are ids, are by phase: prefill, decode; seconds also of vision, sampling and drivers
+    (which reply between two passes). `rows_used` of `rows_offered` decoded in the passes that had work for all rows.
     """
 
     num_waiting: int = 0
@@ -248,15 +248,15 @@ class BuiltinEngine:
 
     def _advance(self, feeds: list[Feed]) -> None:
         rows: list[Trajectory] = [feed.sequence for feed in feeds if feed.is_sampled]  # type: ignore[misc]
-        times = [time.process_time()]
+        times = [time.perf_counter()]
         try:
             self.runner.embed(feeds)
-            times.append(time.process_time())
+            times.append(time.perf_counter())
             logits = self.runner.forward(feeds)
-            times.append(time.process_time())
+            times.append(time.perf_counter())
             barred = self._bar(rows, logits)
             drawn = self._draw(rows, logits) if rows else []
-            times.append(time.process_time())
+            times.append(time.perf_counter())
         except LooktwiceError:
             raise
         except Exception as error:  # such as a picture that takes more memory than there is
@@ -267,11 +267,13 @@ class BuiltinEngine:
         for row, new in zip(rows, drawn):
             if row not in barred:
                 row.take(*new)
+        started = time.perf_counter()
         for row in rows:
             if row in barred:
                 self._fail(row, barred[row])
             else:
                 self._settle(row)
+        self.stats.seconds["drivers"] += time.perf_counter() - started
 
     def _fail_pass(self, feeds: list[Feed], error: Exception) -> None:
         """End the rollouts of a pass that failed: those that fed a prompt or a picture, if any did. Rows that were to
@@ -353,14 +355,12 @@ class BuiltinEngine:
             self._replies[reply_to_come] = row
             reply_to_come.add_done_callback(lambda _: self._news.set())
             return
-        started = time.process_time()
         try:
             reply = row.driver.respond(segment)
         except Exception as error:
             self._fail(row, error)
         else:
             self._go_on(row, reply)
-        self.stats.seconds["drivers"] += time.process_time() - started
 
     def _hear_replies(self) -> None:
         for future in [future for future in self._replies if future.done()]:
