@@ -52,7 +52,7 @@ def costs(name: str, learner: Learner, folder: str) -> dict[str, float]:
             step()
 
     def save() -> None:
-        learner.save(Path(folder) / "checkpoint", record, with_optimizer=True)
+        save(learner, Path(folder) / "checkpoint", record, with_optimizer=True)
 
     step(), step_deterministically()
     ways = {"deterministic": step_deterministically, "plain": step}

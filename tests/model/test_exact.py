@@ -32,7 +32,7 @@ from looktwice.model.logprobs import token_logprobs
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
-from looktwice.training.learner import recompute_layers
+from looktwice.training.trainable import recompute_layers
 
 TEMPERATURE = 0.7
 LOOP = "exact_test_loop"

@@ -1,4 +1,4 @@
-"""A learner of stage 2, rollouts as if it had sampled them, and whole runs under a reward of a user."""
+"""Learners of both stages, rollouts as if one had sampled them, and whole runs under a reward of a user."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from tests.training.scripted import CUT, SAMPLE, Group, paid
+from tests.training.updates import RECORD, LoadLearner
 
-from looktwice.config import DataConfig, GRPOConfig, ModelConfig
+from looktwice.config import DataConfig, GRPOConfig, ModelConfig, SFTConfig
+from looktwice.data.examples import encode_sample
+from looktwice.formats.sample_file import read_samples
 from looktwice.processing.packing import pack
+from looktwice.processing.processor import Example
 from looktwice.training.grpo import train_grpo
 from looktwice.training.learner import Learner
 from looktwice.training.rollouts import Rollout
+from looktwice.training.state import save
 
 EVEN_IDS = """
 def score(trajectory, solution):
@@ -90,3 +95,32 @@ def run(model_folder, dataset, tmp_path):
         return final, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     return train
+
+
+@pytest.fixture
+def load_sft(model_folder, processor) -> LoadLearner:
+    def make(
+        *, name: object = model_folder, total_steps: int = 10, quantization: str | None = None, **settings: object
+    ) -> Learner:
+        model_config = ModelConfig(device="cpu", **({} if quantization is None else {"quantization": quantization}))
+        return Learner.load(str(name), model_config, SFTConfig(**settings), processor, total_steps=total_steps)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def examples(dataset, processor) -> list[Example]:
+    samples = read_samples(dataset.train, dataset.train.parent)[:4]
+    return [encode_sample(sample, processor, max_length=1000) for sample in samples]
+
+
+@pytest.fixture
+def bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def quantised_adapter(bitsandbytes, load_sft, tmp_path) -> Path:
+    """A checkpoint of an adapter over a base in nf4."""
+    save(load_sft(quantization="nf4", use_lora=True, lora_r=4), tmp_path / "adapter", RECORD, with_optimizer=True)
+    return tmp_path / "adapter"

@@ -26,6 +26,7 @@ from looktwice.training.distributed import World
 from looktwice.training.join import joined
 from looktwice.training.learner import Learner
 from looktwice.training.record import Record
+from looktwice.training.state import save
 
 STEPS: dict[str, tuple[list[int], list[int]]] = {
     "pictures on both": ([0], [1]),
@@ -68,7 +69,7 @@ def take_steps(world: World, folder: Path, way: str, place: Path, **settings: An
         metrics = sft.train_step(learner, learner.rows([examples[number] for number in own]))
         logged[name] = [metrics["loss"], metrics["optim/grad_norm"]]
         learner.step += 1
-    learner.save(place, Record(stage="sft", order={}, settings={}), with_optimizer=False)
+    save(learner, place, Record(stage="sft", order={}, settings={}), with_optimizer=False)
     if world.is_main:
         (place / "logged.json").write_text(json.dumps(logged))
 

@@ -9,8 +9,8 @@ import torch
 
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.training import rows
-from looktwice.training.learner import recompute_layers
 from looktwice.training.rows import HELPFUL, bytes_per_token, default_tokens_per_row, helpful_tokens
+from looktwice.training.trainable import recompute_layers
 
 
 def test_a_row_is_as_long_as_helps_where_memory_is_plenty(model: Ovis2_5ForConditionalGeneration, monkeypatch) -> None:

@@ -29,10 +29,11 @@ from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
 from looktwice.rollout.trajectory import Trajectory
 from looktwice.training.distributed import World
-from looktwice.training.learner import Learner, compute_dtype, made_trainable
+from looktwice.training.learner import Learner
 from looktwice.training.policy import update_policy
 from looktwice.training.rollouts import Rollout
 from looktwice.training.sft import train_step
+from looktwice.training.trainable import compute_dtype, made_trainable
 
 NUM_PLAYED, NUM_SAMPLED = 2, 2
 """Rollouts that are computed, and ids that each samples: they show a pass that is full of prompts, and one of ids."""

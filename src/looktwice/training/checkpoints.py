@@ -14,6 +14,7 @@ from looktwice.metrics import LOG_FILE
 from looktwice.training.folder import checkpoints, remove
 from looktwice.training.learner import Learner
 from looktwice.training.record import Record
+from looktwice.training.state import save
 
 BEST = {"eval/loss": min, "eval/accuracy": max}
 """The metrics by which a checkpoint is best, and which of two values is better."""
@@ -51,7 +52,7 @@ class Checkpoints:
     def save(self) -> Path:
         """Write the checkpoint of this step, then remove those that are too many."""
         folder = self.place
-        self.learner.save(folder, self.record, with_optimizer=True)
+        save(self.learner, folder, self.record, with_optimizer=True)
         for old in self._too_many() if self.learner.world.is_main else ():
             # under its own name half of it could be taken for a checkpoint
             gone = old.with_name(f".{old.name}{UNFINISHED}")

@@ -1,55 +1,39 @@
-"""The learner: model, optimizer and schedule; one update; checkpoints. Both stages call it."""
+"""The learner: model, optimizer and schedule, and one update. Both stages call it."""
 
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from looktwice.config import LORA_KNOBS, VISION_PARTS, ModelConfig, Part, StageConfig, number_of_bytes
-from looktwice.errors import CheckpointError, ConfigError, TrainingError
-from looktwice.model.adapters import (
-    add_lora,
-    base_of,
-    cast_by_autocast,
-    check_same_adapter,
-    freeze,
-    part_of,
-    trained_parameters,
-)
+from looktwice.config import ModelConfig, StageConfig, number_of_bytes
+from looktwice.errors import ConfigError, TrainingError
+from looktwice.model.adapters import base_of, trained_parameters
 from looktwice.model.attention import is_gpu, pick_attention, shares_prompts
-from looktwice.model.exact import ExactMode, alike, check_exact, without_dropout
+from looktwice.model.exact import ExactMode, check_exact, without_dropout
 from looktwice.model.files import adapter_folder, weights_fingerprint
 from looktwice.model.location import locate
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.numerics import numerics_of
 from looktwice.model.offload import activations_on_host
 from looktwice.model.placement import exchange
-from looktwice.model.quantization import quantization_of
 from looktwice.model.vision_cache import VisionCache, is_trained
-from looktwice.model.weights import load_model, load_trained, write_model
+from looktwice.model.weights import load_model
 from looktwice.processing.packing import PackedBatch, pack_rows, split_rows
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.training.distributed import World
-from looktwice.training.folder import STATE_FILE
-from looktwice.training.moments import placed_moments, read_moments
 from looktwice.training.nonfinite import NonfiniteGuard, Origin
-from looktwice.training.optimizers import BITSANDBYTES, make_optimizer
+from looktwice.training.optimizers import make_optimizer
 from looktwice.training.phases import Phases
-from looktwice.training.randomness import random_state, restore_random_state
-from looktwice.training.record import Record
 from looktwice.training.rows import MOST, default_tokens_per_row, tokens_that_fit, what_helps
 from looktwice.training.start import check_attention, check_start
-from looktwice.training.watchdog import SAVING
+from looktwice.training.trainable import compute_dtype, made_trainable, parameter_groups
 
 KEPT_BYTES = 2 * 2**30
 """Of the vectors of a step's pictures: 130,000 visual tokens of the 9B model in float32."""
@@ -62,8 +46,6 @@ class Scores(NamedTuple):
     entropy: Tensor | None
 
 
-ROW_LIMITS = ("max_tokens_per_row", "max_sibling_tokens", "tokens_that_fit")
-"""What a run finds out of the memory at hand, and keeps when it goes on: how long rows are decides bits."""
 Loss = Callable[[Scores, PackedBatch], Tensor]
 
 
@@ -344,199 +326,6 @@ class Learner:
     def freeze_reference(self) -> Reference:
         """A copy of the trained weights as they are now, for the KL term."""
         return Reference(self.parameters)
-
-    def save(self, folder: Path, record: Record, *, with_optimizer: bool, card: str | None = None) -> None:
-        """Write model, processor and the run's record, and a model card if there is one; with the optimizer's state,
-        training can go on from there.
-
-        Raises CheckpointError when the folder cannot be written.
-        """
-        world = self.world
-        world.at(SAVING, self.step)
-        weights = world.weights(self.model)
-        with world.written_whole(folder) as draft:
-            moments = world.moments(self.optimizer, self.names, draft) if with_optimizer else None
-            if not world.is_main:
-                return
-            write_model(self.model, draft, weights=weights)
-            self.processor.save_pretrained(draft)
-            if with_optimizer:
-                state = {
-                    "step": self.step,
-                    "optimizer": moments,
-                    "trained": self.trained(),
-                    "random": random_state(),
-                    "skipped": (self.guard.in_a_row, self.guard.num_skipped),
-                    "scaler": self.scaler.state_dict(),
-                    "overflows": self.num_overflows,
-                    "rows": {name: vars(self).get(name) for name in ROW_LIMITS},
-                }
-                try:
-                    with (draft / STATE_FILE).open("wb") as file:
-                        torch.save(state, file)
-                except RuntimeError as error:  # what torch makes of a full disk
-                    raise error.__context__ if isinstance(error.__context__, OSError) else OSError(error) from error
-            if card is not None:
-                (draft / "README.md").write_text(card, encoding="utf-8")
-            record.write(draft, step=self.step)
-
-    def trained(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that goes on from it: the weights it started from,
-        settings, then shapes by name."""
-        facts: dict[str, Any] = {"start": self.start, "use_lora": isinstance(self.model, PeftModel)}
-        if isinstance(self.model, PeftModel):
-            adapter: Any = self.model.peft_config[self.model.active_adapter]
-            facts |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "use_rslora": adapter.use_rslora}
-        facts["quantization"] = quantization_of(self.base)
-        facts["optim"] = self.config.optim if self.config.optim in BITSANDBYTES else "adamw"
-        return facts | {name: list(parameter.shape) for name, parameter in trained_parameters(self.model)}
-
-    def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint: its trained weights, optimizer state and step, under the present learning rates and
-        weight decay.
-
-        What was frozen before, such as the KL reference, stays as it is. Raises CheckpointError, before anything is
-        changed, when the checkpoint is broken or this run trains something else.
-        """
-        path = folder / STATE_FILE
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            step, moments, saved = (state[name] for name in ("step", "optimizer", "trained"))
-            random, skipped, scaler, limits = (state[name] for name in ("random", "skipped", "scaler", "rows"))
-        except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path}: no usable state; resume from another checkpoint ({error})") from error
-        if saved.get("start") != self.start:
-            raise CheckpointError(
-                f"{folder}: its run started from another model; name that one to go on, or give another run folder"
-            )
-        if difference := first_difference(saved, self.trained()):
-            other = f"or start another run from its weights: --model_name {folder}"
-            raise CheckpointError(f"{folder}: {difference}; resume with the same settings, {other}")
-        if moments is None:
-            moments = read_moments(folder, self.optimizer, self.names)
-        load_trained(self.model, folder)
-        present = [{name: group[name] for name in ("peak_lr", "weight_decay")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(placed_moments(moments, self.optimizer))
-        for group, settings in zip(self.optimizer.param_groups, present):
-            group |= settings
-        self.step = step
-        self.guard.in_a_row, self.guard.num_skipped = skipped
-        self.num_overflows = state.get("overflows", 0)
-        is_given = self.config.max_tokens_per_row is not None or self.config.memory_efficient
-        kept = ROW_LIMITS[-1:] if is_given else ROW_LIMITS
-        vars(self).update({name: limits[name] for name in kept if limits.get(name) is not None})
-        if scaler:  # of a run in fp16
-            self.scaler.load_state_dict(scaler)
-        restore_random_state(random)
-
-
-def made_trainable(model: nn.Module, config: StageConfig, *, is_on_gpu: bool) -> nn.Module:
-    """A loaded model under the settings: with adapters, frozen parts, precisions and recomputed layers; one that comes
-    with an adapter keeps it."""
-    if isinstance(model, PeftModel):
-        check_same_adapter(model, **lora_settings(config, only_given=True))
-    elif config.use_lora:
-        model = add_lora(base_of(model), **lora_settings(config))
-    freeze(model, config.frozen_parts)
-    if compute_dtype(config) != torch.float32:
-        cast_by_autocast(model)
-    if not isinstance(model, PeftModel):
-        halve_frozen(model, compute_dtype(config))
-    towers = "all" if config.memory_efficient else config.gradient_checkpointing
-    if towers == "auto":
-        towers = "all" if is_on_gpu else "none"
-    recompute_layers(base_of(model), towers)
-    if config.torch_compile:
-        compile_layers(base_of(model))
-    return model
-
-
-def parameter_groups(model: nn.Module, config: StageConfig) -> list[dict[str, Any]]:
-    """The optimizer's groups: trained parameters by part, matrices apart from the rest, which has no weight decay.
-
-    Raises ConfigError for a learning rate of a part that is not trained.
-    """
-    groups: dict[tuple[Part, bool], list[nn.Parameter]] = {}
-    for name, parameter in trained_parameters(model):
-        groups.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
-    rates = config.part_learning_rates
-    for part in rates:
-        if part not in {trained for trained, _ in groups}:
-            raise ConfigError(f"part_learning_rates: {part} is not trained; leave it out, or train it")
-    return [
-        {
-            "params": parameters,
-            "part": part,
-            "peak_lr": rates.get(part, config.learning_rate),
-            "weight_decay": config.weight_decay if is_matrix else 0.0,
-        }
-        for (part, is_matrix), parameters in groups.items()
-    ]
-
-
-def towers_of(model: Ovis2_5ForConditionalGeneration) -> dict[str, Any]:
-    """The two stacks of layers, by the names that settings have for them."""
-    return {"llm": model.model.language_model, "vit": model.model.visual_tokenizer.vit}
-
-
-def recompute_layers(model: Ovis2_5ForConditionalGeneration, towers: str) -> None:
-    """Keep only the inputs of each layer of `llm`, `vit` or `all`, and recompute the rest in backward."""
-    for name, tower in towers_of(model).items():
-        if towers in (name, "all"):
-            # transformers renamed it in 5.23; the older name warns from then on
-            enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "context_fn": alike})
-
-
-def compute_dtype(config: StageConfig) -> torch.dtype:
-    """What layers compute in; sums, softmax and losses are float32 whatever it is."""
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-
-
-def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parts of the vision side in the compute dtype, where that holds all weights of a part exactly, as it does
-    those of released checkpoints in bfloat16; a CPU does not take a part in two dtypes."""
-    parts: dict[Part, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        parts.setdefault(part_of(name), []).append(parameter)
-    for part in VISION_PARTS:
-        weights = parts[part]
-        is_frozen = not any(weight.requires_grad for weight in weights)
-        if is_frozen and all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
-            for weight in weights:
-                weight.data = weight.data.to(dtype)
-
-
-def compile_layers(model: Ovis2_5ForConditionalGeneration) -> None:
-    """Compile each layer of the language model, in place: names of weights stay. Attention over the sequences of a row
-    is left out, or every other row would be compiled anew."""
-    for layer in model.model.language_model.layers:
-        layer.compile(dynamic=True)
-
-
-def first_difference(saved: dict[str, Any], present: dict[str, Any]) -> str | None:
-    """What a checkpoint has otherwise than the run that is to go on from it, if anything: a fact, else the parts that
-    are trained in one of them alone, else a weight."""
-    names = [name for name in present | saved if saved.get(name) != present.get(name)]
-    weights = [[name for name, fact in facts.items() if isinstance(fact, list)] for facts in (saved, present)]
-    was, now = ({part_of(name) for name in there} for there in weights)
-    if was != now and {*names} <= {*weights[0], *weights[1]}:
-        told = [*(f"{part} was trained and is frozen" for part in sorted(was - now))]
-        told += [f"{part} was frozen and is trained" for part in sorted(now - was)]
-        return ", ".join(told)
-    if not names:
-        return None
-    before, here = ("not trained" if facts.get(names[0]) is None else facts[names[0]] for facts in (saved, present))
-    return f"{names[0]} was {before} and is {here}"
-
-
-def lora_settings(config: StageConfig, *, only_given: bool = False) -> dict[str, Any]:
-    """The arguments of `add_lora`: all, or those that were set and not left at their defaults."""
-    return {
-        argument: getattr(config, name)
-        for argument, name in LORA_KNOBS.items()
-        if not only_given or name in config.model_fields_set
-    }
 
 
 class Reference:

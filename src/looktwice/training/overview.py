@@ -14,7 +14,8 @@ from looktwice.data.order import BatchOrder
 from looktwice.errors import counted
 from looktwice.model.adapters import adapted_layers, adapter_settings, part_sizes
 from looktwice.model.quantization import quantization_of
-from looktwice.training.learner import Learner, towers_of
+from looktwice.training.learner import Learner
+from looktwice.training.trainable import towers_of
 
 
 def show_overview(console: Console, learner: Learner, order: BatchOrder, model: ModelConfig) -> None:

@@ -31,6 +31,7 @@ from looktwice.training.folder import (
 from looktwice.training.learner import Learner
 from looktwice.training.provenance import write_provenance
 from looktwice.training.record import Record, Settings, plain
+from looktwice.training.state import resume, save
 from looktwice.training.stopping import StopRequest
 
 STAGE_NAMES: dict[Stage, str] = {"sft": "stage 1", "grpo": "stage 2", "both": "both stages"}
@@ -90,7 +91,7 @@ def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrde
     record = replace(record, settings={**record.settings, **plain(as_trained(settings, learner))})
     if checkpoint := checkpoint_of(learner.config):
         saved = Record.read(checkpoint)
-        learner.resume(checkpoint)
+        resume(learner, checkpoint)
         place = f"step {learner.step + 1:,} of {order.total_steps:,}, epoch {order.epoch(learner.step):.2f}"
         print(f"{checkpoint}: going on with {place if learner.step < order.total_steps else 'the final model alone'}")
         for _, change in record.changes_since(saved):
@@ -191,7 +192,7 @@ def save_final(learner: Learner, record: Record, stop: StopRequest, *, alarms: S
     """
     folder = learner.config.output_dir / FINAL_MODEL
     card = model_card(learner, record) if learner.world.is_main else None
-    learner.save(folder, record, with_optimizer=False, card=card)
+    save(learner, folder, record, with_optimizer=False, card=card)
     stage = STAGE_NAMES[record.stage]
     if learner.optimizer.state and alarms:
         print(f"{stage} ended with alarms on ({', '.join(alarms)}): {folder}; docs/method.md says what they mean")
