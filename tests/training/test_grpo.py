@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,12 @@ from looktwice.training.alarms import ALARMS
 from looktwice.training.grpo import Stage2, train_grpo
 from looktwice.training.policy import improve
 from looktwice.training.rollouts import roll_out
+from looktwice.training.sampler import Sampler
 from looktwice.training.sets import LengthReport, Prompts
 from looktwice.training.sft import train_sft
+
+NO_PROMPTS: Any = None
+"""Of a step that asks for no further ones."""
 
 
 def weights(folder: Path) -> bytes:
@@ -185,8 +190,11 @@ def test_no_picture_is_encoded_twice_in_a_step_where_vision_is_frozen(load, data
         config,
         lambda played: [Reward(total=next(paid)) for _ in played],
         learner.freeze_reference(),
+        NO_PROMPTS,
+        Sampler(learner, config),
+        is_checked=True,
     )
-    metrics = stage.step(samples, with_canaries=False)
+    metrics = stage.step(samples)
     assert metrics["loss"] != 0 and sum(encoded) == 2
     assert learner.vision_cache is None
 
@@ -194,8 +202,16 @@ def test_no_picture_is_encoded_twice_in_a_step_where_vision_is_frozen(load, data
 def test_no_gradient_lives_on_through_the_next_rollouts(load, dataset) -> None:
     learner = load(num_generations=2, max_new_tokens=3, mask_truncated_completions=False)
     samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
-    stage = Stage2(learner, learner.config, lambda played: [Reward(total=float(place)) for place in range(len(played))])
-    metrics = stage.step(samples, with_canaries=False)
+    stage = Stage2(
+        learner,
+        learner.config,
+        lambda played: [Reward(total=float(place)) for place in range(len(played))],
+        None,
+        NO_PROMPTS,
+        Sampler(learner, learner.config),
+        is_checked=True,
+    )
+    metrics = stage.step(samples)
     assert metrics["optim/grad_norm"] > 0
     assert all(weight.grad is None for weight in learner.parameters)
 
@@ -224,7 +240,7 @@ def test_groups_without_signal_are_replaced_by_further_prompts(load, dataset) ->
         return [Reward(total=float(place % 2 and has_signal)) for place in range(len(played))]
 
     groups = roll_out(learner, samples[:2], learner.config, pay)
-    found = Stage2(learner, learner.config, pay, prompts=Further()).refill(groups)
+    found = Stage2(learner, learner.config, pay, None, Further(), Sampler(learner, learner.config)).refill(groups)
     assert asked == [(0, 2), (1, 2)]
     assert [[rollout.reward.total for rollout in group] for group in found] == [[0.0, 1.0]] * 2
     ids = [group[0].trajectory.completion_ids for group in (*groups, *found)]

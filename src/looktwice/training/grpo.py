@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig
+from looktwice.data.order import BatchOrder
 from looktwice.data.sample import Sample
 from looktwice.errors import TrainingError
 from looktwice.metrics import LOG_FILE
 from looktwice.model.exact import without_dropout
 from looktwice.model.numerics import as_json
 from looktwice.paths import write_result
-from looktwice.processing.processor import load_processor
+from looktwice.processing.processor import Ovis2_5Processor, load_processor
 from looktwice.report.rollout_page import write_rollout_page
 from looktwice.rewarding.paying import load_rewards
 from looktwice.rewards import RewardFunction
@@ -23,28 +24,26 @@ from looktwice.training.ahead import Ahead
 from looktwice.training.alarms import Watch, read_history
 from looktwice.training.canaries import check_rollouts
 from looktwice.training.checkpoints import Checkpoints
-from looktwice.training.determinism import deterministic
 from looktwice.training.distributed import World
-from looktwice.training.folder import ROLLOUT_PAGES, TRAJECTORIES, checkpoint_of, claimed
+from looktwice.training.folder import ROLLOUT_PAGES, TRAJECTORIES, checkpoint_of
 from looktwice.training.join import joined
 from looktwice.training.learner import Learner, Reference
-from looktwice.training.overview import show_overview
 from looktwice.training.policy import carries_signal, improve
-from looktwice.training.record import fingerprint
 from looktwice.training.rollouts import Rollout, know_of_all, roll_out, tell_failures
 from looktwice.training.run import (
     batch_order,
     begin,
     close_step,
+    held,
     is_due,
-    open_recorder,
+    load_alike,
     planned,
+    recorded,
     save_final,
     tell_finished,
 )
 from looktwice.training.sampler import Sampler
-from looktwice.training.sets import LengthReport, Prompts, load_sets
-from looktwice.training.stopping import stop_requests
+from looktwice.training.sets import LengthReport, Prompts, begin_report, load_sets
 from looktwice.training.telemetry import rollout_metrics
 from looktwice.training.trajectories import drop_later, write_trajectories
 from looktwice.training.validation import validate
@@ -71,73 +70,33 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: GRPOCon
     pay = load_rewards(config)
     order = batch_order(sizes, config, data.train_weights)
     settings = (model, data, config)
-    if config.vllm_servers:  # one that cannot be used is told before the model is loaded
-        from looktwice.engine.vllm import VllmEngine
-
-        VllmEngine(config.vllm_servers, processor.config)
-    with (
-        claimed(config.output_dir) if world.is_main else nullcontext(),
-        stop_requests() as stop,
-        deterministic(config.deterministic),
-    ):
+    check_servers(config, processor)
+    with held(world, config) as stop:
         record = world.from_main(lambda: planned("grpo", settings, order, start))
         if record.is_over:
             return tell_finished(record, settings)
-        total = order.total_steps
-        learner = Learner.load(start, model, config, processor, total_steps=total, is_exact=config.exact, world=world)
-        world.check_alike("the model", lambda: learner.start)
-        world.check_alike("--train_data", lambda: [*map(fingerprint, data.train_data_path)])
+        learner = load_alike(start, settings, processor, order, world, is_exact=config.exact)
         if dropped := without_dropout(learner.model):
             print(f"stage 2 goes on without the adapter's dropout of {dropped}: what is sampled has none")
         reference = learner.freeze_reference() if config.beta > 0 else None
         checkpoint = checkpoint_of(config)
         record = begin(learner, record, settings, order)
-        history = read_history(checkpoint.parent / LOG_FILE, last=learner.step) if checkpoint else []
-        if world.is_main:
-            drop_later(config.output_dir / TRAJECTORIES, learner.step)
-        watch = Watch(config.alarms, config.stop_on_alarm, history)
-        if config.exact and world.is_main:
-            write_result(config.output_dir / NUMERICS, as_json(learner.numerics()))
-        lengths = LengthReport(config, world)
-        lengths.note(refits if world.is_main else [])
-        lengths.collect()
-        lengths.show()
+        watch = begin_watch(learner, config, checkpoint)
+        lengths = begin_report(config, world, refits)
         with (
-            open_recorder(learner, record, settings, sizes, shown=SHOWN, title="R-GRPO")
-            if world.is_main
-            else nullcontext() as recorder,
+            recorded(learner, record, settings, order, sizes, shown=SHOWN, title="R-GRPO") as recorder,
             closing(Sampler(learner, config, is_apart=config.one_step_off)) as sampler,
         ):
             saves = Checkpoints(learner, record, order)
-            if recorder:
-                show_overview(recorder.console, learner, order, model)
-            ahead = Ahead(learner, config, pay, sampler) if config.one_step_off else None
             asked = Prompts(samples, order, processor, data, lengths)
+            ahead = Ahead(learner, config, pay, sampler) if config.one_step_off else None
             stage = Stage2(learner, config, pay, reference, asked, sampler, ahead)
-            is_checked = False
             eval_every = config.eval_steps or order.steps_per_epoch
             stop.arm()
             while learner.step < order.total_steps:
-                world.at("rollouts", learner.step + 1)
-                started = time.perf_counter()
-                with learner.phases.during("data"):
-                    prompts = asked.of(learner.step)
-                    # after a checkpoint nothing is made ahead, so that a run that goes on from it does the same
-                    is_ahead = ahead and learner.step + 1 < order.total_steps and not saves.is_planned(learner.step + 1)
-                    coming = asked.of(learner.step + 1) if is_ahead else []
-                metrics: dict[str, float] = {}
-                if prompts:
-                    # once a run, also after a resume: three forwards of one rollout
-                    metrics = stage.step(prompts, with_canaries=not is_checked, coming=coming)
-                    stage.write(config.output_dir)
-                    is_checked = True
-                learner.step += 1
-                metrics |= {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
+                metrics = train_step(stage, order, saves)
                 if held_out and is_due(learner, eval_every):
-                    if ahead:
-                        ahead.wait()
-                    with learner.phases.during("eval"):
-                        metrics |= validate(learner, held_out, data, config, lengths, sampler)
+                    metrics |= stage.validate(held_out, data, lengths)
                 lengths.collect()
                 metrics |= lengths.metrics | learner.phases.take(is_sampled_here=not config.vllm_servers)
                 alarms, told = watch.note(learner.step, metrics)
@@ -149,6 +108,40 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: GRPOCon
                     ahead.drop()
         lengths.show()
         return save_final(learner, record, stop, alarms=watch.on)
+
+
+def check_servers(config: GRPOConfig, processor: Ovis2_5Processor) -> None:
+    """Raise ConfigError for a vLLM server that cannot be used, before a model is loaded."""
+    if config.vllm_servers:
+        from looktwice.engine.vllm import VllmEngine  # needs the extra
+
+        VllmEngine(config.vllm_servers, processor.config)
+
+
+def begin_watch(learner: Learner, config: GRPOConfig, checkpoint: Path | None) -> Watch:
+    """The alarms of a run, which know what its log says if it goes on; of what a run leaves beside the log, what it
+    takes anew is dropped, and under exact mode it is written down what its bits depend on."""
+    history = read_history(checkpoint.parent / LOG_FILE, last=learner.step) if checkpoint else []
+    if learner.world.is_main:
+        drop_later(config.output_dir / TRAJECTORIES, learner.step)
+        if config.exact:
+            write_result(config.output_dir / NUMERICS, as_json(learner.numerics()))
+    return Watch(config.alarms, config.stop_on_alarm, history)
+
+
+def train_step(stage: Stage2, order: BatchOrder, saves: Checkpoints) -> dict[str, float]:
+    """One step of the run; where none of its prompts fits, nothing is done."""
+    learner = stage.learner
+    learner.world.at("rollouts", learner.step + 1)
+    started = time.perf_counter()
+    with learner.phases.during("data"):
+        prompts, coming = stage.prompts.of(learner.step), stage.coming(saves)
+    metrics: dict[str, float] = {}
+    if prompts:
+        metrics = stage.step(prompts, coming=coming)
+        stage.write(learner.config.output_dir)
+    learner.step += 1
+    return metrics | {"epoch": order.epoch(learner.step), "time/step_s": time.perf_counter() - started}
 
 
 def heed_alarms(learner: Learner, watch: Watch, saves: Checkpoints) -> None:
@@ -172,17 +165,23 @@ class Stage2:
     learner: Learner
     config: GRPOConfig
     pay: RewardFunction
-    reference: Reference | None = None
-    prompts: Prompts | None = None
-    """Where further ones come from, for `refill_batches`."""
-    sampler: Sampler | None = None
+    reference: Reference | None
+    prompts: Prompts
+    sampler: Sampler
     ahead: Ahead | None = None
+    is_checked: bool = False
+    """Whether the canaries were looked at: once a run, also after a resume; they are three forwards of one rollout."""
     groups: list[list[Rollout]] = field(default_factory=list)
     """The rollouts of the last step."""
 
-    def step(
-        self, prompts: Sequence[Sample], *, with_canaries: bool, coming: Sequence[Sample] = ()
-    ) -> dict[str, float]:
+    def coming(self, saves: Checkpoints) -> list[Sample]:
+        """The prompts whose rollouts are to be made ahead during the coming step. After a checkpoint there are none, so
+        that a run that goes on from it does the same."""
+        after = self.learner.step + 1
+        is_ahead = self.ahead and after < self.learner.total_steps and not saves.is_planned(after)
+        return self.prompts.of(after) if is_ahead else []
+
+    def step(self, prompts: Sequence[Sample], *, coming: Sequence[Sample] = ()) -> dict[str, float]:
         """Rollouts of the prompts, their rewards, and the update on those that carry signal.
 
         Where rollouts are made `ahead`, those of the `coming` prompts are begun before the update. With
@@ -194,8 +193,10 @@ class Stage2:
             groups = groups or roll_out(learner, prompts, config, self.pay, self.sampler)
             tell_failures(groups)
             metrics = rollout_metrics(groups)
-            if with_canaries:
-                metrics |= self.canaries(groups)
+            if not self.is_checked:
+                canaries = self.canaries(groups)
+                self.is_checked = bool(canaries)
+                metrics |= canaries
             refilled = self.refill(groups)
             if self.ahead and coming:
                 self.ahead.begin(learner.step + 1, coming)
@@ -220,7 +221,7 @@ class Stage2:
         num_played = len(groups)
         num_wanted = sum(not carries_signal(group, config) for group in groups)
         for batch in range(config.refill_batches):
-            if self.prompts is None or len(found) == num_wanted:
+            if len(found) == num_wanted:
                 break
             count = num_wanted - len(found)
             more = self.prompts.further(learner.step, batch, per_step=config.refill_batches, count=count)
@@ -236,6 +237,13 @@ class Stage2:
         with learner.world.whole_model(learner.model):
             seen = check_rollouts(learner, episodes, temperature=self.config.temperature) if episodes else {}
         return next(filter(None, learner.world.gather([seen])), {})
+
+    def validate(self, held_out: Sequence[Sample], data: DataConfig, lengths: LengthReport) -> dict[str, float]:
+        """The metrics of the validation questions, while nothing is made ahead."""
+        if self.ahead:
+            self.ahead.wait()
+        with self.learner.phases.during("eval"):
+            return validate(self.learner, held_out, data, self.config, lengths, self.sampler)
 
     def write(self, folder: Path) -> None:
         """Leave the rollouts of the coming step in the run folder: for machines of each step, for people now and then.

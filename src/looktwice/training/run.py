@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,23 +17,28 @@ from looktwice.metrics import Recorder
 from looktwice.model.adapters import adapter_settings
 from looktwice.model.files import weights_fingerprint
 from looktwice.model.location import locate
+from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.trackers import TrackedRun, open_trackers
 from looktwice.training.card import model_card
 from looktwice.training.checkpoints import Checkpoints
+from looktwice.training.determinism import deterministic
+from looktwice.training.distributed import World
 from looktwice.training.folder import (
     FINAL_MODEL,
     check_final_model,
     check_run,
     checkpoint_of,
+    claimed,
     goes_on,
     is_finished,
     make_room,
 )
 from looktwice.training.learner import Learner
+from looktwice.training.overview import show_overview
 from looktwice.training.provenance import write_provenance
-from looktwice.training.record import Record, Settings, plain
+from looktwice.training.record import Record, Settings, fingerprint, plain
 from looktwice.training.state import resume, save
-from looktwice.training.stopping import StopRequest
+from looktwice.training.stopping import StopRequest, stop_requests
 
 STAGE_NAMES: dict[Stage, str] = {"sft": "stage 1", "grpo": "stage 2", "both": "both stages"}
 
@@ -48,6 +54,17 @@ def batch_order(sizes: Sequence[int], config: StageConfig, weights: Sequence[flo
         max_steps=config.max_steps,
         seed=config.seed,
     )
+
+
+@contextmanager
+def held(world: World, config: StageConfig) -> Iterator[StopRequest]:
+    """What lasts as long as a run: its folder is its own, signals are noted, and sums are alike where that is asked."""
+    with (
+        claimed(config.output_dir) if world.is_main else nullcontext(),
+        stop_requests() as stop,
+        deterministic(config.deterministic),
+    ):
+        yield stop
 
 
 def planned(stage: Stage, settings: Settings, order: BatchOrder, start: str) -> Record:
@@ -86,6 +103,25 @@ def tell_finished(record: Record, settings: Settings) -> Path:
     return folder
 
 
+def load_alike(
+    name: str,
+    settings: Settings,
+    processor: Ovis2_5Processor,
+    order: BatchOrder,
+    world: World,
+    *,
+    is_exact: bool = False,
+) -> Learner:
+    """The learner of a run, of which all processes have the same model and the same data, or are told what differs."""
+    model, data, config = settings
+    learner = Learner.load(
+        name, model, config, processor, total_steps=order.total_steps, is_exact=is_exact, world=world
+    )
+    world.check_alike("the model", lambda: learner.start)
+    world.check_alike("--train_data", lambda: [*map(fingerprint, data.train_data_path)])
+    return learner
+
+
 def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrder) -> Record:
     """Go on from the checkpoint, if one is named, make room in the run folder, and give the record of what trains."""
     record = replace(record, settings={**record.settings, **plain(as_trained(settings, learner))})
@@ -104,13 +140,24 @@ def begin(learner: Learner, record: Record, settings: Settings, order: BatchOrde
     return record
 
 
-def open_recorder(
-    learner: Learner, record: Record, settings: Settings, sizes: Sequence[int], *, shown: tuple[str, ...], title: str
-) -> Recorder:
-    """Write down what runs here, and give what records and shows its steps.
+@contextmanager
+def recorded(
+    learner: Learner,
+    record: Record,
+    settings: Settings,
+    order: BatchOrder,
+    sizes: Sequence[int],
+    *,
+    shown: tuple[str, ...],
+    title: str,
+) -> Iterator[Recorder | None]:
+    """Write down what runs here, show it, and give what records and shows its steps; None but in rank 0.
 
     `sizes` are the samples of each training file. Raises ConfigError for a tracker that cannot be opened.
     """
+    if not learner.world.is_main:
+        yield None
+        return
     config = learner.config
     model, data, _ = settings
     *_, trained = as_trained(settings, learner)
@@ -120,14 +167,16 @@ def open_recorder(
         (model, data, trained), record.stage, sizes, str(learner.base.device), step=learner.step, changed=changed
     )
     tracked = TrackedRun(folder=config.output_dir, id=run["id"], settings=record.settings, start=learner.step)
-    return Recorder(
+    with Recorder(
         config.output_dir,
         total_steps=learner.total_steps,
         shown=shown,
         title=title,
         start=learner.step,
         trackers=open_trackers(config.report_to, tracked),
-    )
+    ) as recorder:
+        show_overview(recorder.console, learner, order, model)
+        yield recorder
 
 
 def as_trained(settings: Settings, learner: Learner) -> Settings:

@@ -191,6 +191,15 @@ class LengthReport:
         self.shown = self.counts.copy()
 
 
+def begin_report(config: StageConfig, world: World, refits: Iterable[Refit]) -> LengthReport:
+    """The report of a run, with what was met before its first step written down and told."""
+    lengths = LengthReport(config, world)
+    lengths.note(refits if world.is_main else [])
+    lengths.collect()
+    lengths.show()
+    return lengths
+
+
 def fitted(
     samples: Sequence[Sample], processor: Ovis2_5Processor, data: DataConfig, lengths: LengthReport
 ) -> list[Sample]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -20,26 +20,23 @@ from looktwice.model.weights import pick_device
 from looktwice.processing.packing import PackedBatch
 from looktwice.processing.processor import load_processor
 from looktwice.training.checkpoints import Checkpoints
-from looktwice.training.determinism import deterministic
 from looktwice.training.distributed import World
-from looktwice.training.folder import claimed
 from looktwice.training.join import joined
 from looktwice.training.learner import Learner
-from looktwice.training.overview import show_overview
-from looktwice.training.record import fingerprint
 from looktwice.training.run import (
     batch_order,
     begin,
     close_step,
+    held,
     is_due,
-    open_recorder,
+    load_alike,
     planned,
+    recorded,
     save_final,
     tell_finished,
 )
-from looktwice.training.sets import LengthReport, load_sets
+from looktwice.training.sets import LengthReport, begin_report, load_sets
 from looktwice.training.shares import Shares, own_share
-from looktwice.training.stopping import stop_requests
 
 WORKERS_BESIDE_A_GPU = 4
 SHOWN = ("loss", "eval/loss", "optim/lr", "perf/tokens_per_s")
@@ -65,22 +62,13 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: SFTConf
     train, held_out, refits, sizes = load_sets(data, processor, "sft")
     order = batch_order(sizes, config, data.train_weights)
     settings = (model, data, config)
-    with (
-        claimed(config.output_dir) if world.is_main else nullcontext(),
-        stop_requests() as stop,
-        deterministic(config.deterministic),
-    ):
+    with held(world, config) as stop:
         record = world.from_main(lambda: planned("sft", settings, order, model.model_name))
         if record.is_over:
             return tell_finished(record, settings)
-        learner = Learner.load(model.model_name, model, config, processor, total_steps=order.total_steps, world=world)
-        world.check_alike("the model", lambda: learner.start)
-        world.check_alike("--train_data", lambda: [*map(fingerprint, data.train_data_path)])
+        learner = load_alike(model.model_name, settings, processor, order, world)
         record = begin(learner, record, settings, order)
-        lengths = LengthReport(config, world)
-        lengths.note(refits if world.is_main else [])
-        lengths.collect()
-        lengths.show()
+        lengths = begin_report(config, world, refits)
         encoder = Encoder(processor=processor, max_length=data.max_length, length_policy=data.length_policy)
         shares = Shares(train, order, processor, world, batch_size=config.train_batch_size)
         batches = (
@@ -89,14 +77,10 @@ def train_in(world: World, model: ModelConfig, data: DataConfig, config: SFTConf
             for batch in shares.batches(step)
         )
         with (
-            open_recorder(learner, record, settings, sizes, shown=SHOWN, title="SFT")
-            if world.is_main
-            else nullcontext() as recorder,
+            recorded(learner, record, settings, order, sizes, shown=SHOWN, title="SFT") as recorder,
             closing(packed_batches(learner, batches, encoder, lengths, num_workers=workers)) as rows_of_batches,
         ):
             saves = Checkpoints(learner, record, order)
-            if recorder:
-                show_overview(recorder.console, learner, order, model)
             eval_every = config.eval_steps or order.steps_per_epoch
             stop.arm()
             while learner.step < order.total_steps:
