@@ -62,6 +62,8 @@ def test_an_unknown_key_names_the_nearest_one(config_class, key, hint) -> None:
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
     assert refusal(GRPOConfig, surrogate="cispo", epsilon=0.2).startswith("epsilon: cispo has no such bound")
+    silent = {"alarms": "no_signal=off", "stop_on_alarm": "no_signal"}
+    assert refusal(GRPOConfig, **silent).startswith("stop_on_alarm: no_signal is off in alarms")
     assert "one update older, so exact cannot hold" in refusal(GRPOConfig, one_step_off=True, exact=True)
     sharded = {"one_step_off": True, "distributed": "fsdp"}
     assert refusal(GRPOConfig, **sharded).startswith("one_step_off needs the whole model once more for sampling")

@@ -580,6 +580,12 @@ class GRPOConfig(StageConfig):
     exact: bool = knob(False, "logprobs of rollouts and training alike to the last bit; costs time")
 
     @model_validator(mode="after")
+    def _check_alarms(self) -> GRPOConfig:
+        if silent := [name for name in self.stop_on_alarm if name != "all" and self.alarms.get(name) == "off"]:
+            raise ValueError(f"stop_on_alarm: {silent[0]} is off in alarms; give it a threshold, or leave it out here")
+        return self
+
+    @model_validator(mode="after")
     def _check_rewards(self) -> GRPOConfig:
         weights, rewards = self.reward_weights, self.reward
         if weights and len(weights) != len(rewards):

@@ -95,3 +95,14 @@ def test_what_is_dropped_is_not_taken(load, dataset) -> None:
     ahead.begin(1, samples)
     ahead.drop()
     assert ahead.take() is None
+
+
+def test_pictures_of_the_coming_step_are_kept_apart_from_those_of_this_one(load, dataset) -> None:
+    learner = load(num_generations=2, max_new_tokens=4, one_step_off=True, freeze_vision=True)
+    samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
+    ahead = Ahead(learner, learner.config, lambda played: [paid(0.0) for _ in played], Sampler(learner, learner.config))
+    with learner.images_kept():
+        present = learner.vision_cache
+        ahead.begin(1, samples)
+    _, images = ahead.take()
+    assert images is not None and images is not present

@@ -93,6 +93,12 @@ def test_steps_of_one_prompt_say_nothing_of_the_signal_before_there_are_sixteen(
     assert ALARMS["no_signal"].is_on([one] * 16, 3)
 
 
+def test_a_step_whose_groups_were_all_replaced_has_signal() -> None:
+    replaced = {"group/number": 8.0, "group/all_right": 1.0, "group/all_wrong": 0.0, "group/dropped": 1.0}
+    assert ALARMS["no_signal"].measure([{**replaced, "group/refilled": 8.0}] * 3) == 0
+    assert ALARMS["no_signal"].measure([{**replaced, "group/refilled": 0.0}] * 3) == 3
+
+
 def test_groups_dropped_for_another_reason_have_no_signal_either() -> None:
     dropped = {"group/number": 8.0, "group/all_right": 0.0, "group/all_wrong": 0.0, "group/dropped": 1.0}
     assert ALARMS["no_signal"].measure([dropped] * 3) == 3
@@ -173,6 +179,12 @@ def test_what_is_kept_of_a_long_history_judges_as_all_of_it() -> None:
     assert len(watch.history) < 60
     for name, alarm in ALARMS.items():
         assert alarm.measure(watch.history) == alarm.measure(history), name
+
+
+def test_an_alarm_counts_as_far_as_its_threshold() -> None:
+    watch = Watch({"no_signal": 100})
+    on = [watch.note(step, NO_SIGNAL)[0]["alarm/no_signal"] for step in range(1, 121)]
+    assert on.index(1.0) == 99 and all(on[99:])
 
 
 # -- in a run

@@ -24,7 +24,7 @@ from looktwice.training.grpo import Stage2, train_grpo
 from looktwice.training.policy import improve
 from looktwice.training.rollouts import roll_out
 from looktwice.training.sampler import Sampler
-from looktwice.training.sets import LengthReport, Prompts
+from looktwice.training.sets import FURTHER_EPOCHS, LengthReport, Prompts
 from looktwice.training.sft import train_sft
 
 NO_PROMPTS: Any = None
@@ -242,7 +242,8 @@ def test_groups_without_signal_are_replaced_by_further_prompts(load, dataset) ->
     groups = roll_out(learner, samples[:2], learner.config, pay)
     found = Stage2(learner, learner.config, pay, None, Further(), Sampler(learner, learner.config)).refill(groups)
     assert asked == [(0, 2), (1, 2)]
-    assert [[rollout.reward.total for rollout in group] for group in found] == [[0.0, 1.0]] * 2
+    totals = [[rollout.reward.total for rollout in group] for group in found]
+    assert totals == [[0.0, 0.0]] * 2 + [[0.0, 1.0]] * 2  # those without signal are rollouts of the step as well
     ids = [group[0].trajectory.completion_ids for group in (*groups, *found)]
     assert len({tuple(one) for one in ids}) > 1
 
@@ -254,7 +255,8 @@ def test_further_prompts_follow_from_seed_and_step_and_are_none_of_the_run(proce
     data = DataConfig(train_data_path=dataset.rl, image_base_path=dataset.rl.parent)
     prompts = Prompts(samples, order, processor, data, LengthReport(config))
     drawn = [prompts.further(step, batch, per_step=2, count=2) for step in range(2) for batch in range(2)]
-    assert drawn == [[samples[number] for number in order[order.total_steps + place]] for place in range(4)]
+    first = FURTHER_EPOCHS * order.steps_per_epoch
+    assert drawn == [[samples[number] for number in order[first + place]] for place in range(4)]
     assert len(prompts.further(0, 0, per_step=2, count=1)) == 1
 
 

@@ -39,7 +39,7 @@ class BatchOrder:
         if max_steps is not None:
             self.total_steps = max_steps
         draw = mixture.epoch if mixture else partial(_permutation, num_samples, seed)
-        self._of_epoch = lru_cache(maxsize=1)(draw)
+        self._of_epoch = lru_cache(maxsize=2)(draw)
 
     def __getitem__(self, step: int) -> list[int]:
         """Sample numbers of the step, counted from 0."""

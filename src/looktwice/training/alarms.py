@@ -7,6 +7,7 @@ that goes on finds its alarms as they were.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ OLDEST = 12
 FEWEST_GROUPS = 16
 """Groups in a row without signal below which nothing is said: in a batch of one prompt three are no wonder."""
 KEPT = 32
-"""Steps of the history that are kept beside the first ones; more than any alarm looks back."""
+"""Steps of the history that are kept beside the first ones: what alarms look back at, but for `no_signal`, which counts
+as many steps as its threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +75,13 @@ def change(history: History, name: str) -> tuple[float, float] | None:
 
 
 def steps_without_signal(history: History) -> float | None:
-    """Last steps in a row in which no group had both right and wrong answers."""
+    """Last steps in a row in which no group had both right and wrong answers, and none was replaced by one that had."""
     steps = groups = 0.0
     for line in reversed(history):
         if "group/number" not in line:
             continue
         constant = line["group/all_right"] + line["group/all_wrong"]
-        if max(constant, line.get("group/dropped", 0.0)) < 1 - 1e-6:
+        if max(constant, line.get("group/dropped", 0.0)) < 1 - 1e-6 or line.get("group/refilled"):
             break
         steps, groups = steps + 1, groups + line["group/number"]
     return steps if groups >= FEWEST_GROUPS else 0.0
@@ -216,7 +218,8 @@ class Watch:
         given = {name: thresholds.get(name, alarm.threshold) for name, alarm in ALARMS.items()}
         self.thresholds: dict[AlarmName, float] = {name: value for name, value in given.items() if value != "off"}
         self.stops = stops
-        self.history = trimmed(history)
+        self.kept = max(KEPT, math.ceil(self.thresholds.get("no_signal", 0)) + HELD)
+        self.history = self.trimmed(history)
         self.on = [name for name in self.thresholds if self.history and self._is_on(name)]
 
     def _is_on(self, name: AlarmName) -> bool:
@@ -224,7 +227,7 @@ class Watch:
 
     def note(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """The metrics `alarm/...` of a step, and what to tell of the alarms that began or ended with it."""
-        self.history = trimmed([*self.history, metrics])
+        self.history = self.trimmed([*self.history, metrics])
         on = [name for name in self.thresholds if self._is_on(name)]
         told = [
             f"alarm {name} at step {step}: {ALARMS[name].told(self.history, self.thresholds[name])}"
@@ -235,6 +238,10 @@ class Watch:
         self.on = on
         return {f"alarm/{name}": float(name in on) for name in self.thresholds}, told
 
+    def trimmed(self, history: History) -> list[Mapping[str, float]]:
+        """The lines of a history that alarms look at."""
+        return [*history[: 2 * FIRST], *history[2 * FIRST :][-self.kept :]]
+
     @property
     def reason_to_stop(self) -> str | None:
         """Which alarms are on that are to end the run, and what the first of them means."""
@@ -242,11 +249,6 @@ class Watch:
         if not ending:
             return None
         return f"{', '.join(ending)}: {ALARMS[ending[0]].told(self.history, self.thresholds[ending[0]])}"
-
-
-def trimmed(history: History) -> list[Mapping[str, float]]:
-    """The lines of a history that alarms look at."""
-    return [*history[: 2 * FIRST], *history[2 * FIRST :][-KEPT:]]
 
 
 def read_history(log: Path, *, last: int) -> list[Mapping[str, float]]:

@@ -44,7 +44,7 @@ from looktwice.training.run import (
 )
 from looktwice.training.sampler import Sampler
 from looktwice.training.sets import LengthReport, Prompts, begin_report, load_sets
-from looktwice.training.telemetry import rollout_metrics
+from looktwice.training.telemetry import rollout_metrics, token_rates
 from looktwice.training.trajectories import drop_later, write_trajectories
 from looktwice.training.validation import validate
 
@@ -172,7 +172,7 @@ class Stage2:
     is_checked: bool = False
     """Whether the canaries were looked at: once a run, also after a resume; they are three forwards of one rollout."""
     groups: list[list[Rollout]] = field(default_factory=list)
-    """The rollouts of the last step."""
+    """The rollouts of the last step, those of further prompts last."""
 
     def coming(self, saves: Checkpoints) -> list[Sample]:
         """The prompts whose rollouts are to be made ahead during the coming step. After a checkpoint there are none, so
@@ -205,30 +205,24 @@ class Stage2:
         # or they live on through the next rollouts, as large as the trained weights
         learner.optimizer.zero_grad(set_to_none=True)
         if config.refill_batches:
-            dropped = sum(not carries_signal(group, config) for group in groups) / len(groups)
-            metrics |= {"group/dropped": dropped, "group/refilled": float(len(refilled))}
-        num_rollouts = sum(map(len, groups))
-        for name, phase, tokens in (("sampled", "rollout", "num_tokens"), ("trained", "update", "trained_tokens")):
-            if seconds := learner.phases.seconds.get(phase):
-                metrics[f"perf/{name}_tokens_per_s"] = num_rollouts * metrics[f"rollout/{tokens}"] / seconds
-        return metrics
+            own, further = (sum(carries_signal(group, config) for group in some) for some in (groups, refilled))
+            metrics |= {"group/dropped": 1 - own / len(groups), "group/refilled": float(further)}
+        return metrics | token_rates(self.groups, metrics["rollout/trained_tokens"], learner.phases.seconds)
 
     def refill(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
-        """Groups with signal of further prompts, as many as the step's own lack, or `refill_batches` found (DAPO, arXiv
-        2503.14476)."""
+        """Groups of further prompts, until as many carry signal as the step's own lack, in `refill_batches` at most
+        (DAPO, arXiv 2503.14476)."""
         learner, config = self.learner, self.config
-        found: list[list[Rollout]] = []
-        num_played = len(groups)
-        num_wanted = sum(not carries_signal(group, config) for group in groups)
+        played: list[list[Rollout]] = []
         for batch in range(config.refill_batches):
-            if len(found) == num_wanted:
+            num_lacking = len(groups) - sum(carries_signal(group, config) for group in (*groups, *played))
+            if not num_lacking:
                 break
-            count = num_wanted - len(found)
-            more = self.prompts.further(learner.step, batch, per_step=config.refill_batches, count=count)
-            others = roll_out(learner, more, config, self.pay, self.sampler, first=num_played)
-            num_played += len(more)
-            found += [group for group in others if carries_signal(group, config)]
-        return found
+            more = self.prompts.further(learner.step, batch, per_step=config.refill_batches, count=num_lacking)
+            others = roll_out(learner, more, config, self.pay, self.sampler, first=len(groups) + len(played))
+            tell_failures(others, may_stop=False)
+            played += others
+        return played
 
     def canaries(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         """What the canaries say in the first process that has a rollout; each looks at one of its own."""

@@ -184,7 +184,7 @@ class Learner:
 
     def images_of_a_step(self) -> VisionCache | None:
         """What can keep the pictures of a step where vision is frozen; None where it is trained."""
-        if self.vision_cache is not None:
+        if self.config.vision_cache is not None:
             return self.vision_cache
         vision = self.base.model.visual_tokenizer, self.base.model.vte
         return None if is_trained(*vision) else VisionCache(self.base, max_bytes=KEPT_BYTES)

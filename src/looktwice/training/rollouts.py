@@ -231,9 +231,9 @@ def failure_of(trajectory: Trajectory) -> str | None:
     return {"error": trajectory.error, "no_room": NO_ROOM}.get(trajectory.stop_reason)
 
 
-def tell_failures(groups: Sequence[Sequence[Rollout]]) -> None:
+def tell_failures(groups: Sequence[Sequence[Rollout]], *, may_stop: bool = True) -> None:
     """Say how many rollouts of a step failed, or their rewards, and why the first did. Raises TrainingError when all
-    did."""
+    did, if it `may_stop` the run."""
     rollouts = [rollout for group in groups for rollout in group]
     failures = [failure for rollout in rollouts if (failure := failure_of(rollout.trajectory))]
     errors = [error for rollout in rollouts if not failure_of(rollout.trajectory) and (error := rollout.reward.error)]
@@ -242,7 +242,7 @@ def tell_failures(groups: Sequence[Sequence[Rollout]]) -> None:
         for what, found in (("rollout", failures), ("reward", errors))
         if found
     ]
-    if len(failures) + len(errors) == len(rollouts):
+    if may_stop and len(failures) + len(errors) == len(rollouts):
         raise TrainingError(f"{'; '.join(told)}; nothing can be learnt from them")
     for line in told:
         print(line)

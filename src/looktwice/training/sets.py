@@ -216,6 +216,10 @@ def fitted(
     return prompts
 
 
+FURTHER_EPOCHS = 2**20
+"""The epoch of the order in which further prompts begin."""
+
+
 class Prompts:
     """The prompts of each step of stage 2."""
 
@@ -233,9 +237,10 @@ class Prompts:
         """Those of a step, counted from 0; asked for again where they are looked at before their turn."""
 
     def further(self, step: int, batch: int, *, per_step: int, count: int) -> list[Sample]:
-        """So many prompts of one of the `per_step` batches that a step may be refilled with: those of the order behind
-        the end of the run, so that they too follow from seed and step."""
-        return self._of(self.order.total_steps + step * per_step + batch)[:count]
+        """So many prompts of one of the `per_step` batches that a step may be refilled with: of epochs that no run
+        reaches, so that they too follow from seed and step, however long the run is."""
+        first = FURTHER_EPOCHS * self.order.steps_per_epoch
+        return self._of(first + step * per_step + batch)[:count]
 
     def _of(self, place: int) -> list[Sample]:
         return fitted([self.samples[number] for number in self.order[place]], self.processor, self.data, self.lengths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean as mean
 
 from looktwice.answers import answers_match, extract_answer
@@ -27,6 +27,23 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         **_lengths_and_ends(rollouts),
         **_crops(rollouts),
         **_right_answers(rollouts),
+    }
+
+
+def token_rates(
+    groups: Sequence[Sequence[Rollout]], trained_tokens: float, seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """Tokens a second of sampling and of the updates. `trained_tokens` are the mean of all these rollouts, `seconds`
+    those of the phases."""
+    rollouts = [rollout for group in groups for rollout in group]
+    counts = {
+        "sampled": ("rollout", sum(_num_sampled(rollout.trajectory) for rollout in rollouts)),
+        "trained": ("update", trained_tokens * len(rollouts)),
+    }
+    return {
+        f"perf/{name}_tokens_per_s": count / seconds[phase]
+        for name, (phase, count) in counts.items()
+        if seconds.get(phase)
     }
 
 
