@@ -38,7 +38,7 @@ from looktwice.planning.live_bytes import peak_bytes
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.packing import PackedBatch, pack
 from looktwice.processing.processor import Example, Ovis2_5Processor
-from looktwice.training.learner import Learner, Scores
+from looktwice.training.learner import Learner, Reference, Scores
 
 MODELS = ("body", "vocab")
 GOALS = {
@@ -122,7 +122,12 @@ class Step:
         seconds = interleaved(updates, repeats=REPEATS, clock=time.process_time)
         flops = {name: counted_flops(update) for name, update in updates.items()}
         peaks = {name: peak_bytes(updates[name]) for name in ("shared", "packed")}
-        whole: dict[str, Callable[[], object]] = {"ours": self.ours, "vlm_r3": self.vlm_r3}
+        reference = self.learner.freeze_reference()
+        whole: dict[str, Callable[[], object]] = {
+            "ours": self.ours,
+            "with_reference": lambda: self.ours(reference),
+            "vlm_r3": self.vlm_r3,
+        }
         steps = interleaved(whole, repeats=1, clock=time.process_time)
         return {
             "update_shared_s": min(seconds["shared"]),
@@ -131,10 +136,11 @@ class Step:
             "flops_packed_vs_shared": flops["packed"] / flops["shared"],
             "flops_one_by_one_vs_shared": flops["one_by_one"] / flops["shared"],
             "step_vs_vlm_r3": median_ratio(steps["vlm_r3"], steps["ours"]),
+            "step_with_reference_vs_without": median_ratio(steps["with_reference"], steps["ours"]),
             "flops_vlm_r3_vs_ours": counted_flops(self.vlm_r3) / counted_flops(self.ours),
             "peak_memory_vs_packed": peaks["shared"] / peaks["packed"],
             "peak_gigabytes": peaks["shared"] / 1e9,
-            "vision_passes_per_distinct_picture": self.vision_passes(),
+            "vision_passes_per_distinct_picture": self.vision_passes(reference),
             "max_gradient_difference": self.gradient_difference(packed),
         }
 
@@ -162,8 +168,8 @@ class Step:
         turns = [BEFORE_CROP, NUM_SAMPLED - BEFORE_CROP]
         return [Script(self.prompt, turns, [partial(self.shown, CROP_SIDE)]) for _ in range(GROUP)]
 
-    def ours(self) -> list[Example]:
-        """A whole step as shipped: rollouts together, and the update."""
+    def ours(self, reference: Reference | None = None) -> list[Example]:
+        """A whole step as shipped: rollouts together, the logprobs of the reference if there is one, and the update."""
         scripts = self.scripts()
         with self.learner.images_kept():
             engine = BuiltinEngine(self.learner.base, encode=encoder(self.learner.base, self.learner.vision_cache))
@@ -171,7 +177,11 @@ class Step:
             for script in scripts:
                 script.check()
             examples = [script.example for script in scripts]
-            self.update(self.learner.rows(examples))
+            rows = self.learner.rows(examples)
+            if reference is not None:
+                with reference.active():
+                    self.learner.logprobs(rows, temperature=1.0)
+            self.update(rows)
         return examples
 
     def vlm_r3(self) -> None:
@@ -181,12 +191,12 @@ class Step:
         one_at_a_time(self.learner.base, scripts)
         self.one_by_one([script.example for script in scripts])
 
-    def vision_passes(self) -> float:
-        """Pictures that the tower sees in a whole step of ours, over those that are different."""
+    def vision_passes(self, reference: Reference) -> float:
+        """Pictures that the tower sees in a whole step of ours with a reference, over those that are different."""
         seen: list[int] = []
         tower = self.learner.base.model.visual_tokenizer.vit
         hook = tower.register_forward_hook(lambda module, given, out: seen.append(len(given[1])))
-        examples = self.ours()
+        examples = self.ours(reference)
         hook.remove()
         return sum(seen) / len({image.key for example in examples for image in example.images})
 

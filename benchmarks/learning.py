@@ -34,27 +34,28 @@ from looktwice.processing.packing import pack
 from looktwice.training import grpo
 
 REWARDS = Path(__file__).with_name("learning_rewards.py")
-SEEDS = (0, 1, 2)
-MAIN_STEPS, ABLATION_STEPS, EVAL_EVERY = GRPO_STEPS, 40, 20
-"""Ablations run half as long, and so does the `robust` that they are compared with."""
+EVAL_EVERY = 10
+Results = dict[str, dict[int, dict[str, Any]]]
+"""What was found, by arm and seed."""
 
 
 class Arm(NamedTuple):
     """One way to train: what it changes in the demo's settings, and whether the ids of crops are trained too."""
 
-    says: str
+    title: str
     settings: dict[str, Any]
-    steps: int = ABLATION_STEPS
+    is_ablation: bool = True
     trains_crops: bool = False
 
 
 ARMS = {
-    "robust": Arm("R-GRPO, robust", {}, MAIN_STEPS),
-    "paper": Arm("R-GRPO, paper", {"preset": "paper", "refill_batches": 0}, MAIN_STEPS),
+    "robust": Arm("R-GRPO, robust", {}, is_ablation=False),
+    "paper": Arm("R-GRPO, paper", {"preset": "paper", "refill_batches": 0}, is_ablation=False),
     "code": Arm(
-        "R-GRPO, code", {"preset": "code", "num_generations": 8, "max_turns": 3, "refill_batches": 0}, MAIN_STEPS
+        "R-GRPO, code",
+        {"preset": "code", "num_generations": 8, "max_turns": 3, "refill_batches": 0},
+        is_ablation=False,
     ),
-    "robust_short": Arm("R-GRPO, robust, as short as the ablations", {}),
     "region_ungated": Arm("crops paid though the answer is wrong", {"reward": f"{REWARDS}:region_ungated"}),
     "no_region": Arm("crops not paid", {"reward": f"{REWARDS}:no_region"}),
     "phantom": Arm(
@@ -74,12 +75,12 @@ GOALS = {"robust.accuracy.min": "at least 0.95", "robust.gain.min": "at least 0.
 def main() -> None:
     options = parser()
     options.add_argument("--task", choices=TASKS, default="boards")
-    options.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    options.add_argument("--seeds", default="0,1,2")
     options.add_argument("--arms", help=f"of {','.join(ARMS)}")
     options.add_argument("--out", type=Path, help="folder of runs and results; default: outputs/learning/TASK")
     options.add_argument("--workers", type=int, default=2, help="runs at the same time, of one thread each")
     options.add_argument("--questions", type=int, default=400, help="asked in an evaluation")
-    options.add_argument("--steps", type=int, help="of each arm, for a quick look; default: 70, ablations 40")
+    options.add_argument("--steps", type=int, default=GRPO_STEPS, help="of each arm; default: the demo's")
     arguments = options.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
@@ -91,7 +92,7 @@ def main() -> None:
         sft = dict(zip(seeds, pool.map(partial(work, arm="sft"), seeds)))
         jobs = [(seed, arm) for arm in arms for seed in seeds]
         done = pool.map(work, *zip(*jobs))
-        results: dict[str, dict[int, dict[str, Any]]] = {"sft": sft}
+        results: Results = {"sft": sft}
         for (seed, arm), found in zip(jobs, done):
             results.setdefault(arm, {})[seed] = found
             print(f"{arm} of seed {seed}: {found['accuracy']:.3f}", flush=True)
@@ -109,7 +110,7 @@ def started_from(task: str, out: Path) -> dict[str, Any]:
     return {"model": str(model), "draw": photographs.DRAW_TRAIN, "draw_eval": photographs.DRAW_EVAL}
 
 
-def run(seed: int, arm: str, *, task: str, out: Path, questions: int, steps: int | None) -> dict[str, Any]:
+def run(seed: int, arm: str, *, task: str, out: Path, questions: int, steps: int) -> dict[str, Any]:
     """Train one arm of one seed, or its SFT, and ask; what is found is kept, and taken from there the next time."""
     folder = out / f"seed-{seed}" / arm
     kept = folder / "found.json"
@@ -122,7 +123,7 @@ def run(seed: int, arm: str, *, task: str, out: Path, questions: int, steps: int
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def trained(demo: Demo, arm: str, *, questions: int, steps: int | None) -> dict[str, Any]:
+def trained(demo: Demo, arm: str, *, questions: int, steps: int) -> dict[str, Any]:
     """The accuracy of an arm, its curve of (step, accuracy), and the controls where `arm` is `robust`."""
     folder, seed = demo.folder, demo.seed
     data, start = folder.parent / "data", folder.parent / "sft" / "sft" / "final_model"
@@ -135,7 +136,7 @@ def trained(demo: Demo, arm: str, *, questions: int, steps: int | None) -> dict[
         chosen = ARMS[arm]
         with crops_trained() if chosen.trains_crops else nullcontext():
             settings = {
-                "max_steps": steps or chosen.steps,
+                "max_steps": steps,
                 "eval_steps": EVAL_EVERY,
                 "eval_tool_gain": False,
                 **chosen.settings,
@@ -186,7 +187,7 @@ def evaluations_in(log: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
 
 
-def figures_of(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, float]:
+def figures_of(results: Results) -> dict[str, float]:
     """Mean, standard deviation, least and most over the seeds of each arm and control, and each seed's own."""
     figures: dict[str, float] = {}
     rows = {arm: {seed: found["accuracy"] for seed, found in by_seed.items()} for arm, by_seed in results.items()}
@@ -205,15 +206,14 @@ def figures_of(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, float
     return figures
 
 
-def draw(results: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """The accuracy on the held-out questions over the steps: the mean of the seeds, and their spread."""
     import matplotlib.pyplot as plt
 
-    panels = {
-        "presets": [arm for arm in results if arm in ARMS and ARMS[arm].steps == MAIN_STEPS],
-        "ablations of robust, half as long": [arm for arm in results if arm in ARMS and ARMS[arm].steps != MAIN_STEPS],
-    }
-    panels = {title: arms for title, arms in panels.items() if arms}
+    arms = [arm for arm in results if arm in ARMS]
+    panels = {"presets": [arm for arm in arms if not ARMS[arm].is_ablation]}
+    if any(ARMS[arm].is_ablation for arm in arms):
+        panels["robust, and its ablations"] = [arm for arm in arms if arm == "robust" or ARMS[arm].is_ablation]
     width = 5 * len(panels)
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.6), sharey=True, squeeze=False, layout="constrained")
     for axis, (title, arms) in zip(axes[0], panels.items()):
@@ -222,7 +222,7 @@ def draw(results: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
             steps = [step for step, _ in curves[0]]
             by_step = [[accuracy for _, accuracy in points] for points in zip(*curves)]
             means, lows, highs = ([pick(values) for values in by_step] for pick in (fmean, min, max))
-            [line] = axis.plot(steps, means, marker="o", markersize=3, label=f"{ARMS[arm].says} ({len(curves)} seeds)")
+            [line] = axis.plot(steps, means, marker="o", markersize=3, label=f"{ARMS[arm].title} ({len(curves)} seeds)")
             axis.fill_between(steps, lows, highs, alpha=0.15, color=line.get_color())
         axis.set(title=title, xlabel="step", ylim=(0, 1))
         axis.grid(alpha=0.3)
