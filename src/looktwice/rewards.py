@@ -18,7 +18,7 @@ from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from looktwice.geometry import Box
 from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 from looktwice.processing.chat_template import EARLY_STOP
-from looktwice.rollout.trajectory import ToolCall, Trajectory
+from looktwice.rollout.trajectory import Trajectory
 
 _THINK_THEN_ANSWER = re.compile(
     r"(?:<think>)?(?:(?!</?think>|</?answer>).)*</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.DOTALL
@@ -142,7 +142,7 @@ def score(
             {
                 (call.image_number, call.box)
                 for call in trajectory.calls
-                if call.is_valid and share_of_image(trajectory, call) <= preset.largest_crop
+                if call.is_valid and trajectory.share_of_image(call) <= preset.largest_crop
             }
         )
     else:
@@ -224,14 +224,6 @@ def num_new_chars(text: str, known: str = "") -> int:
     stretches = {text[start : start + REPEATED_CHARS] for start in range(max(1, len(text) - REPEATED_CHARS + 1))}
     num_new = sum(stretch not in known for stretch in stretches)
     return min(len(text), num_new + REPEATED_CHARS - 1) if num_new else 0
-
-
-def share_of_image(trajectory: Trajectory, call: ToolCall) -> float:
-    """The share of its picture's area that a crop shows; 0 where there is no crop or no picture of that number."""
-    if call.box is None or not 0 < call.image_number <= len(trajectory.image_sizes):
-        return 0.0
-    width, height = trajectory.image_sizes[call.image_number - 1]
-    return call.box.area / (width * height)
 
 
 def _shortest_piece_chars(text: str) -> int:

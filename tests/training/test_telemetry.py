@@ -12,7 +12,7 @@ from looktwice.metrics import METRICS
 from looktwice.rewards import Reward
 from looktwice.rollout.trajectory import ToolCall
 from looktwice.training.rollouts import Rollout
-from looktwice.training.telemetry import area_share, rollout_metrics
+from looktwice.training.telemetry import rollout_metrics
 
 WHOLE = "<tool_call>[0, 0, 160, 118]</tool_call>"
 
@@ -41,7 +41,7 @@ def test_the_metrics_of_a_step_are_these_means(play_scripts) -> None:
     ]
     rollouts = [Rollout(episode=one, sample=sample, reward=reward) for one, reward in zip(episodes, rewards)]
     metrics = rollout_metrics([rollouts[:2], rollouts[2:]])
-    num_tokens = sum(sum(one.trajectory.is_sampled) for one in episodes) / 4
+    num_tokens = sum(one.trajectory.num_sampled for one in episodes) / 4
     num_visual = sum(one.example.input_ids.count(one.processor.config.image_token_id) for one in episodes) / 4
     assert metrics == pytest.approx(
         {
@@ -99,11 +99,6 @@ def test_a_crop_of_nine_tenths_shows_the_whole_image(played) -> None:
     metrics = rollout_metrics([played((f"{WHOLE}{OTHER}", 0.0), (f"{CALL}{OTHER}", 0.0))])
     assert metrics["tool/whole_share"] == 0.5
     assert metrics["tool/area_share"] == pytest.approx((160 * 118 / 19200 + 0.12) / 2)
-
-
-def test_a_crop_covers_a_share_of_the_image_that_it_names() -> None:
-    call = ToolCall(requested=None, box=Box(0, 0, 30, 40), size=Size(48, 48), error=None, image_number=2)
-    assert area_share(call, [Size(1000, 1000), Size(60, 40)]) == 0.5
 
 
 def test_calls_without_a_gold_box_have_no_overlap(play_scripts) -> None:

@@ -183,7 +183,7 @@ def answer_of(
         stop_reason=trajectory.stop_reason,
         error=trajectory.error,
         seen=None if seen is None or size is None else _sizes(size, seen),
-        tokens=Tokens(prompt=len(trajectory.prompt_ids), written=sum(trajectory.is_sampled), crops=num_crop_tokens),
+        tokens=Tokens(prompt=len(trajectory.prompt_ids), written=trajectory.num_sampled, crops=num_crop_tokens),
         seconds=seconds,
         history=history,
     )

@@ -158,7 +158,7 @@ def rollout_line(one: Recorded, number: int, processor: Ovis2_5Processor | None)
         "advantage": round(one.advantage, 4),
         "stop": trajectory.stop_reason,
         "error": trajectory.error,
-        "tokens": sum(trajectory.is_sampled),
+        "tokens": trajectory.num_sampled,
         "visual": trajectory.num_visual_tokens,
         "gap": float(f"{max(gaps):.2g}") if gaps else None,
         "calls": [
@@ -180,7 +180,7 @@ def gaps_of(one: Recorded) -> list[float]:
     rollout was left out of training."""
     if not one.trainer_logprobs:
         return []
-    sampled = (logprob for logprob, flag in zip(one.trajectory.sampling_logprobs, one.trajectory.is_sampled) if flag)
+    sampled = one.trajectory.of_sampled(one.trajectory.sampling_logprobs)
     return [abs(trained - own) for trained, own in zip(one.trainer_logprobs[0], sampled)]
 
 

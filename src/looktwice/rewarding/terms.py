@@ -39,7 +39,7 @@ class Siblings:
 
 def curiosity(group: Siblings) -> list[float]:
     """max(H - share of siblings with a crop, 0) for a rollout with a crop. Source: Pixel-Reasoner, arXiv 2505.15966."""
-    looked = [has_crop(one) for one in group.trajectories]
+    looked = [one.has_crop for one in group.trajectories]
     rarity = max(CURIOUS_SHARE - sum(looked) / len(looked), 0.0)
     return [rarity * did_look for did_look in looked]
 
@@ -51,7 +51,7 @@ def redundancy(group: Siblings) -> list[float]:
 
 def necessity(group: Siblings) -> list[float]:
     """-0.75 for a right answer with a crop where a sibling is right without any. Source: Beacon, arXiv 2607.28595."""
-    looked = [has_crop(one) for one in group.trajectories]
+    looked = [one.has_crop for one in group.trajectories]
     is_needless = any(right and not did_look for right, did_look in zip(group.is_right, looked))
     return [NEEDLESS * (is_needless and right and did_look) for right, did_look in zip(group.is_right, looked)]
 
@@ -84,7 +84,7 @@ def overlong(group: Siblings) -> list[float]:
     """0 up to four fifths of the limit of sampled tokens, then falling to -1. Source: DAPO, arXiv 2503.14476."""
     buffer = OVERLONG_SHARE * group.max_new_tokens
     begin = group.max_new_tokens - buffer
-    return [-min(max((sum(one.is_sampled) - begin) / buffer, 0.0), 1.0) for one in group.trajectories]
+    return [-min(max((one.num_sampled - begin) / buffer, 0.0), 1.0) for one in group.trajectories]
 
 
 def repetition(group: Siblings) -> list[float]:
@@ -101,10 +101,6 @@ def repeated_share(text: str) -> float:
 def misformat(group: Siblings) -> list[float]:
     """-1 for a text that is not thinking and then one answer block, as DeepEyes counts it (arXiv 2505.14362)."""
     return [-float(not has_think_and_answer(one.text)) for one in group.trajectories]
-
-
-def has_crop(trajectory: Trajectory) -> bool:
-    return any(call.is_valid for call in trajectory.calls)
 
 
 Term = Callable[[Siblings], list[float]]

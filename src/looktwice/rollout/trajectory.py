@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from looktwice.geometry import Box, Size, iou
 
+Value = TypeVar("Value")
 StopReason = Literal[
     "answered",
     "no_answer",
@@ -81,6 +82,25 @@ class Trajectory:
     @property
     def is_truncated(self) -> bool:
         return self.stop_reason not in COMPLETE
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.is_sampled)
+
+    @property
+    def has_crop(self) -> bool:
+        return any(call.is_valid for call in self.calls)
+
+    def of_sampled(self, values: Sequence[Value]) -> list[Value]:
+        """Of values [N] those where the policy wrote the id."""
+        return [value for value, flag in zip(values, self.is_sampled) if flag]
+
+    def share_of_image(self, call: ToolCall) -> float:
+        """The share of its picture's area that a crop shows; 0 where there is no crop or no picture of that number."""
+        if call.box is None or not 0 < call.image_number <= len(self.image_sizes):
+            return 0.0
+        width, height = self.image_sizes[call.image_number - 1]
+        return call.box.area / (width * height)
 
 
 def gold_overlaps(trajectories: Sequence[Trajectory], gold_boxes: Sequence[Box | None]) -> list[float]:

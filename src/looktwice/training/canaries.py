@@ -95,7 +95,7 @@ def _logprobs(learner: Learner, example: Example, temperature: float) -> Tensor:
 def _recorded(episode: Episode) -> Tensor:
     """Logprobs of the sampled tokens as the engine recorded them: [N]."""
     trajectory = episode.trajectory
-    return torch.tensor([kept for kept, flag in zip(trajectory.sampling_logprobs, trajectory.is_sampled) if flag])
+    return torch.tensor(trajectory.of_sampled(trajectory.sampling_logprobs))
 
 
 def _mean_change(first: Tensor, second: Tensor) -> float:

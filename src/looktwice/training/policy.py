@@ -42,7 +42,7 @@ def improve(
     """Give every rollout its advantage, and update the policy on those that carry signal."""
     kept = [group for group in groups if carries_signal(group, config)]
     trained = with_advantages(kept, config)
-    num_tokens = sum(sum(rollout.trajectory.is_sampled) for group in trained for rollout in group)
+    num_tokens = sum(rollout.trajectory.num_sampled for group in trained for rollout in group)
     metrics = {
         "group/dropped": 1 - len(kept) / len(groups),
         "rollout/trained_tokens": num_tokens / sum(map(len, groups)),
@@ -134,7 +134,7 @@ class Minibatch(NamedTuple):
 
     @classmethod
     def of(cls, learner: Learner, rollouts: Sequence[Rollout]) -> Minibatch:
-        num_tokens = sum(sum(rollout.trajectory.is_sampled) for rollout in rollouts)
+        num_tokens = sum(rollout.trajectory.num_sampled for rollout in rollouts)
         own = [rollout.episode.example for rollout in rollouts if rollout.is_own]
         return cls(learner.rows(own), num_tokens, len(rollouts))
 

@@ -103,7 +103,7 @@ def replayed_loss(parts: Sequence[Sequence[Recorded]], config: GRPOConfig) -> fl
 
 
 def _loss_of_update(trained: Sequence[Recorded], number: int, config: GRPOConfig) -> float:
-    own = [_sampled(one, one.trajectory.sampling_logprobs) for one in trained]
+    own = [one.trajectory.of_sampled(one.trajectory.sampling_logprobs) for one in trained]
     has_old = any(one.old_logprobs for one in trained)
     policy = [one.trainer_logprobs[number] if one.trainer_logprobs else logprobs for one, logprobs in zip(trained, own)]
     known = [
@@ -122,10 +122,6 @@ def _loss_of_update(trained: Sequence[Recorded], number: int, config: GRPOConfig
 
 def _joined(logprobs: Sequence[Sequence[float]]) -> torch.Tensor:
     return torch.tensor([number for one in logprobs for number in one])
-
-
-def _sampled(one: Recorded, logprobs: Sequence[float]) -> list[float]:
-    return [logprob for logprob, flag in zip(logprobs, one.trajectory.is_sampled) if flag]
 
 
 def _means(before: Sequence[Reward], after: Sequence[Reward]) -> dict[str, tuple[float | None, float | None]]:

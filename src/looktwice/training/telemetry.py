@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean as mean
 
 from looktwice.answers import answers_match, extract_answer
-from looktwice.geometry import Size
 from looktwice.metrics import METRICS
-from looktwice.rollout.trajectory import ToolCall, Trajectory, gold_overlaps
+from looktwice.rollout.trajectory import gold_overlaps
 from looktwice.training.rollouts import Rollout
 
 WHOLE_IMAGE = 0.9
@@ -37,7 +36,7 @@ def token_rates(
     those of the phases."""
     rollouts = [rollout for group in groups for rollout in group]
     counts = {
-        "sampled": ("rollout", sum(_num_sampled(rollout.trajectory) for rollout in rollouts)),
+        "sampled": ("rollout", sum(rollout.trajectory.num_sampled for rollout in rollouts)),
         "trained": ("update", trained_tokens * len(rollouts)),
     }
     return {
@@ -50,13 +49,6 @@ def token_rates(
 def is_right(rollout: Rollout) -> bool:
     """Whether the answer says the gold one by the rules of `answers.py`, whatever its reward looked at."""
     return answers_match(extract_answer(rollout.trajectory.text), rollout.sample.solution)
-
-
-def area_share(call: ToolCall, image_sizes: Sequence[Size]) -> float:
-    """Share of its picture that a crop covers. `image_sizes` are those of the conversation's pictures in order."""
-    assert call.box is not None
-    width, height = image_sizes[call.image_number - 1]
-    return (call.box.x2 - call.box.x1) * (call.box.y2 - call.box.y1) / (width * height)
 
 
 def _rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -89,7 +81,7 @@ def _lengths_and_ends(rollouts: Sequence[Rollout]) -> dict[str, float]:
     stops = Counter(trajectory.stop_reason for trajectory in trajectories)
     return {
         "rollout/num_turns": mean(trajectory.num_turns for trajectory in trajectories),
-        "rollout/num_tokens": mean(map(_num_sampled, trajectories)),
+        "rollout/num_tokens": mean(trajectory.num_sampled for trajectory in trajectories),
         "rollout/visual_tokens": mean(trajectory.num_visual_tokens for trajectory in trajectories),
         "rollout/truncated": mean(trajectory.is_truncated for trajectory in trajectories),
         **{f"rollout/stop/{reason}": count / len(rollouts) for reason, count in stops.items()},
@@ -101,13 +93,13 @@ def _crops(rollouts: Sequence[Rollout]) -> dict[str, float]:
     calls = [call for trajectory in trajectories for call in trajectory.calls]
     metrics = {
         "tool/calls": len(calls) / len(rollouts),
-        "tool/crop_share": mean(map(_has_crop, trajectories)),
+        "tool/crop_share": mean(trajectory.has_crop for trajectory in trajectories),
     }
     if calls:
         metrics["tool/valid_share"] = mean(call.is_valid for call in calls)
         refused = Counter(call.error for call in calls if call.error)
         metrics |= {f"tool/refused/{reason}": count / len(calls) for reason, count in refused.items()}
-    areas = [area_share(call, one.image_sizes) for one in trajectories for call in one.calls if call.box is not None]
+    areas = [one.share_of_image(call) for one in trajectories for call in one.calls if call.box is not None]
     if areas:
         metrics["tool/area_share"] = mean(areas)
         metrics["tool/whole_share"] = mean(area >= WHOLE_IMAGE for area in areas)
@@ -123,21 +115,13 @@ def _right_answers(rollouts: Sequence[Rollout]) -> dict[str, float]:
     rights = [is_right(rollout) for rollout in rollouts]
     metrics = {"rollout/right": mean(rights)}
     for name, wanted in (("with_crop", True), ("without_crop", False)):
-        chosen = [right for right, one in zip(rights, rollouts) if _has_crop(one.trajectory) == wanted]
+        chosen = [right for right, one in zip(rights, rollouts) if one.trajectory.has_crop == wanted]
         if chosen:
             metrics[f"rollout/right_{name}"] = mean(chosen)
     for name, wanted in (("right", True), ("wrong", False)):
         chosen_rollouts = [one for right, one in zip(rights, rollouts) if right == wanted]
         if chosen_rollouts:
-            metrics[f"rollout/num_tokens_{name}"] = mean(_num_sampled(one.trajectory) for one in chosen_rollouts)
+            metrics[f"rollout/num_tokens_{name}"] = mean(one.trajectory.num_sampled for one in chosen_rollouts)
         if totals := [one.reward.total for one in chosen_rollouts if one.reward.error is None]:
             metrics[f"reward/total_{name}"] = mean(totals)
     return metrics
-
-
-def _num_sampled(trajectory: Trajectory) -> int:
-    return sum(trajectory.is_sampled)
-
-
-def _has_crop(trajectory: Trajectory) -> bool:
-    return any(call.is_valid for call in trajectory.calls)

@@ -126,11 +126,11 @@ def _line(rollout: Rollout, group: int, *, step: int, seed: int) -> dict[str, An
         "prompt_ids": trajectory.prompt_ids,
         "completion_ids": trajectory.completion_ids,
         "sampled": [len(list(run)) for run in _runs(trajectory.is_sampled)],
-        "sampling_logprobs": _short(_of_sampled(trajectory, trajectory.sampling_logprobs)),
+        "sampling_logprobs": _short(trajectory.of_sampled(trajectory.sampling_logprobs)),
         "trainer_logprobs": [_short(logprobs) for logprobs in rollout.trainer_logprobs],
     }
     if trajectory.drawn_logprobs != trajectory.sampling_logprobs:
-        line["drawn_logprobs"] = _short(_of_sampled(trajectory, trajectory.drawn_logprobs))
+        line["drawn_logprobs"] = _short(trajectory.of_sampled(trajectory.drawn_logprobs))
     for name in ("reference_logprobs", "old_logprobs"):
         if (known := getattr(rollout, name)) is not None:
             line[name] = _short(known)
@@ -189,10 +189,6 @@ def _runs(is_sampled: Sequence[bool]) -> Iterator[Iterator[bool]]:
         yield iter(())
     for _, run in groupby(is_sampled):
         yield run
-
-
-def _of_sampled(trajectory: Trajectory, logprobs: Sequence[float]) -> list[float]:
-    return [logprob for logprob, flag in zip(logprobs, trajectory.is_sampled) if flag]
 
 
 def _spread(logprobs: Sequence[float], is_sampled: Sequence[bool]) -> list[float]:
