@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.training.scripted import CALL, CUT, OTHER, RIGHT, SAMPLE, WRONG
+from tests.training.scripted import CALL, CUT, OTHER, RIGHT, SAMPLE, WRONG, rollout_of
 
-from looktwice.data.sample import Sample
 from looktwice.geometry import Box
 from looktwice.messages import question_about
 from looktwice.report.figures import Figure
 from looktwice.report.rollout_page import chosen_groups, group_of, write_rollout_page
 from looktwice.rewards import Reward
-from looktwice.rollout.episode import Episode
+from looktwice.training.rollouts import Rollout
 
 REFUSED = "<tool_call>there</tool_call>"
-
-
-@dataclass(kw_only=True)
-class Rollout:
-    episode: Episode
-    sample: Sample
-    reward: Reward
-    advantage: float = 0.0
 
 
 @pytest.fixture
@@ -43,16 +34,16 @@ def played(play_scripts, image: Image.Image, tmp_path: Path):
             [episode], _ = play_scripts(script, shown=path, max_new_tokens=limit)
             error = "ValueError: no" if total != total else None
             reward = Reward(total=total, parts={} if error else {"accuracy": total}, error=error)
-            made.append(Rollout(episode=episode, sample=sample, reward=reward))
+            made.append(rollout_of(episode, reward, sample=sample))
         return made
 
     return make
 
 
-def test_siblings_stand_side_by_side_with_what_they_were_paid(played, tmp_path) -> None:
+def test_siblings_stand_side_by_side_with_what_they_were_paid(played, processor, tmp_path) -> None:
     group = played((RIGHT, 1.0), (f"{REFUSED}{CALL}{OTHER}", 0.0), (CUT, float("nan")))
     group[0].advantage = 0.7071
-    write_rollout_page(tmp_path / "page.html", 3, [group])
+    write_rollout_page(tmp_path / "page.html", 3, [group], processor)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     text = " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL).split())
     for words in (
@@ -72,19 +63,19 @@ def test_siblings_stand_side_by_side_with_what_they_were_paid(played, tmp_path) 
     assert "gold box" in page and not re.search(r'(src|href)="(?!data:|#)', page)
 
 
-def test_the_gold_box_of_all_siblings_has_no_number(played) -> None:
-    [(whole, _)] = group_of("", played((RIGHT, 1.0), (RIGHT, 1.0)), 1).row.images
+def test_the_gold_box_of_all_siblings_has_no_number(played, processor) -> None:
+    [(whole, _)] = group_of("", played((RIGHT, 1.0), (RIGHT, 1.0)), 1, processor).row.images
     assert [(mark.is_gold, mark.label) for mark in whole.marks] == [(True, ""), (False, "1.1, 2.1")]
 
 
-def test_a_refused_call_takes_no_crop_of_another(played) -> None:
-    shown = group_of("", played((f"{REFUSED}{CALL}{REFUSED}{OTHER}", 0.0)), 1)
+def test_a_refused_call_takes_no_crop_of_another(played, processor) -> None:
+    shown = group_of("", played((f"{REFUSED}{CALL}{REFUSED}{OTHER}", 0.0)), 1, processor)
     kinds = [part.kind if not isinstance(part, Figure) else "crop" for part in shown.siblings[0].parts]
     assert kinds == ["call", "tool", "crop", "call", "tool", "text", "answer"]
 
 
-def test_what_the_policy_wrote_is_marked_apart_from_what_the_tool_put_in(played) -> None:
-    [sibling] = group_of("", played((f"{REFUSED}{OTHER}", 0.0)), 1).siblings
+def test_what_the_policy_wrote_is_marked_apart_from_what_the_tool_put_in(played, processor) -> None:
+    [sibling] = group_of("", played((f"{REFUSED}{OTHER}", 0.0)), 1, processor).siblings
     marks = {piece.text: piece.is_trained for piece in sibling.turn.parts}
     assert marks["<tool_response>"] is False and marks["</tool_call>"] is True
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.scripted import CUT, SAMPLE, Group, paid
+from tests.training.scripted import CUT, Group, paid, rollout_of
 from tests.training.updates import RECORD, LoadLearner
 
 from looktwice.config import DataConfig, GRPOConfig, ModelConfig, SFTConfig
@@ -58,12 +58,7 @@ def rollouts_of(play_scripts) -> Callable[..., list[list[Rollout]]]:
             for episode in episodes:
                 trajectory = episode.trajectory
                 trajectory.sampling_logprobs = [next(logprobs) if flag else 0.0 for flag in trajectory.is_sampled]
-            made.append(
-                [
-                    Rollout(episode=episode, sample=SAMPLE, reward=paid(total))
-                    for episode, (_, total) in zip(episodes, group)
-                ]
-            )
+            made.append([rollout_of(episode, paid(total)) for episode, (_, total) in zip(episodes, group)])
         return made
 
     return make

@@ -15,6 +15,7 @@ from looktwice.config import DataConfig, GRPOConfig, ModelConfig, SFTConfig
 from looktwice.data.order import BatchOrder
 from looktwice.data.sample import Sample
 from looktwice.errors import DataError, TrainingError
+from looktwice.formats.files import RowFile
 from looktwice.formats.sample_file import read_samples
 from looktwice.metrics import METRICS
 from looktwice.model.numerics import NumericsError
@@ -246,6 +247,42 @@ def test_groups_without_signal_are_replaced_by_further_prompts(load, dataset) ->
     assert totals == [[0.0, 0.0]] * 2 + [[0.0, 1.0]] * 2  # those without signal are rollouts of the step as well
     ids = [group[0].trajectory.completion_ids for group in (*groups, *found)]
     assert len({tuple(one) for one in ids}) > 1
+
+
+def test_the_seed_that_is_written_is_the_one_that_a_group_was_drawn_with(load, dataset, tmp_path) -> None:
+    learner = load(num_generations=2, max_new_tokens=5, refill_batches=2, rollout_page_steps=0)
+    samples = read_samples(dataset.rl, dataset.rl.parent)
+    drawn: dict[tuple[int, ...], int] = {}
+
+    class Noting(Sampler):
+        def play(self, groups, config, seeds, images):
+            numerics = super().play(groups, config, seeds, images)
+            drawn.update((ids_of(group), seed) for group, seed in zip(groups, seeds, strict=True))
+            return numerics
+
+    class Further:
+        def further(self, step: int, batch: int, *, per_step: int, count: int) -> list[Sample]:
+            return samples[2 : 2 + count]
+
+    def ids_of(group) -> tuple[int, ...]:
+        return tuple(token for one in group for token in one.trajectory.completion_ids)
+
+    # the second group of the step has signal, and that of the second batch of further prompts
+    totals = iter([0.0, 0.0, 0.0, 1.0] * 2)
+    stage = Stage2(
+        learner,
+        learner.config,
+        lambda played: [Reward(total=next(totals)) for _ in played],
+        None,
+        Further(),
+        Noting(learner, learner.config),
+        is_checked=True,
+    )
+    stage.step(samples[:2])
+    stage.write(tmp_path)
+    rows = RowFile(tmp_path / "trajectories" / "step-1.jsonl.zst")
+    written = {ids_of(group): row.values["seed"] for group, row in zip(stage.groups, [*rows][::2], strict=True)}
+    assert written == drawn and len(drawn) == 4
 
 
 def test_further_prompts_follow_from_seed_and_step_and_are_none_of_the_run(processor, dataset) -> None:

@@ -33,11 +33,7 @@ def assert_same_gradients(first: Learner, second: Learner) -> None:
 
 def mean_logprobs(learner: Learner, groups: list[list[Rollout]]) -> list[float]:
     with torch.no_grad():
-        return [
-            float(learner.score(pack([rollout.episode.example])).logprobs.mean())
-            for group in groups
-            for rollout in group
-        ]
+        return [float(learner.score(pack([rollout.example])).logprobs.mean()) for group in groups for rollout in group]
 
 
 def test_the_better_rollouts_become_likelier_and_the_worse_ones_less_likely(load, rollouts_of) -> None:
@@ -63,7 +59,7 @@ def test_only_states_that_predict_a_sampled_id_get_a_gradient(load, rollouts_of)
     with learner.base.model.register_forward_hook(keep):
         step(learner, groups)
     [state] = states
-    mask = torch.tensor([flag for rollout in groups[0] for flag in rollout.episode.example.loss_mask])
+    mask = torch.tensor([flag for rollout in groups[0] for flag in rollout.example.loss_mask])
     predicts_a_sampled_id = mask.roll(-1)
     has_gradient = state.grad[0].abs().sum(-1) > 0
     assert torch.equal(has_gradient, predicts_a_sampled_id)
@@ -74,7 +70,7 @@ def test_only_states_that_predict_a_sampled_id_get_a_gradient(load, rollouts_of)
 def test_the_pixels_of_a_crop_are_context_of_what_follows_it_and_of_nothing_before(load, rollouts_of) -> None:
     learner = load()
     [[rollout]] = rollouts_of(learner, [(RIGHT, 1.0)])
-    example = rollout.episode.example
+    example = rollout.example
     plain = learner.score(pack([example])).logprobs
     overview, crop = example.images
     repainted = replace(crop, pixel_values=255 - crop.pixel_values)
@@ -286,7 +282,7 @@ def test_terms_can_be_scaled_each_by_itself(load, rollouts_of) -> None:
 def test_logprobs_are_found_in_shorter_rows_when_memory_runs_out(load, rollouts_of, monkeypatch) -> None:
     learner = load(max_tokens_per_row=10_000)
     groups = rollouts_of(learner, *GROUPS)
-    rows = learner.rows([rollout.episode.example for group in groups for rollout in group])
+    rows = learner.rows([rollout.example for group in groups for rollout in group])
     whole = learner.logprobs(rows, temperature=1.0)
     score = Learner.score
 

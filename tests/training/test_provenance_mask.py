@@ -33,7 +33,7 @@ def test_1_a_crop_is_context_of_the_loss_and_no_label(load, rollouts_of) -> None
         learner = load()
         groups = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0)])
         [[rollout, _]] = groups
-        images, trajectory = rollout.episode.example.images, rollout.trajectory
+        images, trajectory = rollout.example.images, rollout.trajectory
         if change == "pixels":
             images[-1] = replace(images[-1], pixel_values=255 - images[-1].pixel_values)
         if change == "labels":  # what the record says of ids that the tool wrote
@@ -58,7 +58,7 @@ def test_2_a_logit_that_predicts_what_the_tool_wrote_gets_no_gradient(load, roll
     with learner.base.model.register_forward_hook(keep):
         improve(learner, groups, learner.config, None)
     [state] = states
-    mask = torch.tensor([flag for rollout in groups[0] for flag in rollout.episode.example.loss_mask])
+    mask = torch.tensor([flag for rollout in groups[0] for flag in rollout.example.loss_mask])
     # the head is applied to states alone, so a state without a gradient is one whose logits have none
     assert state.grad[0][~mask.roll(-1)].abs().max() == 0
     assert state.grad[0][mask.roll(-1)].abs().sum(-1).min() > 0

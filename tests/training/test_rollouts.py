@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from tests.training.scripted import RIGHT, SAMPLE, WRONG
+from tests.training.scripted import RIGHT, SAMPLE, WRONG, rollout_of
 
 from looktwice.config import GRPOConfig
 from looktwice.engine.builtin import BuiltinEngine
@@ -16,7 +16,7 @@ from looktwice.metrics import METRICS
 from looktwice.processing.packing import pack
 from looktwice.rewards import Played, PresetReward, Reward
 from looktwice.rollout.trajectory import StopReason
-from looktwice.training.rollouts import Rollout, rewarded, roll_out, tell_failures
+from looktwice.training.rollouts import rewarded, roll_out, tell_failures
 
 
 def test_each_prompt_gets_its_group_in_order_and_each_rollout_its_reward(load, dataset) -> None:
@@ -48,7 +48,7 @@ def test_rollouts_that_failed_are_told_and_stop_a_run_when_all_did(play_scripts,
     [good], [bad] = (play_scripts(script)[0] for script in (RIGHT, WRONG))
     bad.trajectory.stop_reason, bad.trajectory.error = "error", "ZeroDivisionError: in the tool"
     rewards = rewarded([Played(one.trajectory, SAMPLE.solution) for one in (good, bad)], PresetReward())
-    rollouts = [Rollout(episode=one, sample=SAMPLE, reward=reward) for one, reward in zip((good, bad), rewards)]
+    rollouts = [rollout_of(one, reward) for one, reward in zip((good, bad), rewards)]
     assert rollouts[0].reward.error is None and rollouts[1].reward.error == "ZeroDivisionError: in the tool"
     tell_failures([rollouts])
     assert "1 rollout of this step failed, the first by: ZeroDivisionError" in capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_rollouts_are_sampled_in_the_precision_of_training(bf16, load, dataset) 
     assert {*during} == {bf16}
     rollouts = [rollout for group in groups for rollout in group]
     with torch.no_grad():
-        trained = learner.score(pack([rollout.episode.example for rollout in rollouts])).logprobs
+        trained = learner.score(pack([rollout.example for rollout in rollouts])).logprobs
     recorded = [logprob for rollout in rollouts for logprob in rollout.trajectory.sampling_logprobs if logprob]
     # how much bfloat16 rounds away depends on the processor
     assert (trained - torch.tensor(recorded)).abs().mean() < (0.02 if bf16 else 1e-5)

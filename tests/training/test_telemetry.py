@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.training.scripted import CALL, OTHER, RIGHT, SAMPLE, WRONG, paid
+from tests.training.scripted import CALL, OTHER, RIGHT, SAMPLE, WRONG, paid, rollout_of
 
 from looktwice.geometry import Box, Size
 from looktwice.metrics import METRICS
@@ -23,7 +23,7 @@ def played(play_scripts):
 
     def make(*scripts: tuple[str, float]) -> list[Rollout]:
         episodes = [play_scripts(script, max_turns=3)[0][0] for script, _ in scripts]
-        return [Rollout(episode=one, sample=SAMPLE, reward=paid(total)) for one, (_, total) in zip(episodes, scripts)]
+        return [rollout_of(one, paid(total)) for one, (_, total) in zip(episodes, scripts)]
 
     return make
 
@@ -39,7 +39,7 @@ def test_the_metrics_of_a_step_are_these_means(play_scripts) -> None:
         Reward(total=float("nan"), error="ValueError: no"),
         Reward(total=0.0, parts={"accuracy": 0.0, "format": 0.0}),
     ]
-    rollouts = [Rollout(episode=one, sample=sample, reward=reward) for one, reward in zip(episodes, rewards)]
+    rollouts = [rollout_of(one, reward, sample=sample) for one, reward in zip(episodes, rewards)]
     metrics = rollout_metrics([rollouts[:2], rollouts[2:]])
     num_tokens = sum(one.trajectory.num_sampled for one in episodes) / 4
     num_visual = sum(one.example.input_ids.count(one.processor.config.image_token_id) for one in episodes) / 4
@@ -103,7 +103,7 @@ def test_a_crop_of_nine_tenths_shows_the_whole_image(played) -> None:
 
 def test_calls_without_a_gold_box_have_no_overlap(play_scripts) -> None:
     [episode], _ = play_scripts(RIGHT)
-    metrics = rollout_metrics([[Rollout(episode=episode, sample=SAMPLE, reward=paid(1.0))]])
+    metrics = rollout_metrics([[rollout_of(episode, paid(1.0))]])
     assert "tool/mean_iou" not in metrics and metrics["tool/valid_share"] == 1
     assert episode.trajectory.calls == [
         ToolCall(requested=Box(0, 0, 48, 48), box=Box(0, 0, 48, 48), size=Size(48, 48), error=None)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import zstandard
-from tests.training.scripted import CALL, OTHER, SAMPLE, WRONG, paid
+from tests.training.scripted import CALL, OTHER, SAMPLE, WRONG, paid, rollout_of
 
 from looktwice.errors import ConfigError, DataError
 from looktwice.geometry import Box
@@ -22,14 +22,11 @@ def group(play_scripts) -> list[Rollout]:
     """Two rollouts, the first with a crop and a refused call."""
     refused = "<tool_call>there</tool_call>"
     episodes = [play_scripts(script)[0][0] for script in (f"{CALL}{refused}{OTHER}", WRONG)]
-    return [
-        Rollout(episode=one, sample=SAMPLE, reward=Reward(total=1.5, parts={"accuracy": 1.0, "format": 0.5}))
-        for one in episodes
-    ]
+    return [rollout_of(one, Reward(total=1.5, parts={"accuracy": 1.0, "format": 0.5})) for one in episodes]
 
 
 def write(tmp_path, *groups: list[Rollout], step: int = 1, keep: int = 9) -> list[str]:
-    write_trajectories(tmp_path, step, groups, run_seed=0, keep=keep)
+    write_trajectories(tmp_path, step, groups, keep=keep)
     return zstandard.decompress((tmp_path / f"step-{step}.jsonl.zst").read_bytes()).decode().splitlines()
 
 
@@ -79,8 +76,9 @@ def test_a_failed_reward_is_read_back_as_one(group, tmp_path) -> None:
 
 
 def test_the_seed_of_a_group_is_written(group, tmp_path) -> None:
-    seeds = [json.loads(line)["seed"] for line in write(tmp_path, group, group)]
-    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+    for rollout in group:
+        rollout.seed = 2**64 - 1
+    assert [json.loads(line)["seed"] for line in write(tmp_path, group)] == [2**64 - 1] * 2
 
 
 def test_of_all_steps_the_last_ones_stay(group, tmp_path) -> None:
@@ -99,7 +97,7 @@ def test_a_step_that_cannot_be_written_leaves_nothing_behind(group, tmp_path, mo
     with pytest.raises(
         ConfigError, match=r"step-1\.jsonl\.zst: cannot be written \(No space left.*--keep_trajectories"
     ):
-        write_trajectories(tmp_path, 1, [group], run_seed=0, keep=9)
+        write_trajectories(tmp_path, 1, [group], keep=9)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,9 +16,11 @@ from typing import Any, Literal, cast
 import torch
 
 from looktwice.config import GRPOConfig, ModelConfig, SFTConfig, StageConfig
+from looktwice.data.sample import Sample
 from looktwice.engine.builtin import BuiltinEngine
 from looktwice.engine.interface import Continuation, Request, Segment
 from looktwice.engine.state import Sequence
+from looktwice.messages import Conversation
 from looktwice.model.adapters import merged
 from looktwice.model.configuration import Ovis2_5Config
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
@@ -27,6 +29,7 @@ from looktwice.planning.live_bytes import Moments, Trace
 from looktwice.planning.samples import group_of, sample_of
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
+from looktwice.rewards import Reward
 from looktwice.rollout.trajectory import Trajectory
 from looktwice.training.distributed import World
 from looktwice.training.learner import Learner
@@ -216,18 +219,12 @@ def play(trace: Trace, base: Ovis2_5ForConditionalGeneration, load: Load, *, tok
             trace.section()
 
 
-@dataclass
-class Played:
-    """What an update reads of an episode."""
-
-    example: Example
-    trajectory: Trajectory
-
-
 def rollout_of(example: Example) -> Rollout:
     marks = example.loss_mask
     trajectory = Trajectory(
         prompt_ids=[], is_sampled=marks, sampling_logprobs=[-1.0] * len(marks), drawn_logprobs=[-1.0] * len(marks)
     )
-    episode, nothing = cast(Any, Played(example, trajectory)), cast(Any, None)
-    return Rollout(episode=episode, sample=nothing, reward=nothing, advantage=1.0)
+    sample = Sample(conversation=Conversation(messages=()), where="", field="")
+    return Rollout(
+        example=example, trajectory=trajectory, sample=sample, reward=Reward(total=1.0), advantage=1.0, seed=0
+    )

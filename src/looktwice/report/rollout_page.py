@@ -7,29 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Protocol
 
 from looktwice.answers import answers_match, extract_answer
-from looktwice.data.sample import Sample
+from looktwice.data.examples import processor_for
 from looktwice.errors import short
+from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.report.data_page import Part, Row, row_of
 from looktwice.report.html import write_html
 from looktwice.report.sample_view import SampleView, TurnView, turns_of
-from looktwice.rewards import Reward
-from looktwice.rollout.episode import Episode
+from looktwice.training.rollouts import Rollout
 
 MOST_SIBLINGS = 8
 """Rollouts of a group that are shown."""
 FAILED = "failed"
-
-
-class Played(Protocol):
-    """A finished rollout with what it was paid."""
-
-    episode: Episode
-    sample: Sample
-    reward: Reward
-    advantage: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +45,18 @@ class Group:
     solution: str
 
 
-def write_rollout_page(path: Path, step: int, groups: Sequence[Sequence[Played]]) -> None:
+def write_rollout_page(path: Path, step: int, groups: Sequence[Sequence[Rollout]], processor: Ovis2_5Processor) -> None:
     """Write the page of a step. Boxes and crops are named by sibling and crop, as in `2.1`."""
     chosen = chosen_groups(groups, seed=step)
     lead = (
         f"{len(groups)} questions with {sum(map(len, groups))} rollouts; shown are those with the lowest and the "
         "highest mean reward, and another at random. Right and wrong are judged by the rules, whatever was paid."
     )
-    shown = [group_of(title, group, number) for number, (title, group) in enumerate(chosen.items(), 1)]
+    shown = [group_of(title, group, number, processor) for number, (title, group) in enumerate(chosen.items(), 1)]
     write_html(path, "rollouts.html.jinja", title=f"Rollouts of step {step}", lead=lead, groups=shown)
 
 
-def chosen_groups(groups: Sequence[Sequence[Played]], *, seed: int) -> dict[str, Sequence[Played]]:
+def chosen_groups(groups: Sequence[Sequence[Rollout]], *, seed: int) -> dict[str, Sequence[Rollout]]:
     """The worst, the best and a random one of the groups that have a reward, each once."""
     means = {
         place: mean(paid)
@@ -87,10 +77,10 @@ def chosen_groups(groups: Sequence[Sequence[Played]], *, seed: int) -> dict[str,
     }
 
 
-def group_of(title: str, group: Sequence[Played], number: int) -> Group:
+def group_of(title: str, group: Sequence[Rollout], number: int, processor: Ovis2_5Processor) -> Group:
     """A group as the page shows it, the page's `number`-th."""
     shown = group[:MOST_SIBLINGS]
-    row = unlabelled_gold(row_of([view_of(one) for one in shown], number))
+    row = unlabelled_gold(row_of([view_of(one, processor) for one in shown], number))
     return Group(
         title=title,
         row=row,
@@ -112,20 +102,20 @@ def unlabelled_gold(row: Row) -> Row:
     return replace(row, images=tuple(images))
 
 
-def view_of(one: Played) -> SampleView:
+def view_of(one: Rollout, processor: Ovis2_5Processor) -> SampleView:
     """The whole sequence of a rollout, trained where the policy wrote it."""
     sample = one.sample
     return SampleView(
         where=sample.where,
         place=sample.field,
-        turns=turns_of(one.episode.example, sample, one.episode.processor),
+        turns=turns_of(one.example, sample, processor_for(sample, processor)),
         gold_box=sample.gold_box,
         solution=sample.solution if isinstance(sample.solution, str) else " or ".join(sample.solution),
     )
 
 
-def _sibling(name: str, one: Played, turn: TurnView, parts: tuple[Part, ...]) -> Sibling:
-    trajectory, reward = one.episode.trajectory, one.reward
+def _sibling(name: str, one: Rollout, turn: TurnView, parts: tuple[Part, ...]) -> Sibling:
+    trajectory, reward = one.trajectory, one.reward
     answer = extract_answer(trajectory.text)
     is_right = answers_match(answer, one.sample.solution)
     verdict = f"{short(answer)} is {'right' if is_right else 'wrong'}" if answer else "no answer"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -18,7 +19,7 @@ from looktwice.model.quantization import quantization_of
 from looktwice.processing.images import PatchedImage
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
-from looktwice.rollout.episode import Episode
+from looktwice.rollout.trajectory import Trajectory
 from looktwice.training.learner import Learner
 
 SMALLEST_CHANGE = 1e-6
@@ -28,20 +29,27 @@ LARGEST_GAP, LARGEST_ROUGH_GAP = 1e-3, 0.1
 0.001 to 0.005 in bfloat16, which keeps 8 bits of a number; deep models and layers of 4 or 8 bits have more of that."""
 
 
-def check_rollouts(learner: Learner, episodes: Sequence[Episode], *, temperature: float) -> dict[str, float]:
+class Finished(Protocol):
+    """A rollout that is over, rewarded or not."""
+
+    example: Example
+    trajectory: Trajectory
+
+
+def check_rollouts(learner: Learner, rollouts: Sequence[Finished], *, temperature: float) -> dict[str, float]:
     """What `check_rollout` sees in the first rollout that can be judged, one with a picture if there is any.
 
     Without any sampled token there is none: says so, and gives an empty dict.
     """
-    sampled = [episode for episode in episodes if any(episode.example.loss_mask)]
+    sampled = [rollout for rollout in rollouts if any(rollout.example.loss_mask)]
     if not sampled:
-        print(f"none of {counted(len(episodes), 'rollout')} holds a sampled token; the canaries wait for the next step")
+        print(f"none of {counted(len(rollouts), 'rollout')} holds a sampled token; the canaries wait for the next step")
         return {}
-    judged = next((episode for episode in sampled if episode.example.images), sampled[0])
+    judged = next((rollout for rollout in sampled if rollout.example.images), sampled[0])
     return check_rollout(learner, judged, temperature=temperature)
 
 
-def check_rollout(learner: Learner, episode: Episode, *, temperature: float) -> dict[str, float]:
+def check_rollout(learner: Learner, rollout: Finished, *, temperature: float) -> dict[str, float]:
     """The metrics `canary/...` of a finished rollout: means over its sampled tokens, nats.
 
     `gap`: trainer against engine. `picture`: how far other pictures move the logprobs, if it shows any. `adapter`: how
@@ -51,11 +59,13 @@ def check_rollout(learner: Learner, episode: Episode, *, temperature: float) -> 
     Raises TrainingError when one is not as it must be.
     """
     learner.model.eval()
-    logprobs = _logprobs(learner, episode.example, temperature)
-    seen = {"canary/gap": _mean_change(logprobs, _recorded(episode))}
+    example, trajectory = rollout.example, rollout.trajectory
+    logprobs = _logprobs(learner, example, temperature)
+    recorded = torch.tensor(trajectory.of_sampled(trajectory.sampling_logprobs))
+    seen = {"canary/gap": _mean_change(logprobs, recorded)}
     _check_gap(learner, seen["canary/gap"], num_tokens=len(logprobs))
-    if episode.example.images:
-        other = replace(episode.example, images=[_repainted(image) for image in episode.example.images])
+    if example.images:
+        other = replace(example, images=[_repainted(image) for image in example.images])
         seen["canary/picture"] = _mean_change(logprobs, _logprobs(learner, other, temperature))
         if not seen["canary/picture"] > SMALLEST_CHANGE:
             raise TrainingError(
@@ -65,7 +75,7 @@ def check_rollout(learner: Learner, episode: Episode, *, temperature: float) -> 
             )
     if isinstance(learner.model, PeftModel) and not is_fresh(learner.model):
         with learner.model.disable_adapter():
-            seen["canary/adapter"] = _mean_change(logprobs, _logprobs(learner, episode.example, temperature))
+            seen["canary/adapter"] = _mean_change(logprobs, _logprobs(learner, example, temperature))
         if not seen["canary/adapter"] > SMALLEST_CHANGE:
             raise TrainingError(
                 f"switching the adapter off moves the logprobs of an answer by {seen['canary/adapter']:.2g} nats: it "
@@ -90,12 +100,6 @@ def _logprobs(learner: Learner, example: Example, temperature: float) -> Tensor:
     """Logprobs of the sampled tokens as training computes them: [N] float32, on the CPU."""
     with torch.no_grad():
         return learner.score(pack([example]), temperature=temperature).logprobs.float().cpu()
-
-
-def _recorded(episode: Episode) -> Tensor:
-    """Logprobs of the sampled tokens as the engine recorded them: [N]."""
-    trajectory = episode.trajectory
-    return torch.tensor(trajectory.of_sampled(trajectory.sampling_logprobs))
 
 
 def _mean_change(first: Tensor, second: Tensor) -> float:

@@ -227,9 +227,9 @@ class Stage2:
     def canaries(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         """What the canaries say in the first process that has a rollout; each looks at one of its own."""
         learner = self.learner
-        episodes = [rollout.episode for group in groups for rollout in group if rollout.is_own]
+        own = [rollout for group in groups for rollout in group if rollout.is_own]
         with learner.world.whole_model(learner.model):
-            seen = check_rollouts(learner, episodes, temperature=self.config.temperature) if episodes else {}
+            seen = check_rollouts(learner, own, temperature=self.config.temperature) if own else {}
         return next(filter(None, learner.world.gather([seen])), {})
 
     def validate(self, held_out: Sequence[Sample], data: DataConfig, lengths: LengthReport) -> dict[str, float]:
@@ -249,8 +249,8 @@ class Stage2:
             if keep := config.keep_trajectories:
                 know_of_all(learner.world, self.groups)
                 if learner.world.is_main:
-                    write_trajectories(folder / TRAJECTORIES, step, self.groups, run_seed=config.seed, keep=keep)
+                    write_trajectories(folder / TRAJECTORIES, step, self.groups, keep=keep)
             every = config.rollout_page_steps
             own = [group for group in self.groups if all(rollout.is_own for rollout in group)]
             if own and learner.world.is_main and every and (step in (1, learner.total_steps) or step % every == 0):
-                write_rollout_page(folder / ROLLOUT_PAGES / f"step-{step}.html", step, own)
+                write_rollout_page(folder / ROLLOUT_PAGES / f"step-{step}.html", step, own, learner.processor)

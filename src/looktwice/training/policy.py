@@ -135,7 +135,7 @@ class Minibatch(NamedTuple):
     @classmethod
     def of(cls, learner: Learner, rollouts: Sequence[Rollout]) -> Minibatch:
         num_tokens = sum(rollout.trajectory.num_sampled for rollout in rollouts)
-        own = [rollout.episode.example for rollout in rollouts if rollout.is_own]
+        own = [rollout.example for rollout in rollouts if rollout.is_own]
         return cls(learner.rows(own), num_tokens, len(rollouts))
 
 
@@ -155,7 +155,7 @@ def update_policy(
         for rollout in own:
             check_same_numerics(trainer=numerics, sampler=rollout.numerics)
     parts = [Minibatch.of(learner, part) for part in in_minibatches(groups, config, learner.step)]
-    loss = PolicyLoss(config, {id(rollout.episode.example): rollout for rollout in own})
+    loss = PolicyLoss(config, {id(rollout.example): rollout for rollout in own})
     loss.know(learner, parts, reference)
     options = {"temperature": config.temperature, "with_entropy": True, "entropy_gradient": config.entropy_coef > 0}
     updates: list[Update] = []

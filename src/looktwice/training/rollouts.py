@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import torch
 
 from looktwice.config import GRPOConfig
 from looktwice.data.examples import processor_for
@@ -15,7 +13,6 @@ from looktwice.data.sample import Sample
 from looktwice.engine.sampling import mixed_seed
 from looktwice.errors import TrainingError, counted, one_line
 from looktwice.model.vision_cache import VisionCache
-from looktwice.processing.images import PatchedImage
 from looktwice.processing.processor import Example, Ovis2_5Processor
 from looktwice.rewards import Played, Reward, RewardFunction
 from looktwice.rollout.conversation import in_model_frame
@@ -32,12 +29,15 @@ NO_ROOM = "longer than the memory of the cache; set --cache_tokens higher, or --
 
 @dataclass(kw_only=True)
 class Rollout:
-    """One finished episode with its reward and its advantage within the group."""
+    """One finished rollout with its reward and its advantage within the group."""
 
-    episode: Episode
+    example: Example
+    trajectory: Trajectory
     sample: Sample
     reward: Reward
     advantage: float = 0.0
+    seed: int
+    """With which its group was drawn."""
     numerics: Mapping[str, str] = field(default_factory=dict)
     """What the bits of its logprobs depend on, under exact mode."""
     version: int = 0
@@ -48,11 +48,7 @@ class Rollout:
     old_logprobs: list[float] | None = None
     """Those of the policy before the step's first update, where more than one corrects by importance."""
     is_own: bool = True
-    """Whether this process made it. Another one's episode has its trajectory, and the sizes of its pictures."""
-
-    @property
-    def trajectory(self) -> Trajectory:
-        return self.episode.trajectory
+    """Whether this process made it. Another one's has an example without ids."""
 
 
 class MadeAhead(NamedTuple):
@@ -112,8 +108,9 @@ def make_rollouts(
     own = [samples[place] for place in places]
     with phases.during("data"):
         episodes = begin_episodes(learner.processor, own, config)
+    seeds = seeds_of(config, step, [first + place for place in places])
     with phases.during("rollout"):
-        numerics = sampler.play(episodes, config, seeds_of(config, step, [first + place for place in places]), images)
+        numerics = sampler.play(episodes, config, seeds, images)
     played = [
         played_of(episode.trajectory, sample, place)
         for place, sample, group in zip(places, own, episodes)
@@ -124,10 +121,18 @@ def make_rollouts(
     version = step - 1 if ahead else step
     return [
         [
-            Rollout(episode=episode, sample=sample, reward=next(rewards), numerics=numerics, version=version)
+            Rollout(
+                example=episode.example,
+                trajectory=episode.trajectory,
+                sample=sample,
+                reward=next(rewards),
+                seed=seed,
+                numerics=numerics,
+                version=version,
+            )
             for episode in group
         ]
-        for sample, group in zip(own, episodes)
+        for sample, seed, group in zip(own, seeds, episodes)
     ]
 
 
@@ -167,22 +172,19 @@ def know_of_all(world: World, groups: Sequence[Sequence[Rollout]]) -> None:
 
 
 class Record(NamedTuple):
-    """What another process is told of a rollout: nothing to sample or train with, and no pixels."""
+    """What another process is told of a rollout: nothing to sample or train with."""
 
     trajectory: Trajectory
     reward: Reward
-    images: list[PatchedImage]
+    seed: int
     version: int
 
     @classmethod
     def of(cls, rollout: Rollout) -> Record:
-        images = [replace(one, pixel_values=torch.empty(0)) for one in rollout.episode.example.images]
-        return cls(rollout.trajectory, rollout.reward, images, rollout.version)
+        return cls(rollout.trajectory, rollout.reward, rollout.seed, rollout.version)
 
     def rollout(self, sample: Sample) -> Rollout:
-        episode = object.__new__(Episode)  # one that is over
-        episode.trajectory, episode.example = self.trajectory, Example(images=self.images)
-        return Rollout(episode=episode, sample=sample, reward=self.reward, version=self.version, is_own=False)
+        return Rollout(example=Example(), sample=sample, is_own=False, **self._asdict())
 
 
 def begin_episodes(

@@ -18,7 +18,6 @@ import numpy as np
 import zstandard
 
 from looktwice.drafts import file_draft
-from looktwice.engine.sampling import mixed_seed
 from looktwice.errors import ConfigError, DataError
 from looktwice.formats.files import RowFile
 from looktwice.geometry import Box, Size
@@ -49,18 +48,14 @@ class Recorded:
         return self.played.trajectory
 
 
-def write_trajectories(
-    folder: Path, step: int, groups: Sequence[Sequence[Rollout]], *, run_seed: int, keep: int
-) -> None:
+def write_trajectories(folder: Path, step: int, groups: Sequence[Sequence[Rollout]], *, keep: int) -> None:
     """Write the rollouts that step `step` (counted from 1) trained on, whole or not at all; of all steps written the
     last `keep` stay.
 
     Raises ConfigError when there is no room.
     """
     lines = (
-        json.dumps(_line(rollout, number, step=step, seed=mixed_seed(run_seed, step - 1, number)), default=str)
-        for number, group in enumerate(groups)
-        for rollout in group
+        json.dumps(_line(rollout, number), default=str) for number, group in enumerate(groups) for rollout in group
     )
     path = folder / f"step-{step}.jsonl.zst"
     try:
@@ -98,13 +93,13 @@ def read_trajectories(path: Path) -> list[list[Recorded]]:
     return [list(group) for _, group in groupby(recorded, key=lambda one: one.played.group)]
 
 
-def _line(rollout: Rollout, group: int, *, step: int, seed: int) -> dict[str, Any]:
+def _line(rollout: Rollout, group: int) -> dict[str, Any]:
     trajectory, sample, reward = rollout.trajectory, rollout.sample, rollout.reward
     line: dict[str, Any] = {
         "where": sample.where,
         "field": sample.field,
         "group": group,
-        "seed": seed,
+        "seed": rollout.seed,
         "version": rollout.version,
         "images": [source if isinstance(source, Path) else source[:200] for source in sample.image_paths],
         "question": sample.question,
