@@ -26,6 +26,7 @@ from looktwice.processing.processor import Ovis2_5Processor
 from looktwice.rollout.trajectory import ToolCall, Trajectory
 from looktwice.training.learner import Learner
 from looktwice.training.record import Record
+from looktwice.training.state import save
 
 ROOT = Path(__file__).parents[1]
 
@@ -370,7 +371,7 @@ def test_an_adapter_folder_answers_as_the_model_under_training(ask, model_folder
     with torch.no_grad():
         for parameter in learner.parameters:
             parameter.normal_(0, 0.2)
-    learner.save(tmp_path, Record(stage="sft", order={}, settings={}), with_optimizer=False)
+    save(learner, tmp_path, Record(stage="sft", order={}, settings={}), with_optimizer=False)
     adapted = ask(model_path=str(tmp_path))
     answer = adapted.generate(image, "What is it?")
     adapted.model = learner.base

@@ -19,13 +19,14 @@ Run = Callable[..., list[int]]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Goes through steps with these evaluations, by their step, and gives the steps whose checkpoints are left."""
+
+    monkeypatch.setattr(checkpoints_module, "save", lambda learner, folder, record, with_optimizer: folder.mkdir())
 
     def go(*, steps: int = 12, losses: dict[int, float] | None = None, start: int = 0, **settings: Any) -> list[int]:
         config = SFTConfig(output_dir=tmp_path, **settings)
         learner = SimpleNamespace(config=config, step=start, total_steps=12, world=World())
-        learner.save = lambda folder, record, with_optimizer: folder.mkdir()
         order = BatchOrder(8, samples_per_step=2, num_epochs=3, max_steps=None, seed=0)
         saves = Checkpoints(learner, None, order)  # type: ignore[arg-type]
         for step in range(start + 1, steps + 1):
