@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from looktwice.errors import ConfigError
-from looktwice.metrics import METRICS, Recorder, four_digits, keep_steps
+from looktwice.metrics import METRICS, Recorder, four_digits, keep_steps, read_log
 from looktwice.trackers import Tracker
 
 
@@ -39,6 +39,16 @@ def test_a_run_that_goes_on_drops_what_was_logged_of_later_steps(tmp_path) -> No
     *lines, note = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 3.0}]
     assert note == "a note"
+
+
+def test_a_log_is_read_up_to_a_step_without_what_somebody_else_wrote(tmp_path) -> None:
+    record(tmp_path, {step: {"loss": float(step)} for step in (1, 2, 3)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('a note\n3\n{"loss": 9}\n{"step": 4, "lo')
+    steps = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+    assert read_log(tmp_path / "metrics.jsonl") == steps
+    assert read_log(tmp_path / "metrics.jsonl", last=2) == steps[:2]
+    assert read_log(tmp_path / "none") == []
 
 
 class Listener:

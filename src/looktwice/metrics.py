@@ -219,6 +219,19 @@ def folded(facts: Sequence[str], width: int) -> list[str]:
     return lines
 
 
+def read_log(path: Path, *, last: int | None = None) -> list[dict[str, float]]:
+    """The lines of a log up to step `last`; none where there is no log, and what somebody else wrote is passed over."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and (last is None or line["step"] <= last):
+            lines.append(line)
+    return lines
+
+
 def keep_steps(path: Path, last: int) -> None:
     """Leave in a log only the whole lines of steps up to `last`: a run that was stopped may have logged more."""
     if not path.exists():

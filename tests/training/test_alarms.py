@@ -11,8 +11,8 @@ import pytest
 
 from looktwice.config import AlarmName
 from looktwice.errors import TrainingError
-from looktwice.metrics import METRICS
-from looktwice.training.alarms import ALARMS, Watch, read_history
+from looktwice.metrics import METRICS, read_log
+from looktwice.training.alarms import ALARMS, Watch
 
 NO_SIGNAL = {"group/number": 8.0, "group/all_right": 0.25, "group/all_wrong": 0.75}
 SIGNAL = {"group/number": 8.0, "group/all_right": 0.25, "group/all_wrong": 0.5}
@@ -165,7 +165,7 @@ def test_a_run_that_goes_on_finds_its_alarms_as_they_were_and_does_not_tell_them
     log = tmp_path / "metrics.jsonl"
     lines = [{"step": step, **NO_SIGNAL} for step in range(1, 50)]
     log.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + "somebody's note\n")
-    watch = Watch({}, (), read_history(log, last=40))
+    watch = Watch({}, (), read_log(log, last=40))
     assert watch.on == ["no_signal"]
     assert watch.note(41, NO_SIGNAL)[1] == []
     told = [watch.note(step, SIGNAL)[1] for step in range(42, 47)]

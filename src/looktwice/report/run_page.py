@@ -14,16 +14,15 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from looktwice.errors import DataError
-from looktwice.metrics import LOG_FILE, METRICS, four_digits
+from looktwice.metrics import LOG_FILE, METRICS, four_digits, read_log
 from looktwice.report.charts import Chart, Line, curves
 from looktwice.report.html import CHARTS, PLOTLY, write_html
 from looktwice.report.tables import Table
-from looktwice.training.alarms import ALARMS, read_history
+from looktwice.training.alarms import ALARMS
 from looktwice.training.folder import CONFIG_FILE
 from looktwice.training.provenance import read_run
 
 STAGES = {"sft": "SFT", "grpo": "R-GRPO"}
-LAST_STEP = 2**62
 LONGEST_CELL = 300
 
 
@@ -148,7 +147,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_one(folder: Path, name: str) -> Run:
-    lines = read_history(folder / LOG_FILE, last=LAST_STEP)
+    lines = read_log(folder / LOG_FILE)
     if not lines:
         raise DataError(f"{folder}: no step in its {LOG_FILE}; name the folder of a run that has taken one")
     try:

@@ -6,11 +6,9 @@ that goes on finds its alarms as they were.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean as mean
 from typing import Literal
 
@@ -249,18 +247,3 @@ class Watch:
         if not ending:
             return None
         return f"{', '.join(ending)}: {ALARMS[ending[0]].told(self.history, self.thresholds[ending[0]])}"
-
-
-def read_history(log: Path, *, last: int) -> list[Mapping[str, float]]:
-    """The lines of a log up to a step; those that somebody else wrote are passed over."""
-    return list(_lines(log, last)) if log.exists() else []
-
-
-def _lines(log: Path, last: int) -> Iterator[Mapping[str, float]]:
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= last:
-            yield row

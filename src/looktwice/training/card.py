@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from peft import PeftModel
 
 from looktwice.config import flag_of
 from looktwice.errors import counted
-from looktwice.metrics import LOG_FILE, METRICS, four_digits
+from looktwice.metrics import LOG_FILE, METRICS, four_digits, read_log
 from looktwice.training.learner import Learner
 from looktwice.training.overview import what_trains
 from looktwice.training.provenance import read_run
@@ -81,14 +80,8 @@ def _recipe(learner: Learner, record: Record) -> Iterator[tuple[str, str]]:
 
 def _metrics(log: Path) -> str:
     """The last value of each metric that a card shows, and the best evaluation."""
-    last: dict[str, tuple[float, int]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            last |= {name: (row[name], row["step"]) for name in row if name.startswith(OF_THE_CARD)}
+    lines = read_log(log)
+    last = {name: (line[name], line["step"]) for line in lines for name in line if name.startswith(OF_THE_CARD)}
     rows = {METRICS.get(name, name): f"{four_digits(value)} (step {step:,})" for name, (value, step) in last.items()}
     return _table(("metric", "last value"), rows) if rows else "None was logged."
 

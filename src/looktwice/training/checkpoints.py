@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
+import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from looktwice.data.order import BatchOrder
 from looktwice.drafts import UNFINISHED
-from looktwice.metrics import LOG_FILE
+from looktwice.metrics import LOG_FILE, read_log
 from looktwice.training.folder import checkpoints, remove
 from looktwice.training.learner import Learner
 from looktwice.training.record import Record
 from looktwice.training.state import save
 
-BEST = {"eval/loss": min, "eval/accuracy": max}
-"""The metrics by which a checkpoint is best, and which of two values is better."""
+BEST: dict[str, Callable[[float, float], bool]] = {"eval/loss": operator.lt, "eval/accuracy": operator.gt}
+"""The metrics by which a checkpoint is best, and when one value of them is better than another."""
 
 
 class Checkpoints:
@@ -64,9 +64,9 @@ class Checkpoints:
 
     def _note_best(self, metrics: dict[str, float]) -> bool:
         """Whether this step's evaluation is better than all before."""
-        for name, better in BEST.items():
+        for name in BEST:
             if math.isfinite(value := metrics.get(name, math.nan)):
-                is_best = self.best is None or (value != self.best[1] and better(value, self.best[1]) == value)
+                is_best = is_better(name, value, self.best)
                 if is_best:
                     self.best = (self.learner.step, value)
                 return is_best and self.config.keep_best
@@ -83,14 +83,13 @@ class Checkpoints:
 def best_of(log: Path, *, last: int) -> tuple[int, float] | None:
     """The step up to `last` with the best evaluation in a log, and its value; None where there is none."""
     found: tuple[int, float] | None = None
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # somebody's own note
-        for name, better in BEST.items():
-            if isinstance(row, dict) and name in row and row.get("step", last + 1) <= last:
-                value = row[name]
-                if found is None or (value != found[1] and better(value, found[1]) == value):
-                    found = (row["step"], value)
+    for line in read_log(log, last=last):
+        for name in BEST:
+            if name in line and is_better(name, line[name], found):
+                found = (int(line["step"]), line[name])
     return found
+
+
+def is_better(name: str, value: float, best: tuple[int, float] | None) -> bool:
+    """Whether a value of a metric is better than the best one so far, which stands behind its step."""
+    return best is None or BEST[name](value, best[1])

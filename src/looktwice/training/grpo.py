@@ -12,7 +12,7 @@ from looktwice.config import DataConfig, GRPOConfig, ModelConfig
 from looktwice.data.order import BatchOrder
 from looktwice.data.sample import Sample
 from looktwice.errors import TrainingError
-from looktwice.metrics import LOG_FILE
+from looktwice.metrics import LOG_FILE, read_log
 from looktwice.model.exact import without_dropout
 from looktwice.model.numerics import as_json
 from looktwice.paths import write_result
@@ -21,7 +21,7 @@ from looktwice.report.rollout_page import write_rollout_page
 from looktwice.rewarding.paying import load_rewards
 from looktwice.rewards import RewardFunction
 from looktwice.training.ahead import Ahead
-from looktwice.training.alarms import Watch, read_history
+from looktwice.training.alarms import Watch
 from looktwice.training.canaries import check_rollouts
 from looktwice.training.checkpoints import Checkpoints
 from looktwice.training.distributed import World
@@ -121,7 +121,7 @@ def check_servers(config: GRPOConfig, processor: Ovis2_5Processor) -> None:
 def begin_watch(learner: Learner, config: GRPOConfig, checkpoint: Path | None) -> Watch:
     """The alarms of a run, which know what its log says if it goes on; of what a run leaves beside the log, what it
     takes anew is dropped, and under exact mode it is written down what its bits depend on."""
-    history = read_history(checkpoint.parent / LOG_FILE, last=learner.step) if checkpoint else []
+    history = read_log(checkpoint.parent / LOG_FILE, last=learner.step) if checkpoint else []
     if learner.world.is_main:
         drop_later(config.output_dir / TRAJECTORIES, learner.step)
         if config.exact:

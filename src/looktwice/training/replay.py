@@ -18,11 +18,10 @@ import torch
 
 from looktwice.config import GRPOConfig
 from looktwice.errors import ConfigError
-from looktwice.metrics import LOG_FILE
+from looktwice.metrics import LOG_FILE, read_log
 from looktwice.report.tables import Table
 from looktwice.rewarding.paying import load_rewards
 from looktwice.rewards import Reward, RewardFunction
-from looktwice.training.alarms import read_history
 from looktwice.training.folder import CONFIG_FILE, TRAJECTORIES
 from looktwice.training.policy import (
     TokenFacts,
@@ -59,7 +58,7 @@ def replayed(run: Path, config: GRPOConfig) -> Iterator[ReplayedStep]:
     """The steps of a run whose rollouts are in its folder, in order."""
     pay = load_rewards(config)
     steps = written_steps(run / TRAJECTORIES)
-    losses = {int(line["step"]): line.get("loss") for line in read_history(run / LOG_FILE, last=max(steps, default=0))}
+    losses = {int(line["step"]): line.get("loss") for line in read_log(run / LOG_FILE)}
     for step, path in steps.items():
         yield replay_step(step, read_trajectories(path), config, pay, loss=losses.get(step))
 
