@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from looktwice.config import GRPOConfig, check_reward
@@ -18,11 +16,14 @@ from looktwice.rewards import REWARD_PRESETS, PresetReward, RewardFunction, by_r
 def load_rewards(config: GRPOConfig) -> RewardFunction:
     """What pays the rollouts of a run. Raises ConfigError where a name, file, function or cache cannot be used."""
     cache = Cache(config.reward_cache) if config.reward_cache else None
-    loader = RewardLoader(config=config, cache=cache)
     weights = config.reward_weights or (1.0,) * len(config.reward)
     names = [reward_name(spec) for spec in config.reward]
     sources = [
-        Source(name=name if names.count(name) == 1 else f"{name}_{number}", pay=loader.load(spec), weight=weight)
+        Source(
+            name=name if names.count(name) == 1 else f"{name}_{number}",
+            pay=load_reward(spec, config, cache),
+            weight=weight,
+        )
         for number, (spec, name, weight) in enumerate(zip(config.reward, names, weights), 1)
     ]
     if len(sources) == 1 and weights == (1.0,) and not config.reward_terms:
@@ -39,42 +40,34 @@ def reward_name(spec: str) -> str:
     return spec.rpartition(":")[2]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardLoader:
-    """Loads single rewards: a preset's name, or `path.py:function` of the user."""
-
-    config: GRPOConfig
-    cache: Cache | None = None
-
-    def load(self, spec: str) -> RewardFunction:
-        check_reward(spec)
-        if spec in REWARD_PRESETS:
-            return PresetReward(REWARD_PRESETS[spec], self._judge() if self.config.judge_url else by_rules)
-        return self._custom(spec)
-
-    def _judge(self) -> Judge:
-        config = self.config
-        assert config.judge_url and config.judge_model
-        return Judge(
-            url=config.judge_url,
-            model=config.judge_model,
-            asked=config.judge_asked,
-            seconds=config.reward_seconds,
-            retries=config.reward_retries,
-            concurrency=config.judge_concurrency,
-            cache=self.cache,
+def load_reward(spec: str, config: GRPOConfig, cache: Cache | None) -> RewardFunction:
+    """A single reward: that of a preset's name, or of `path.py:function` of the user."""
+    check_reward(spec)
+    if spec in REWARD_PRESETS:
+        return PresetReward(REWARD_PRESETS[spec], judge_of(config, cache) if config.judge_url else by_rules)
+    path, _, name = spec.rpartition(":")
+    file = Path(path).absolute()
+    function = load_function(Path(path), name)
+    pay = CustomReward(function, file=file, seconds=config.reward_seconds, retries=config.reward_retries)
+    if cache is None:
+        return pay
+    if pay.takes_all:
+        raise ConfigError(
+            f"{path}: {name} takes all trajectories of a step, so what it gives for one may depend on the others; "
+            "leave --reward_cache out, or take one trajectory"
         )
+    return CachedReward(pay=pay, cache=cache, fingerprint=key_of(file.read_bytes().hex(), name))
 
-    def _custom(self, spec: str) -> RewardFunction:
-        path, _, name = spec.rpartition(":")
-        file = Path(path).absolute()
-        build = partial(CustomReward, seconds=self.config.reward_seconds, retries=self.config.reward_retries)
-        pay = build(load_function(Path(path), name), file=file)
-        if self.cache is None:
-            return pay
-        if pay.takes_all:
-            raise ConfigError(
-                f"{path}: {name} takes all trajectories of a step, so what it gives for one may depend on the others; "
-                "leave --reward_cache out, or take one trajectory"
-            )
-        return CachedReward(pay=pay, cache=self.cache, fingerprint=key_of(file.read_bytes().hex(), name))
+
+def judge_of(config: GRPOConfig, cache: Cache | None) -> Judge:
+    """The judge that the settings name."""
+    assert config.judge_url and config.judge_model
+    return Judge(
+        url=config.judge_url,
+        model=config.judge_model,
+        asked=config.judge_asked,
+        seconds=config.reward_seconds,
+        retries=config.reward_retries,
+        concurrency=config.judge_concurrency,
+        cache=cache,
+    )
