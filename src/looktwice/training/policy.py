@@ -160,7 +160,7 @@ def update_policy(
     options = {"temperature": config.temperature, "with_entropy": True, "entropy_gradient": config.entropy_coef > 0}
     updates: list[Update] = []
     sums: Counter[str] = Counter()
-    gaps: list[tuple[str, float]] = []
+    gaps: list[tuple[float, float]] = []
     for _ in range(config.num_iterations):
         for part in parts:
             world.at("rows", learner.step + 1)
@@ -170,13 +170,13 @@ def update_policy(
             for example, logprobs in loss.policy.items():
                 loss.rollouts[example].trainer_logprobs.append(logprobs.tolist())
             sums.update(loss.means())
-            gaps = gaps or world.gather([*loss.gap().items()])
+            gaps = gaps or world.gather([loss.gap()])
     metrics: defaultdict[str, float] = defaultdict(float)
     for name, value in world.gather([*sums.items()]):
         metrics[name] += value / len(updates)
     metrics |= {
-        "gap/max": max((value for name, value in gaps if name == "gap/max"), default=0.0),
-        "gap/ratio": sum(value for name, value in gaps if name == "gap/ratio"),
+        "gap/max": max(largest for largest, _ in gaps),
+        "gap/ratio": sum(share for _, share in gaps),
         "loss": sum(update.loss for update in updates) / len(updates),
         "optim/grad_norm": updates[-1].grad_norm,
         "optim/lr": learner.optimizer.param_groups[0]["lr"],
@@ -252,7 +252,7 @@ class PolicyLoss:
             sums.update({name: share * value for name, value in means.items() if not name.startswith("gap/")})
         return dict(sums)
 
-    def gap(self) -> dict[str, float]:
+    def gap(self) -> tuple[float, float]:
         """How far trainer and sampler are apart, as a step sees it: before the first update the gap between engines.
 
         The largest, and this process's share of the mean ratio.
@@ -260,7 +260,7 @@ class PolicyLoss:
         assert self.part is not None
         pairs = self.seen.values()
         ratio = sum(num_tokens * means["gap/ratio"] for num_tokens, means in pairs) / self.part.num_tokens
-        return {"gap/max": max((means["gap/max"] for _, means in pairs), default=0.0), "gap/ratio": ratio}
+        return max((means["gap/max"] for _, means in pairs), default=0.0), ratio
 
 
 class TokenFacts(NamedTuple):
