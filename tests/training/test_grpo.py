@@ -106,7 +106,8 @@ def test_exact_mode_refuses_an_update_that_computes_otherwise_than_the_sampler(l
     kept = {"drop_constant_groups": False, "mask_truncated_completions": False}
     learner = load(exact=True, num_generations=2, max_new_tokens=5, **kept)
     samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
-    groups = roll_out(learner, samples, learner.config, lambda played: [paid(0.0) for _ in played])
+    sampler = Sampler(learner, learner.config)
+    groups = roll_out(learner, samples, learner.config, lambda played: [paid(0.0) for _ in played], sampler)
     with torch.no_grad():
         learner.base.lm_head.weight += 1
     with pytest.raises(NumericsError, match=r"weights: sampler \"\w+\", trainer \"\w+\""):
@@ -240,8 +241,9 @@ def test_groups_without_signal_are_replaced_by_further_prompts(load, dataset) ->
         has_signal = next(paid_calls) > 1
         return [Reward(total=float(place % 2 and has_signal)) for place in range(len(played))]
 
-    groups = roll_out(learner, samples[:2], learner.config, pay)
-    found = Stage2(learner, learner.config, pay, None, Further(), Sampler(learner, learner.config)).refill(groups)
+    sampler = Sampler(learner, learner.config)
+    groups = roll_out(learner, samples[:2], learner.config, pay, sampler)
+    found = Stage2(learner, learner.config, pay, None, Further(), sampler).refill(groups)
     assert asked == [(0, 2), (1, 2)]
     totals = [[rollout.reward.total for rollout in group] for group in found]
     assert totals == [[0.0, 0.0]] * 2 + [[0.0, 1.0]] * 2  # those without signal are rollouts of the step as well

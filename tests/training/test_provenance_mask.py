@@ -14,6 +14,7 @@ from looktwice.rewards import Reward
 from looktwice.rollout.episode import Episode
 from looktwice.training.policy import improve
 from looktwice.training.rollouts import roll_out
+from looktwice.training.sampler import Sampler
 
 CALLS = "".join(f"<tool_call>[{n}, {n}, {n + 60}, {n + 40}]</tool_call> so " for n in range(0, 80, 10))
 EIGHT_TURNS = f"<think>\n{CALLS}\n</think>\n\n<answer>7</answer><|im_end|>"
@@ -102,7 +103,11 @@ def test_6_the_trainer_finds_the_logprobs_of_the_sampler_and_says_so(bf16, limit
     learner = load(num_generations=4, max_new_tokens=12, mask_truncated_completions=False, bf16=bf16)
     samples = read_samples(dataset.rl, dataset.rl.parent)[:2]
     groups = roll_out(
-        learner, samples, learner.config, lambda all: [Reward(total=float(n % 2)) for n in range(len(all))]
+        learner,
+        samples,
+        learner.config,
+        lambda played: [Reward(total=float(n % 2)) for n in range(len(played))],
+        Sampler(learner, learner.config),
     )
     assert improve(learner, groups, learner.config, None)["kl/sampling"] < limit
     rollouts = [rollout for group in groups for rollout in group]

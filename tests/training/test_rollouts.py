@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import pytest
 import torch
-from tests.training.scripted import RIGHT, SAMPLE, WRONG, rollout_of
+from tests.training.scripted import RIGHT, SAMPLE, WRONG, paid, rollout_of
 
 from looktwice.config import GRPOConfig
 from looktwice.engine.builtin import BuiltinEngine
@@ -17,13 +18,22 @@ from looktwice.processing.packing import pack
 from looktwice.rewards import Played, PresetReward, Reward
 from looktwice.rollout.trajectory import StopReason
 from looktwice.training.rollouts import rewarded, roll_out, tell_failures
+from looktwice.training.sampler import Sampler
+
+
+def unpaid(played: Sequence[Played]) -> list[Reward]:
+    return [paid(0.0) for _ in played]
 
 
 def test_each_prompt_gets_its_group_in_order_and_each_rollout_its_reward(load, dataset) -> None:
     learner = load(num_generations=3, max_new_tokens=5, rollout_batch_size=4)
     samples = read_samples(dataset.rl, dataset.rl.parent)[:2]
     groups = roll_out(
-        learner, samples, learner.config, lambda played: [Reward(total=float(one.solution) + 100) for one in played]
+        learner,
+        samples,
+        learner.config,
+        lambda played: [Reward(total=float(one.solution) + 100) for one in played],
+        Sampler(learner, learner.config),
     )
     assert [[rollout.sample for rollout in group] for group in groups] == [[sample] * 3 for sample in samples]
     assert [rollout.reward.total for group in groups for rollout in group] == [
@@ -39,7 +49,7 @@ def test_rollouts_of_another_step_are_others_and_those_of_the_same_step_the_same
     samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
     seen = []
     for learner.step in (0, 0, 1):
-        [group] = roll_out(learner, samples, learner.config, lambda played: [Reward(total=0.0) for _ in played])
+        [group] = roll_out(learner, samples, learner.config, unpaid, Sampler(learner, learner.config))
         seen.append([rollout.trajectory.completion_ids for rollout in group])
     assert seen[0] == seen[1] != seen[2]
 
@@ -82,7 +92,7 @@ def test_vllm_servers_sample_after_they_got_the_weights_of_the_step(
     learner = load(**settings, vllm_servers="http://a:8000, http://b:8000")
     learner.step = 3
     samples = read_samples(dataset.rl, dataset.rl.parent)[:1]
-    [group] = roll_out(learner, samples, learner.config, lambda played: [Reward(total=0.0) for _ in played])
+    [group] = roll_out(learner, samples, learner.config, unpaid, Sampler(learner, learner.config))
     [(model, folder, version, addresses)] = pushed
     assert (model, folder, addresses) == (
         learner.model,
@@ -90,7 +100,8 @@ def test_vllm_servers_sample_after_they_got_the_weights_of_the_step(
         ("http://a:8000", "http://b:8000"),
     )
     assert version.endswith("-3")
-    [here] = roll_out(learner, samples, GRPOConfig(**settings), lambda played: [Reward(total=0.0) for _ in played])
+    config = GRPOConfig(**settings)
+    [here] = roll_out(learner, samples, config, unpaid, Sampler(learner, config))
     assert [one.trajectory.completion_ids for one in group] == [one.trajectory.completion_ids for one in here]
 
 
@@ -100,7 +111,7 @@ def test_rollouts_are_sampled_in_the_precision_of_training(bf16, load, dataset) 
     samples = read_samples(dataset.rl, dataset.rl.parent)[:2]
     during: list[bool] = []
     learner.base.lm_head.register_forward_hook(lambda *_: during.append(torch.is_autocast_enabled("cpu")))
-    groups = roll_out(learner, samples, learner.config, lambda played: [Reward(total=0.0) for _ in played])
+    groups = roll_out(learner, samples, learner.config, unpaid, Sampler(learner, learner.config))
     assert {*during} == {bf16}
     rollouts = [rollout for group in groups for rollout in group]
     with torch.no_grad():

@@ -64,7 +64,7 @@ def roll_out(
     samples: Sequence[Sample],
     config: GRPOConfig,
     pay: RewardFunction,
-    sampler: Sampler | None = None,
+    sampler: Sampler,
     *,
     first: int = 0,
 ) -> list[list[Rollout]]:
@@ -74,7 +74,6 @@ def roll_out(
     several processes each takes whole groups, and all of them call this at the same time, with the same samples.
     They all get all rollouts, of which another process's are its records alone.
     """
-    sampler = sampler or Sampler(learner, config)
     places = own_places(learner, samples, config)
     with learner.world.whole_model(learner.model):
         sampler.take_weights(learner.step)

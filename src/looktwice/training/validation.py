@@ -22,7 +22,7 @@ def validate(
     data: DataConfig,
     config: GRPOConfig,
     lengths: LengthReport,
-    sampler: Sampler | None = None,
+    sampler: Sampler,
 ) -> dict[str, float]:
     """The metrics `eval/...` of greedy answers, judged by the rules of `answers.py`; none where no question fits.
     Processes share the questions out, and all get all metrics.
@@ -39,7 +39,7 @@ def validate(
     if not asked:
         return {}
     with learner.images_kept():
-        answers = greedy_answers(learner, asked, config, sampler=sampler)
+        answers = greedy_answers(learner, asked, config, sampler)
         with_tool = judged(answers, asked)
         metrics = {
             "eval/accuracy": with_tool.accuracy,
@@ -49,7 +49,7 @@ def validate(
             return metrics
         places = [place for place, answer in enumerate(answers) if answer.calls]
         look = control_look("no_crop", learner.processor, config.seed)
-        again = greedy_answers(learner, [asked[place] for place in places], config, look, sampler=sampler)
+        again = greedy_answers(learner, [asked[place] for place in places], config, sampler, look)
     by_itself = [*answers]
     for place, answer in zip(places, again):
         by_itself[place] = answer
@@ -65,13 +65,12 @@ def greedy_answers(
     learner: Learner,
     samples: Sequence[Sample],
     config: GRPOConfig,
+    sampler: Sampler,
     look: Look | None = None,
-    *,
-    sampler: Sampler | None = None,
 ) -> list[Trajectory]:
     """One greedy answer of the policy to each question; `look` replaces the crop tool."""
     greedy = config.model_copy(update={"num_generations": 1, "temperature": 0.0})
-    sampler, world = sampler or Sampler(learner, config), learner.world
+    world = learner.world
     size = config.rollout_batch_size * world.size
     answers: list[Trajectory] = []
     for first in range(0, len(samples), size):
