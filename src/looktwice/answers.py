@@ -128,6 +128,11 @@ def answers_match(prediction: str | None, solution: Solution) -> bool:
     return any(len(gold) <= MAX_ANSWER_CHARS and says_the_same(prediction, gold) for gold in golds(solution))
 
 
+def answers_right(text: str, solution: Solution) -> bool:
+    """Whether the answer of a completion is right by rules, see `extract_answer` and `answers_match`."""
+    return answers_match(extract_answer(text), solution)
+
+
 def last_boxed(text: str) -> str | None:
     """Content of the last closed `\\boxed{…}` or `\\fbox{…}`, nested braces included."""
     *_, last = [None, *_BOXED.finditer(text)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from looktwice.answers import Solution, answers_match, extract_answer, golds, split_thinking, strip_tool_text
+from looktwice.answers import Solution, answers_right, golds, split_thinking, strip_tool_text
 from looktwice.calls import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from looktwice.geometry import Box
 from looktwice.messages import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
@@ -133,7 +133,7 @@ def score(
     """
     text = trajectory.text
     if is_right is None:
-        is_right = answers_match(extract_answer(text), solution)
+        is_right = answers_right(text, solution)
     if preset.measure == "rollout":
         has_format = has_think_and_answer(text)
         reasoning = _reasoning(text)
@@ -169,7 +169,7 @@ Verdicts = Callable[[Sequence[Played]], Sequence[bool | Exception]]
 
 def by_rules(rollouts: Sequence[Played]) -> list[bool | Exception]:
     """The verdicts of `answers.py`."""
-    return [answers_match(extract_answer(one.trajectory.text), one.solution) for one in rollouts]
+    return [answers_right(one.trajectory.text, one.solution) for one in rollouts]
 
 
 @dataclass(frozen=True)

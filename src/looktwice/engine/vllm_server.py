@@ -136,7 +136,7 @@ class VllmServer:
             if not self._ask("POST", "/reset_prefix_cache")["success"]:
                 raise ServerError(f"{self.address}: the cache of the old weights is still in use; push again")
             self._ask("POST", "/update_weight_version", {"new_version": version})
-            self.note_weights(version)
+            self.weight_version = version
         finally:
             self.settle([*self._held], is_held=False)  # the server forgot all pictures
             self._ask("POST", RESUME)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
-from looktwice.answers import answers_match, extract_answer
+from looktwice.answers import answers_right
 from looktwice.data.sample import Sample
 from looktwice.evaluation.controls import Control, control_looks
 from looktwice.inference import OvisInference
@@ -77,7 +77,7 @@ def evaluate(
 def judged(trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> Evaluation:
     """The figures of finished answers, whoever played them; one that failed by an error is not right."""
     is_right = tuple(
-        trajectory.stop_reason != "error" and answers_match(extract_answer(trajectory.text), sample.solution)
+        trajectory.stop_reason != "error" and answers_right(trajectory.text, sample.solution)
         for trajectory, sample in zip(trajectories, samples, strict=True)
     )
     calls = [call for trajectory in trajectories for call in trajectory.calls]

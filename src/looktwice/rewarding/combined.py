@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from looktwice.answers import answers_match, extract_answer
+from looktwice.answers import answers_right
 from looktwice.rewarding.terms import TERMS, Siblings
 from looktwice.rewards import Played, Reward, RewardFunction
 
@@ -92,4 +92,4 @@ def _is_right(one: Played, reward: Reward) -> bool:
     """By the reward's own accuracy, else by the rules."""
     if "accuracy" in reward.parts:
         return reward.accuracy >= RIGHT_FROM
-    return answers_match(extract_answer(one.trajectory.text), one.solution)
+    return answers_right(one.trajectory.text, one.solution)

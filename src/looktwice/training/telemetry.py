@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean as mean
 
-from looktwice.answers import answers_match, extract_answer
+from looktwice.answers import answers_right
 from looktwice.metrics import METRICS
 from looktwice.rollout.trajectory import gold_overlaps
+from looktwice.training.losses import MIN_REWARD_SPREAD
 from looktwice.training.rollouts import Rollout
 
 WHOLE_IMAGE = 0.9
 """A crop of at least this share of its picture shows the whole of it once more."""
-SAME_REWARD = 1e-6
-"""Rewards that are closer than this are equal, as the group filter says."""
 
 
 def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
@@ -46,11 +45,6 @@ def token_rates(
     }
 
 
-def is_right(rollout: Rollout) -> bool:
-    """Whether the answer says the gold one by the rules of `answers.py`, whatever its reward looked at."""
-    return answers_match(extract_answer(rollout.trajectory.text), rollout.sample.solution)
-
-
 def _rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
     rewards = [rollout.reward for rollout in rollouts if rollout.reward.error is None]
     metrics = {"reward/failed": 1 - len(rewards) / len(rollouts)}
@@ -67,7 +61,7 @@ def _groups(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     alike: Counter[str] = Counter()
     for group in groups:
         accuracies = [rollout.reward.accuracy for rollout in group if rollout.reward.error is None]
-        if len(accuracies) > 1 and max(accuracies) - min(accuracies) <= SAME_REWARD:
+        if len(accuracies) > 1 and max(accuracies) - min(accuracies) <= MIN_REWARD_SPREAD:
             alike["right" if accuracies[0] > 0 else "wrong"] += 1
     return {
         "group/number": float(len(groups)),
@@ -112,7 +106,7 @@ def _crops(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def _right_answers(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """How many answers are right by the rules: of all, with and without a crop; and how long and how well paid the
     right and the wrong ones are."""
-    rights = [is_right(rollout) for rollout in rollouts]
+    rights = [answers_right(rollout.trajectory.text, rollout.sample.solution) for rollout in rollouts]
     metrics = {"rollout/right": mean(rights)}
     for name, wanted in (("with_crop", True), ("without_crop", False)):
         chosen = [right for right, one in zip(rights, rollouts) if one.trajectory.has_crop == wanted]
