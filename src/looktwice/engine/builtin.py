@@ -26,7 +26,7 @@ from looktwice.engine.reading import PAGED_TOKENS
 from looktwice.engine.runner import Encode, ImageFeatures, Runner
 from looktwice.engine.sampling import Sampling, Seen, draw, mixed_seed, uniforms
 from looktwice.engine.scheduler import Feed, Scheduler
-from looktwice.engine.state import SharedPrompt, Trajectory
+from looktwice.engine.state import Row, SharedPrompt
 from looktwice.errors import ConfigError, LooktwiceError
 from looktwice.model.adapter_bank import AdapterBank
 from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
@@ -102,13 +102,13 @@ class BuiltinEngine:
             model, self.cache, ImageFeatures(encode or model.get_image_features, max_bytes=FEATURE_BYTES), adapters
         )
         self._numbers = count()
-        self._rows: dict[int, Trajectory] = {}
-        self._arrivals: deque[Trajectory] = deque()
+        self._rows: dict[int, Row] = {}
+        self._arrivals: deque[Row] = deque()
         self._cancelled: deque[int] = deque()
         self._threads = ThreadPoolExecutor(num_threads) if num_threads else None
-        self._replies: dict[Future[Continuation | None], Trajectory] = {}
+        self._replies: dict[Future[Continuation | None], Row] = {}
         self._late: dict[int, StopCause] = {}
-        self._timed: set[Trajectory] = set()
+        self._timed: set[Row] = set()
         self._news = Event()
         self._is_ready = False
 
@@ -129,7 +129,7 @@ class BuiltinEngine:
             prompt = SharedPrompt(ids=ids[:-1], images=[*request.prompt.images], num_readers=len(request.drivers))
             prompt.adapter = request.adapter
         rows = [
-            Trajectory(
+            Row(
                 number=next(self._numbers),
                 request=request,
                 driver=driver,
@@ -247,7 +247,7 @@ class BuiltinEngine:
         self.scheduler.stuck.clear()
 
     def _advance(self, feeds: list[Feed]) -> None:
-        rows: list[Trajectory] = [feed.sequence for feed in feeds if feed.is_sampled]  # type: ignore[misc]
+        rows: list[Row] = [feed.sequence for feed in feeds if feed.is_sampled]  # type: ignore[misc]
         times = [time.perf_counter()]
         try:
             self.runner.embed(feeds)
@@ -285,9 +285,9 @@ class BuiltinEngine:
             if {row, row.prompt} & (longer or fed) or is_done_for:
                 self._fail(row, error)
 
-    def _bar(self, rows: list[Trajectory], logits: Tensor) -> dict[Trajectory, Exception]:
+    def _bar(self, rows: list[Row], logits: Tensor) -> dict[Row, Exception]:
         """Leave out of logits [S, V] what masks do not allow; the rows whose mask failed, with what it raised."""
-        failed: dict[Trajectory, Exception] = {}
+        failed: dict[Row, Exception] = {}
         for place, row in enumerate(rows):
             if row.mask is None:
                 continue
@@ -298,7 +298,7 @@ class BuiltinEngine:
                 failed[row] = error
         return failed
 
-    def _draw(self, rows: list[Trajectory], logits: Tensor) -> list[tuple[int, float, float]]:
+    def _draw(self, rows: list[Row], logits: Tensor) -> list[tuple[int, float, float]]:
         """The next id of each row with its two logprobs; one copy from the device for all."""
         device, visual_ids = logits.device, self.model.config.visual_token_ids
         groups: dict[tuple[Sampling, frozenset[int]], list[int]] = {}
@@ -315,12 +315,12 @@ class BuiltinEngine:
         ids, logprobs, drawn_logprobs = told.tolist()
         return list(zip(map(int, ids), logprobs, drawn_logprobs))
 
-    def _seen(self, row: Trajectory, device: torch.device) -> Seen:
+    def _seen(self, row: Row, device: torch.device) -> Seen:
         visual = set(self.model.config.visual_token_ids)
         context, answer = ({*ids} - visual for ids in (row.ids, row.ids[len(row.request.prompt) :]))
         return Seen(*(torch.tensor(sorted(ids), dtype=torch.long, device=device) for ids in (context, answer)))
 
-    def _settle(self, row: Trajectory) -> None:
+    def _settle(self, row: Row) -> None:
         """Tell a row's driver of its newest id, and ask it how to go on when the segment is complete."""
         request = row.request
         try:
@@ -340,7 +340,7 @@ class BuiltinEngine:
         if stop is not None:
             self._ask(row, row.close(stop))
 
-    def _has_stop_text(self, row: Trajectory) -> bool:
+    def _has_stop_text(self, row: Row) -> bool:
         assert self.decode is not None
         texts = row.request.stop_texts
         # an id stands for one byte at least
@@ -348,7 +348,7 @@ class BuiltinEngine:
         tail = self.decode(row.ids[max(row.sampled_from, len(row.ids) - longest) :])
         return any(text in tail for text in texts)
 
-    def _ask(self, row: Trajectory, segment: Segment) -> None:
+    def _ask(self, row: Row, segment: Segment) -> None:
         row.is_paused = True
         if self._threads is not None:
             reply_to_come = self._threads.submit(row.driver.respond, segment)
@@ -376,7 +376,7 @@ class BuiltinEngine:
             else:
                 raise error
 
-    def _go_on(self, row: Trajectory, reply: Continuation | None) -> None:
+    def _go_on(self, row: Row, reply: Continuation | None) -> None:
         if reply is None:
             self._forget(row)
             return
@@ -388,7 +388,7 @@ class BuiltinEngine:
         row.go_on(reply)
         row.since = self.scheduler.num_passes
 
-    def _end(self, row: Trajectory, stop: StopCause) -> None:
+    def _end(self, row: Row, stop: StopCause) -> None:
         """Cut a rollout off; its driver is told."""
         self._forget(row)
         if row.is_paused:  # its driver has a segment still, and is told after its reply
@@ -396,19 +396,19 @@ class BuiltinEngine:
         else:
             self._tell(row, stop)
 
-    def _tell(self, row: Trajectory, stop: StopCause) -> None:
+    def _tell(self, row: Row, stop: StopCause) -> None:
         try:
             row.driver.respond(row.close(stop))
         except Exception as error:
             self._fail(row, error)
 
-    def _fail(self, row: Trajectory, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception) -> None:
         if row.number in self._rows:
             self._forget(row)
         with suppress(Exception):  # nobody else is left to be told
             row.driver.fail(error)
 
-    def _forget(self, row: Trajectory) -> None:
+    def _forget(self, row: Row) -> None:
         del self._rows[row.number]
         self._timed.discard(row)
         self.scheduler.remove(row)

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from looktwice.engine.cache import Cache
-from looktwice.engine.state import Sequence, SharedPrompt, Trajectory
+from looktwice.engine.state import Row, Sequence, SharedPrompt
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Feed:
     @property
     def is_sampled(self) -> bool:
         """Whether it brings logits to draw an id from: a rollout that has then fed all it has."""
-        return isinstance(self.sequence, Trajectory) and self.count == self.sequence.num_pending
+        return isinstance(self.sequence, Row) and self.count == self.sequence.num_pending
 
 
 class Scheduler:
@@ -38,26 +38,26 @@ class Scheduler:
         self.max_rows = max_rows
         # a row always leaves room for a chunk beside the decoding ones
         self.max_pass_tokens = max(max_pass_tokens, max_rows + cache.page_size)
-        self.waiting: deque[Trajectory] = deque()
-        self.live: list[Trajectory] = []
+        self.waiting: deque[Row] = deque()
+        self.live: list[Row] = []
         self.prompts: list[SharedPrompt] = []
-        self.stuck: list[Trajectory] = []
+        self.stuck: list[Row] = []
         """Those that do not fit into the whole cache; the engine ends them."""
         self.num_passes = 0
         self._given_up: set[Sequence] = set()
         """What gave up its pages while the present pass was planned."""
 
-    def add(self, trajectory: Trajectory) -> None:
-        self.waiting.append(trajectory)
+    def add(self, row: Row) -> None:
+        self.waiting.append(row)
 
-    def remove(self, trajectory: Trajectory) -> None:
+    def remove(self, row: Row) -> None:
         """Forget a rollout, live or waiting, and free what is its own."""
-        if trajectory in self.live:
-            self.live.remove(trajectory)
+        if row in self.live:
+            self.live.remove(row)
         else:
-            self.waiting.remove(trajectory)
-        self.cache.release(trajectory)
-        if (prompt := trajectory.prompt) is not None:
+            self.waiting.remove(row)
+        self.cache.release(row)
+        if (prompt := row.prompt) is not None:
             prompt.num_readers -= 1
             if not prompt.num_readers:
                 self._let_go(prompt)
@@ -100,7 +100,7 @@ class Scheduler:
                 row.prompt.since = self.num_passes
                 self.prompts.append(row.prompt)
 
-    def _pages_needed(self, row: Trajectory) -> int:
+    def _pages_needed(self, row: Row) -> int:
         """Pages that a row takes from the cache when it is admitted, and those that admitted ones still lack."""
         prompts = {*self.prompts}
         lacking = sum(self.cache.missing(prompt, len(prompt.ids)) for prompt in prompts)
@@ -148,7 +148,7 @@ class Scheduler:
         feeds.pop(youngest, None)
         return sequence not in self._given_up
 
-    def preempt(self, row: Trajectory) -> None:
+    def preempt(self, row: Row) -> None:
         """Take a row's pages and put it at the head of the queue."""
         self.live.remove(row)
         self.cache.release(row)

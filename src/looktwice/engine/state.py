@@ -50,7 +50,7 @@ class SharedPrompt(Sequence):
 
 
 @dataclass(kw_only=True, eq=False)
-class Trajectory(Sequence):
+class Row(Sequence):
     """A rollout: what it sampled since the last decision, and how many ids it may sample until the next."""
 
     number: int

@@ -72,7 +72,7 @@ def roll_out(
 
     `first` is the place of the first prompt among all of the step, which with seed and step decides what is drawn. Of
     several processes each takes whole groups, and all of them call this at the same time, with the same samples.
-    They all get all rollouts, of which another process's are its records alone.
+    They all get all rollouts, of another process's what a `SentRollout` holds.
     """
     places = own_places(learner, samples, config)
     with learner.world.whole_model(learner.model):
@@ -147,10 +147,10 @@ def of_all(
     """The groups of all processes in the order of their prompts; `own` are those of this one, at these places."""
     if learner.world.size == 1:
         return own
-    records = [[Record.of(rollout) for rollout in group] for group in own]
+    sent = [[SentRollout.of(rollout) for rollout in group] for group in own]
     groups = dict(zip(places, own))
-    for place, group in learner.world.gather([*zip(places, records)]):
-        groups.setdefault(place, [record.rollout(samples[place]) for record in group])
+    for place, group in learner.world.gather([*zip(places, sent)]):
+        groups.setdefault(place, [one.rollout(samples[place]) for one in group])
     return [groups[place] for place in range(len(samples))]
 
 
@@ -170,7 +170,7 @@ def know_of_all(world: World, groups: Sequence[Sequence[Rollout]]) -> None:
             setattr(rollouts[place], name, logprobs)
 
 
-class Record(NamedTuple):
+class SentRollout(NamedTuple):
     """What another process is told of a rollout: nothing to sample or train with."""
 
     trajectory: Trajectory
@@ -179,7 +179,7 @@ class Record(NamedTuple):
     version: int
 
     @classmethod
-    def of(cls, rollout: Rollout) -> Record:
+    def of(cls, rollout: Rollout) -> SentRollout:
         return cls(rollout.trajectory, rollout.reward, rollout.seed, rollout.version)
 
     def rollout(self, sample: Sample) -> Rollout:
