@@ -115,19 +115,23 @@ def draw(logits: Tensor, sampling: Sampling, banned: Tensor, numbers: Tensor | N
     temperature, as training computes it; greedy has the plain one at temperature 1.
     """
     at_once = max(1, CACHED_LOGITS // logits.shape[1])
-    if logits.device.type == "cpu" and len(logits) > at_once:
-        starts = range(0, len(logits), at_once)
-        parts = [
-            draw(
-                logits[start : start + at_once],
-                sampling,
-                banned,
-                None if numbers is None else numbers[start : start + at_once],
-                seen[start : start + at_once],
-            )
-            for start in starts
-        ]
-        return Draw(*map(torch.cat, zip(*parts)))
+    if logits.device.type != "cpu" or len(logits) <= at_once:
+        return _draw(logits, sampling, banned, numbers, seen)
+    parts = [
+        _draw(
+            logits[start : start + at_once],
+            sampling,
+            banned,
+            None if numbers is None else numbers[start : start + at_once],
+            seen[start : start + at_once],
+        )
+        for start in range(0, len(logits), at_once)
+    ]
+    return Draw(*map(torch.cat, zip(*parts)))
+
+
+def _draw(logits: Tensor, sampling: Sampling, banned: Tensor, numbers: Tensor | None, seen: Sequence[Seen]) -> Draw:
+    """`draw` of rows that are worked on at a time."""
     divisor = max(sampling.temperature or 1.0, SMALLEST_TEMPERATURE)
     exact = distribution_logprobs(logits, divisor) if is_exact() else None  # first, since logits are overwritten
     scores = plain = logits.float() if divisor == 1 else logits.float() / divisor
