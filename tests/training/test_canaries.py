@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from looktwice.config import GRPOConfig, ModelConfig
 from looktwice.errors import TrainingError
 from looktwice.metrics import METRICS
 from looktwice.processing.packing import pack
@@ -17,16 +16,6 @@ from looktwice.training.canaries import check_rollout, check_rollouts
 from looktwice.training.learner import Learner
 
 ANSWER = "<think>\n<tool_call>[0, 0, 48, 48]</tool_call> red.\n</think>\n\n<answer>7</answer><|im_end|>"
-
-
-@pytest.fixture
-def load(model_folder, processor) -> Callable[..., Learner]:
-    def make(**settings: object) -> Learner:
-        return Learner.load(
-            str(model_folder), ModelConfig(device="cpu"), GRPOConfig(**settings), processor, total_steps=10
-        )
-
-    return make
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 from tests.training.scripted import CUT, OTHER, RIGHT, WRONG
+from tests.training.updates import gradients
 
 from looktwice.config import GRPOConfig
 from looktwice.processing.packing import PackedBatch, pack
@@ -20,10 +21,6 @@ from looktwice.training.rollouts import Rollout
 def step(learner: Learner, groups: list[list[Rollout]]) -> dict[str, float]:
     assert isinstance(learner.config, GRPOConfig)
     return improve(learner, groups, learner.config, None)
-
-
-def gradients(learner: Learner) -> list[torch.Tensor]:
-    return [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
 
 
 def assert_same_gradients(first: Learner, second: Learner) -> None:
@@ -45,26 +42,6 @@ def test_the_better_rollouts_become_likelier_and_the_worse_ones_less_likely(load
     assert [new > old for old, new in zip(before, after)] == [True, False, True, False]
     assert [rollout.advantage for rollout in groups[0]] == pytest.approx([0.866, -0.866, 0.866, -0.866], abs=1e-3)
     assert (metrics["kl/sampling"], metrics["clip/low"], metrics["clip/high"]) == pytest.approx((0, 0, 0), abs=1e-4)
-
-
-def test_only_states_that_predict_a_sampled_id_get_a_gradient(load, rollouts_of) -> None:
-    learner = load()
-    groups = rollouts_of(learner, [(RIGHT, 1.0), (WRONG, 0.0), (OTHER, 0.0)])
-    states: list[torch.Tensor] = []
-
-    def keep(module: object, inputs: object, output: object) -> None:
-        output.last_hidden_state.retain_grad()
-        states.append(output.last_hidden_state)
-
-    with learner.base.model.register_forward_hook(keep):
-        step(learner, groups)
-    [state] = states
-    mask = torch.tensor([flag for rollout in groups[0] for flag in rollout.example.loss_mask])
-    predicts_a_sampled_id = mask.roll(-1)
-    has_gradient = state.grad[0].abs().sum(-1) > 0
-    assert torch.equal(has_gradient, predicts_a_sampled_id)
-    num_tool_ids = sum(not flag for flag in groups[0][0].trajectory.is_sampled)
-    assert num_tool_ids == 11 and mask.sum() == sum(sum(rollout.trajectory.is_sampled) for rollout in groups[0])
 
 
 def test_the_pixels_of_a_crop_are_context_of_what_follows_it_and_of_nothing_before(load, rollouts_of) -> None:

@@ -60,6 +60,8 @@ def test_2_a_logit_that_predicts_what_the_tool_wrote_gets_no_gradient(load, roll
         improve(learner, groups, learner.config, None)
     [state] = states
     mask = torch.tensor([flag for rollout in groups[0] for flag in rollout.example.loss_mask])
+    assert mask.sum() == sum(rollout.trajectory.num_sampled for rollout in groups[0])
+    assert groups[0][0].trajectory.is_sampled.count(False) == 11  # of the crop
     # the head is applied to states alone, so a state without a gradient is one whose logits have none
     assert state.grad[0][~mask.roll(-1)].abs().max() == 0
     assert state.grad[0][mask.roll(-1)].abs().sum(-1).min() > 0

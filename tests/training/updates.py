@@ -22,5 +22,8 @@ def update(learner: Learner, examples: list[Example]) -> float:
 
 
 def gradients(learner: Learner) -> list[torch.Tensor]:
-    """Of all trained weights; the tower's last norm is stored in checkpoints and not used, so it has none."""
-    return [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
+    """Of all trained weights, which are not nothing; the tower's last norm is stored in checkpoints and not used, so it
+    has none."""
+    found = [parameter.grad for parameter in learner.parameters if parameter.grad is not None]
+    assert any(gradient.any() for gradient in found), "no trained weight has a gradient"
+    return found
