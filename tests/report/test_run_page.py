@@ -27,7 +27,7 @@ from looktwice.report.run_page import (
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 GRPO = [
     {"step": step, "loss": 0.1 * step, "reward/total": float(step), "reward/own/taste": 1.0, "tool/refused/no_box": 0.5,
-     "kl/sampling": 1e-6, "time/rollout_s": 2.0, "time/update_s": 1.0, "time/step_s": 3.0, "rollout/right": 0.25,
+     "gap/mean": 1e-6, "time/rollout_s": 2.0, "time/update_s": 1.0, "time/step_s": 3.0, "rollout/right": 0.25,
      "alarm/no_crops": float(step > 1), "strange/word": 7.0}
     for step in (1, 2, 3)
 ]  # fmt: skip

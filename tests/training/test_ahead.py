@@ -35,6 +35,7 @@ def test_rollouts_are_those_of_the_weights_before_the_update(settings, run) -> N
     assert [line["reward/total"] for line in ahead[:2]] == [line["reward/total"] for line in still[:2]]
     assert ahead[0]["kl/sampling"] < 1e-5 < 1e-3 < ahead[1]["kl/sampling"]
     assert here[1]["kl/sampling"] < 1e-5
+    assert ["gap/mean" in line for line in (*ahead[:2], here[1])] == [True, False, True]  # what is older has no gap
 
 
 def test_a_rollout_says_which_weights_made_it(run, tmp_path) -> None:

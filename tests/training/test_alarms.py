@@ -28,7 +28,7 @@ GOOD = {
     "rollout/right": 0.7,
     "rollout/num_tokens": 50.0,
     "policy/entropy": 0.3,
-    "kl/sampling": 0.001,
+    "gap/mean": 0.001,
     "kl/reference": 0.1,
 }
 
@@ -61,7 +61,7 @@ ILL = {
     ],
     "length_drift": rising(20, 180, "rollout/num_tokens"),
     "entropy_collapse": [{**line, "rollout/right": 0.2} for line in rising(0.5, -0.05, "policy/entropy")],
-    "engine_gap": [{"kl/sampling": 0.06}] * 3,
+    "engine_gap": [{"gap/mean": 0.06}] * 3,
     "kl_runaway": [{"kl/reference": 1.5}] * 3,
     "failing_rewards": [{"reward/failed": 0.2}] * 3,
 }

@@ -78,6 +78,16 @@ def test_a_kl_term_needs_what_the_run_wrote_of_its_reference(run) -> None:
         replay(final.parent, beta=0.1)
 
 
+def test_a_correction_needs_the_logprobs_before_the_first_of_several_updates(trained) -> None:
+    with pytest.raises(ConfigError, match="importance_correction is truncate, and the run had none"):
+        replay(trained[0], importance_correction="truncate")
+
+
+def test_an_entropy_term_is_said_to_be_left_out(run) -> None:
+    final, _ = run(max_steps=1, entropy_coef=0.1)
+    assert replay_table(replay(final.parent)).note.endswith("leaves out the entropy, of which nothing is written")
+
+
 def test_a_folder_without_rollouts_is_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"no trajectories/step-N\.jsonl\.zst in it; name the run folder"):
         run_of(tmp_path)

@@ -183,7 +183,7 @@ ALARMS: dict[AlarmName, Alarm] = {
         mend="lower the learning rate, raise --epsilon_high or the temperature, or add a KL term with --beta",
     ),
     "engine_gap": Alarm(
-        measure=lambda history: recent(history, "kl/sampling"),
+        measure=lambda history: recent(history, "gap/mean"),
         threshold=0.05,
         side="from",
         meaning="logprobs in training and in sampling differ by {value} nats: another policy sampled than is updated",

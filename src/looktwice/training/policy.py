@@ -160,7 +160,7 @@ def update_policy(
     options = {"temperature": config.temperature, "with_entropy": True, "entropy_gradient": config.entropy_coef > 0}
     updates: list[Update] = []
     sums: Counter[str] = Counter()
-    gaps: list[tuple[float, float]] = []
+    gaps: list[tuple[float, float, float]] = []
     for _ in range(config.num_iterations):
         for part in parts:
             world.at("rows", learner.step + 1)
@@ -175,13 +175,14 @@ def update_policy(
     for name, value in world.gather([*sums.items()]):
         metrics[name] += value / len(updates)
     metrics |= {
-        "gap/max": max(largest for largest, _ in gaps),
-        "gap/ratio": sum(share for _, share in gaps),
         "loss": sum(update.loss for update in updates) / len(updates),
         "optim/grad_norm": updates[-1].grad_norm,
         "optim/lr": learner.optimizer.param_groups[0]["lr"],
         "optim/updates": float(len(updates)),
     }
+    if all(rollout.version == learner.step for group in groups for rollout in group):
+        largest, means, ratios = zip(*gaps)
+        metrics |= {"gap/max": max(largest), "gap/mean": sum(means), "gap/ratio": sum(ratios)}
     if num_splits := sum(update.num_splits for update in updates):
         metrics["memory/row_splits"] = float(num_splits)
     return dict(metrics)
@@ -252,15 +253,18 @@ class PolicyLoss:
             sums.update({name: share * value for name, value in means.items() if not name.startswith("gap/")})
         return dict(sums)
 
-    def gap(self) -> tuple[float, float]:
+    def gap(self) -> tuple[float, float, float]:
         """How far trainer and sampler are apart, as a step sees it: before the first update the gap between engines.
 
-        The largest, and this process's share of the mean ratio.
+        The largest, and this process's share of the mean and of the mean ratio.
         """
         assert self.part is not None
         pairs = self.seen.values()
-        ratio = sum(num_tokens * means["gap/ratio"] for num_tokens, means in pairs) / self.part.num_tokens
-        return max((means["gap/max"] for _, means in pairs), default=0.0), ratio
+        mean, ratio = (
+            sum(num_tokens * means[name] for num_tokens, means in pairs) / self.part.num_tokens
+            for name in ("gap/mean", "gap/ratio")
+        )
+        return max((means["gap/max"] for _, means in pairs), default=0.0), mean, ratio
 
 
 class TokenFacts(NamedTuple):
@@ -307,6 +311,7 @@ def token_loss(policy: Tensor, facts: TokenFacts, config: GRPOConfig) -> tuple[T
         "clip/high": found.clipped_high.float().mean(),
         "kl/sampling": gap.abs().mean(),
         "gap/max": gap.abs().max(),
+        "gap/mean": gap.abs().mean(),
         "gap/ratio": gap.exp().mean(),
     }
     per_token = found.loss

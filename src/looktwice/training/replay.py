@@ -52,6 +52,8 @@ class ReplayedStep:
     changed: float
     loss: tuple[float | None, float]
     num_untrained: int
+    had_entropy: bool
+    """Whether the run's loss had an entropy term, which no replay has."""
 
 
 def replayed(run: Path, config: GRPOConfig) -> Iterator[ReplayedStep]:
@@ -81,13 +83,14 @@ def replay_step(
         changed=mean(was != now and not (math.isnan(was) and math.isnan(now)) for was, now in accuracies),
         loss=(loss, replayed_loss(in_minibatches(trained, config, step - 1), config)),
         num_untrained=sum(not one.trainer_logprobs for group in trained for one in group),
+        had_entropy=config.entropy_coef > 0,
     )
 
 
 def replayed_loss(parts: Sequence[Sequence[Recorded]], config: GRPOConfig) -> float:
     """The loss of minibatches of rollouts: the mean over the updates of the run, 0 where there is nothing to train on.
 
-    Raises ConfigError where a KL term needs logprobs of the reference that the run did not write.
+    Raises ConfigError where a KL term, or a correction by importance, needs logprobs that the run did not write.
     """
     trained = [one for part in parts for one in part]
     if not trained:
@@ -96,6 +99,12 @@ def replayed_loss(parts: Sequence[Sequence[Recorded]], config: GRPOConfig) -> fl
         raise ConfigError(
             f"beta is {config.beta:g}, and the run had no reference policy, so none of its logprobs are written; "
             "replay with --beta 0"
+        )
+    has_several = any(len(one.trainer_logprobs) > 1 for one in trained) or len(parts) > 1
+    if config.correction != "none" and has_several and not any(one.old_logprobs for one in trained):
+        raise ConfigError(
+            f"importance_correction is {config.correction}, and the run had none, so the logprobs before its first "
+            "update are not written; replay with --importance_correction none"
         )
     num_passes = max(1, *(len(one.trainer_logprobs) for one in trained))
     return mean(_loss_of_update(part, number, config) for number in range(num_passes) for part in parts)
@@ -154,9 +163,13 @@ def replay_table(steps: Sequence[ReplayedStep]) -> Table:
         for step in steps
     ]
     untrained = sum(step.num_untrained for step in steps)
-    note = f"{untrained} rollouts were not trained on in the run; their ratio counts as 1" if untrained else ""
+    notes = [f"{untrained} rollouts were not trained on in the run; their ratio counts as 1"] if untrained else []
+    if any(step.had_entropy for step in steps):
+        notes.append("the loss that is leaves out the entropy, of which nothing is written")
     header = ("step", "rollouts", *names, "accuracy changed", "loss")
-    return Table(title="Replay: what was, and what is where that differs", header=header, rows=tuple(rows), note=note)
+    return Table(
+        title="Replay: what was, and what is where that differs", header=header, rows=tuple(rows), note="; ".join(notes)
+    )
 
 
 def _cell(was: float | None, now: float | None, digits: int = 3) -> str:
