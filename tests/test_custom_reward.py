@@ -83,6 +83,9 @@ def test_user_file_may_hold_dataclasses(tmp_path):
         ("f = 3", "f", "is a int, not a function"),
         ("import no_such_module", "f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
         ("def f(:", "f", "cannot be imported: SyntaxError"),
+        ("import sys\nsys.exit(0)", "f", r"ends the program while it is imported \(SystemExit\(0\)\); put what only"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--x'])", "f", r"SystemExit\(2\)"),
+        ("import asyncio\nraise asyncio.CancelledError", "f", "cannot be imported: CancelledError"),
     ],
 )
 def test_unusable_user_function_is_a_config_error(tmp_path, source, name, message):

@@ -218,7 +218,15 @@ def load_function(path: Path, name: str) -> Callable[..., Any]:
     sys.modules[module_name] = module  # dataclasses and pickling look a class's module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except SystemExit as error:
+        del sys.modules[module_name]
+        raise ConfigError(
+            f"reward file {path} ends the program while it is imported ({error!r}); put what only a script does "
+            'under if __name__ == "__main__":'
+        ) from error
+    except BaseException as error:  # pytest's Skipped and asyncio's CancelledError are no Exceptions
         del sys.modules[module_name]
         raise ConfigError(f"reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
