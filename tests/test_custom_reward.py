@@ -171,8 +171,8 @@ def sleeps(trajectory: Trajectory, solution: str) -> float:
 def test_after_three_that_hang_the_others_of_a_step_are_not_asked() -> None:
     rewards = CustomReward(sleeps, seconds=0.05)([Played(rollout("x"), "x")] * 5)
     assert [reward.error.split(",")[0] for reward in rewards] == [
-        *["TimeoutError: took longer than 0.05 s"] * 3,
-        *["TimeoutError: not asked"] * 2,
+        *["TooSlow: took longer than 0.05 s"] * 3,
+        *["TooSlow: not asked"] * 2,
     ]
 
 
@@ -186,6 +186,36 @@ def exits(trajectory: Trajectory, solution: str) -> float:
         (sleeps, "TimeoutError: took longer than 0.05 s"),
         (sleeps_and_awaits, "TimeoutError: took longer than 0.05 s"),
         (never_awaits, "TimeoutError: took longer than 0.05 s"),
+        (exits, "RuntimeError: raised SystemExit(no key)"),
+def test_a_timeout_that_a_function_raises_itself_says_nothing_of_the_others() -> None:
+    def asks(trajectory: Trajectory, solution: str) -> float:
+        raise TimeoutError("the socket's own")
+
+    rewards = CustomReward(asks)([Played(rollout("x"), "x")] * 5)
+    assert [reward.error for reward in rewards] == ["TimeoutError: the socket's own"] * 5
+
+
+async def cancels(trajectory: Trajectory, solution: str) -> float:
+    if trajectory.text:
+        raise asyncio.CancelledError("gave up")
+    return 1.0
+
+
+def test_an_awaited_reward_that_is_cancelled_fails_alone() -> None:
+    rewards = CustomReward(cancels)([Played(rollout(text), "x") for text in ("a", "")])
+    assert [reward.error for reward in rewards] == ["CancelledError: gave up", None]
+
+
+def exits(trajectory: Trajectory, solution: str) -> float:
+    raise SystemExit("no key")
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (sleeps, "TooSlow: took longer than 0.05 s"),
+        (sleeps_and_awaits, "TooSlow: took longer than 0.05 s"),
+        (never_awaits, "TooSlow: took longer than 0.05 s"),
         (exits, "RuntimeError: raised SystemExit(no key)"),
         (exits_and_awaits, "SystemExit: no key"),
         (lambda trajectories, solutions: exits(None, ""), "RuntimeError: raised SystemExit(no key)"),

@@ -24,15 +24,17 @@ from looktwice.rewards import Played, Reward, failed
 T = TypeVar("T")
 MARGIN_S = 5.0
 """What a loop of awaited rewards may take beyond all its limits before it is given up."""
-
-
 HUNG = 3
 """Calls in a row that took too long, after which the others of the step are not made."""
-
-
+FAILURES = (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
+"""What an awaited reward may raise: the last three would end the loop, and with it the rewards of all others."""
 KNOWN_OF_ONE = ("question", "gold_boxes", "group")
 KNOWN_OF_ALL = ("questions", "gold_boxes", "groups")
 """What else is known of rollouts, given to a function that has a parameter of that name."""
+
+
+class TooSlow(Exception):
+    """A call had no answer in its time; TimeoutError is what the called code may raise itself, for its own reasons."""
 
 
 class CustomReward:
@@ -64,15 +66,30 @@ class CustomReward:
             return self._of_all(rollouts)
         if any(map(inspect.iscoroutinefunction, (self.function, type(self.function).__call__))):
             return self._awaited_of_all(rollouts)
+        return self._in_turn(rollouts)
+
+    def _in_turn(self, rollouts: Sequence[Played]) -> list[Reward]:
         rewards: list[Reward] = []
+        num_hung = 0
         for one in rollouts:
-            if len(rewards) >= HUNG and all(hung(reward) for reward in rewards[-HUNG:]):
-                rewards.append(
-                    failed(TimeoutError(f"not asked, since {HUNG} before took longer than {self.seconds:g} s"))
-                )
-            else:
-                rewards.append(self._of_one(partial(self._call, one)))
+            if num_hung == HUNG:
+                error = TooSlow(f"not asked, since {HUNG} before took longer than {self.seconds:g} s")
+                rewards.append(failed(error))
+                continue
+            reward, is_hung = self._of_one(one)
+            rewards.append(reward)
+            num_hung = num_hung + 1 if is_hung else 0
         return rewards
+
+    def _of_one(self, one: Played) -> tuple[Reward, bool]:
+        """The reward of a rollout, and whether the last try took too long."""
+        failure: Exception | None = None
+        for _ in range(1 + self.retries):
+            try:
+                return reward_of(within(partial(self._call, one), self.seconds)), False
+            except Exception as error:
+                failure = error
+        return self._failed(failure), isinstance(failure, TooSlow)
 
     def _call(self, one: Played) -> Any:
         known = {name: getattr(one, name) for name in KNOWN_OF_ONE if name in self._parameters}
@@ -94,12 +111,6 @@ class CustomReward:
             with suppress(Exception):
                 return call()
         return call()
-
-    def _of_one(self, call: Callable[[], Any]) -> Reward:
-        try:
-            return self._tried(lambda: reward_of(within(call, self.seconds)))
-        except Exception as error:
-            return self._failed(error)
 
     def _of_all(self, rollouts: Sequence[Played]) -> list[Reward]:
         trajectories, solutions = [one.trajectory for one in rollouts], [one.solution for one in rollouts]
@@ -148,7 +159,7 @@ class CustomReward:
                 if time.monotonic() - started <= self.seconds:
                     return reward_of(value)
                 failure = too_slow(self.seconds)  # it never awaited, or held on to what should have ended it
-            except (Exception, SystemExit) as error:
+            except FAILURES as error:
                 failure = too_slow(self.seconds) if limit.expired() else error
         return self._failed(failure)
 
@@ -168,18 +179,14 @@ def reward_of(value: Any) -> Reward:
     return Reward(total=float(value))
 
 
-def hung(reward: Reward) -> bool:
-    return reward.error is not None and reward.error.startswith(TimeoutError.__name__)
-
-
-def too_slow(seconds: float) -> TimeoutError:
-    return TimeoutError(f"took longer than {seconds:g} s")
+def too_slow(seconds: float) -> TooSlow:
+    return TooSlow(f"took longer than {seconds:g} s")
 
 
 def within(call: Callable[[], Any], seconds: float) -> Any:
     """What a call gives, in a thread that is left behind when it takes longer.
 
-    Raises TimeoutError then, what the call raises, and RuntimeError in place of what would end the process.
+    Raises TooSlow then, what the call raises, and RuntimeError in place of what would end the process.
     """
     told: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 

@@ -144,6 +144,15 @@ def test_a_judge_that_is_silent_or_not_there_fails_the_reward(server) -> None:
     assert "http://127.0.0.1:9/v1: URLError" in pay(server, "a mug")[0].error
 
 
+def test_a_timeout_of_the_network_is_told_as_itself(server, monkeypatch) -> None:
+    class Opener:
+        def open(self, *_: object, **__: object) -> None:
+            raise TimeoutError(110, "Connection timed out")
+
+    monkeypatch.setattr("looktwice.rewarding.judge.build_opener", lambda *_: Opener())
+    assert "/v1: TimeoutError: [Errno 110] Connection timed out" in pay(server, "a mug")[0].error
+
+
 def test_a_second_try_is_made(server) -> None:
     server.replies = [(503, "busy"), "CORRECT"]
     assert pay(server, "a mug", reward_retries=1)[0].accuracy == 1.0

@@ -17,7 +17,7 @@ from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from looktwice.answers import answers_match, extract_answer, golds
-from looktwice.custom_reward import within
+from looktwice.custom_reward import TooSlow, within
 from looktwice.errors import LooktwiceError, one_line, short
 from looktwice.judging.verdict import is_decided
 from looktwice.rewarding.cache import Cache, key_of
@@ -112,7 +112,7 @@ class Judge:
                 return verdict_of(within(lambda: self._asked(prompt), self.seconds))
             except JudgeError as error:
                 failure = error
-            except TimeoutError:
+            except TooSlow:
                 failure = JudgeError(f"{self.url}: no verdict in {self.seconds:g} s")
             except (OSError, HTTPException, ValueError, RuntimeError) as error:
                 failure = JudgeError(f"{self.url}: {type(error).__name__}: {one_line(str(error))}")
@@ -132,7 +132,8 @@ class Judge:
             headers["Authorization"] = f"Bearer {key}"
         request = Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
         try:
-            with build_opener(_NoRedirect).open(request, timeout=self.seconds) as reply:
+            # who waits gives up before, and says so; this ends the thread that is left behind
+            with build_opener(_NoRedirect).open(request, timeout=2 * self.seconds) as reply:
                 return json.loads(reply.read())
         except HTTPError as error:
             with error:
