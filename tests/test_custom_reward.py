@@ -243,6 +243,26 @@ def test_a_failed_reward_is_tried_again(is_async) -> None:
     assert paid(CustomReward(function, retries=1), rollout("x"), "x").total == 1.0
 
 
+def of_tries(*tries: list[object]) -> CustomReward:
+    """A reward of all trajectories that gives these lists in turn, and as many more tries."""
+    each = iter(tries)
+    return CustomReward(lambda trajectories, solutions: next(each), retries=len(tries) - 1)
+
+
+@pytest.mark.parametrize(
+    ("tries", "totals"),
+    [
+        ([[1.0, math.nan], [2.0, 3.0]], [2.0, 3.0]),
+        ([[1.0, None], [2.0]], [1.0, None]),
+        ([[1.0, None], [None, None]], [1.0, None]),
+        ([[1.0, None], [2.0, None]], [2.0, None]),
+    ],
+)
+def test_a_list_with_what_is_no_number_is_made_again_and_the_try_that_pays_most_counts(tries, totals) -> None:
+    rewards = of_tries(*tries)([Played(rollout("x"), "x")] * 2)
+    assert [None if reward.error else reward.total for reward in rewards] == totals
+
+
 def test_the_example_of_the_documentation_pays(tmp_path) -> None:
     text = (Path(__file__).parents[1] / "docs" / "answers.md").read_text(encoding="utf-8")
     path = write_rewards(tmp_path, re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])

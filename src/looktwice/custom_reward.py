@@ -10,18 +10,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from numbers import Real
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 from looktwice.errors import ConfigError, nearest, short
 from looktwice.rewards import Played, Reward, failed
 
-T = TypeVar("T")
 MARGIN_S = 5.0
 """What a loop of awaited rewards may take beyond all its limits before it is given up."""
 HUNG = 3
@@ -46,8 +44,9 @@ class CustomReward:
     An `async` function is awaited for all rollouts of a step at once. One whose first parameter is `trajectories` gets
     lists (also as `questions`, `gold_boxes`, `groups`) and gives one, in `seconds` times their number. What raises,
     gives anything else or takes longer than `seconds` is tried `retries` times more, and then the reward of that
-    rollout is failed, with the reason and, where the function's `file` is known, the line in it. All calls run in
-    threads, where `signal` does not work.
+    rollout is failed, with the reason and, where the function's `file` is known, the line in it. Of the tries of a
+    list the one counts that pays most rollouts, the last of several. All calls run in threads, where `signal` does not
+    work.
     """
 
     def __init__(
@@ -105,14 +104,16 @@ class CustomReward:
         line = own[-1] if own else code and code.co_firstlineno
         return failed(error, f"{self.file.name}:{line}" if line else self.file.name)
 
-    def _tried(self, call: Callable[[], T]) -> T:
-        """What a call gives in one of its tries. Raises what the last one raises."""
-        for _ in range(self.retries):
-            with suppress(Exception):
-                return call()
-        return call()
-
     def _of_all(self, rollouts: Sequence[Played]) -> list[Reward]:
+        tries: list[list[Reward]] = []
+        for _ in range(1 + self.retries):
+            tries.append(self._all_at_once(rollouts))
+            if not num_failed(tries[-1]):
+                break
+        return min(reversed(tries), key=num_failed)
+
+    def _all_at_once(self, rollouts: Sequence[Played]) -> list[Reward]:
+        """One try of a function that takes all."""
         trajectories, solutions = [one.trajectory for one in rollouts], [one.solution for one in rollouts]
         columns = zip(KNOWN_OF_ALL, KNOWN_OF_ONE)
         known = {
@@ -127,7 +128,7 @@ class CustomReward:
             return values
 
         try:
-            values = self._tried(lambda: within(call, self.seconds * len(rollouts)))
+            values = within(call, self.seconds * len(rollouts))
         except Exception as error:
             return [self._failed(error) for _ in rollouts]
         return [self._rewarded(value) for value in values]
@@ -177,6 +178,10 @@ def reward_of(value: Any) -> Reward:
         numbers = {str(name): float(number) for name, number in parts.items()}
         return Reward(total=sum(numbers.values()), parts=numbers, raw=numbers)
     return Reward(total=float(value))
+
+
+def num_failed(rewards: Sequence[Reward]) -> int:
+    return sum(reward.error is not None for reward in rewards)
 
 
 def too_slow(seconds: float) -> TooSlow:
