@@ -110,6 +110,17 @@ def test_named_parts_are_added_up_and_accuracy_among_them_is_the_filter() -> Non
     assert bad.error == "TypeError: style: returned NoneType, not a number"
 
 
+@pytest.mark.parametrize(
+    ("parts", "error"),
+    [
+        ({1: 0.5, "1": 0.25}, "ValueError: several parts are called alike: 1, '1'"),
+        ({"a": 1e308, "b": 1e308}, "ValueError: the parts add up to inf, not a finite number"),
+    ],
+)
+def test_parts_that_are_no_reward_together_fail(parts, error) -> None:
+    assert paid(CustomReward(lambda trajectory, solution: parts), rollout("x"), "x").error == error
+
+
 def test_async_rewards_are_awaited_at_once() -> None:
     together = asyncio.Barrier(3)
 
@@ -176,17 +187,6 @@ def test_after_three_that_hang_the_others_of_a_step_are_not_asked() -> None:
     ]
 
 
-def exits(trajectory: Trajectory, solution: str) -> float:
-    raise SystemExit("no key")
-
-
-@pytest.mark.parametrize(
-    ("function", "error"),
-    [
-        (sleeps, "TimeoutError: took longer than 0.05 s"),
-        (sleeps_and_awaits, "TimeoutError: took longer than 0.05 s"),
-        (never_awaits, "TimeoutError: took longer than 0.05 s"),
-        (exits, "RuntimeError: raised SystemExit(no key)"),
 def test_a_timeout_that_a_function_raises_itself_says_nothing_of_the_others() -> None:
     def asks(trajectory: Trajectory, solution: str) -> float:
         raise TimeoutError("the socket's own")

@@ -174,10 +174,15 @@ def reward_of(value: Any) -> Reward:
             raise TypeError(f"{where}returned {type(number).__name__}, not a number")
         if not math.isfinite(number):
             raise ValueError(f"{where}returned {float(number)}, not a finite number")
-    if parts:
-        numbers = {str(name): float(number) for name, number in parts.items()}
-        return Reward(total=sum(numbers.values()), parts=numbers, raw=numbers)
-    return Reward(total=float(value))
+    if not parts:
+        return Reward(total=float(value))
+    numbers = {str(name): float(number) for name, number in parts.items()}
+    if len(numbers) < len(parts):  # as 1 and "1" are
+        raise ValueError(f"several parts are called alike: {', '.join(map(repr, parts))}")
+    total = sum(numbers.values())
+    if not math.isfinite(total):
+        raise ValueError(f"the parts add up to {total}, not a finite number")
+    return Reward(total=total, parts=numbers, raw=numbers)
 
 
 def num_failed(rewards: Sequence[Reward]) -> int:
