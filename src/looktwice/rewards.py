@@ -107,6 +107,11 @@ class Reward:
     """What a term counts where each is scaled by itself (`--scale_rewards per_term`); 1 for one that is not named."""
 
     @property
+    def terms(self) -> Mapping[str, float]:
+        """The parts, or the total as the only one, without a name."""
+        return self.parts or {"": self.total}
+
+    @property
     def accuracy(self) -> float:
         """What the group filter reads: the accuracy before any weight, or the total of a reward without one."""
         return self.raw.get("accuracy", self.parts.get("accuracy", self.total))

@@ -25,6 +25,10 @@ def my(tmp_path):
     (tmp_path / "my.py").write_text(
         "def short(trajectory, solution):\n    return -len(trajectory.text)\n"
         "def named(trajectory, solution):\n    return {'accuracy': 0.5, 'style': 2}\n"
+        "def length(trajectory, solution):\n    return 0.25\n"
+        "def accuracy(trajectory, solution):\n    return 0.0\n"
+        "def curiosity(trajectory, solution):\n    return 0.125\n"
+        "def style(trajectory, solution):\n    return {'curiosity': 1, 'length': 2, 'named': 4, 'named.style': 8}\n"
         "def fails(trajectory, solution):\n    raise OSError('busy')\n"
     )
     return lambda name: f"{tmp_path / 'my.py'}:{name}"
@@ -50,15 +54,56 @@ def test_each_part_is_kept_by_name_and_weighed(my) -> None:
     assert (reward.weights["accuracy"], reward.weights["short"], reward.weights["named_3.style"]) == (2.0, 0.5, 1.0)
 
 
+RIGHT = {"accuracy": 1.0, "format": 1.0, "length": 0.006, "region": 0.5}
+"""What the rules pay for the right answer with a crop."""
+STYLE = {"length": 2.0, "named": 4.0, "named.style": 8.0}
+RARE = pytest.approx(0.2)
+"""What curiosity pays the one of ten siblings that has a crop."""
+
+
+@pytest.mark.parametrize(
+    ("rewards", "terms", "parts"),
+    [
+        (["robust", "length"], [], {**RIGHT, "length_2": 0.25}),
+        (["robust", "accuracy"], [], {**RIGHT, "accuracy_2": 0.0}),
+        (["robust", "accuracy", "length"], [], {**RIGHT, "accuracy_2": 0.0, "length_3": 0.25}),
+        (["robust", "curiosity"], ["curiosity"], {**RIGHT, "curiosity_2": 0.125, "curiosity": RARE}),
+        (["curiosity"], ["curiosity"], {"curiosity_1": 0.125, "curiosity": RARE}),
+        (["style"], ["redundancy"], {**STYLE, "curiosity": 1.0, "redundancy": 0.0}),
+        (["style"], ["curiosity"], {**STYLE, "style.curiosity": 1.0, "curiosity": RARE}),
+        (["style", "curiosity"], [], {**STYLE, "style.curiosity": 1.0, "curiosity": 0.125}),
+    ],
+)
+def test_no_part_is_lost_to_another_of_its_name(rewards, terms, parts, my) -> None:
+    specs = [name if name == "robust" else my(name) for name in rewards]
+    pay = load_rewards(GRPOConfig(reward=specs, reward_terms=dict.fromkeys(terms, 1)))
+    reward, *_ = pay([played("cup", CROP), *[played()] * 9])
+    assert reward.parts == parts
+    assert reward.total == pytest.approx(sum(reward.parts.values()))
+
+
+def test_parts_that_no_name_tells_apart_are_refused(my) -> None:
+    reward = paid(played(), reward=[my("style"), my("named")])
+    assert reward.error == 'ValueError: two parts are called "named.style"; rename one of them'
+
+
+def test_functions_of_one_name_have_a_name_each(my, tmp_path) -> None:
+    names = "length", "length", "length_2"
+    (tmp_path / "my.py").write_text("def length(trajectory, solution):\n    return 1\nlength_2 = length")
+    assert paid(played(), reward=[my(name) for name in names]).parts == {"length_1": 1, "length_2": 1, "length_2_3": 1}
+
+
 def test_groups_are_filtered_by_the_first_accuracy_before_its_weight(my) -> None:
     assert paid(played(), reward=["robust", my("named")], reward_weights=[0.25, 1]).accuracy == 1.0
     assert paid(played("pot"), reward=["robust", my("named")], reward_weights=[0.25, 1]).accuracy == 0.0
+    assert paid(played(), reward=["robust", my("accuracy")]).accuracy == 1.0
+    assert paid(played(), reward=[my("length"), my("accuracy")]).accuracy == 0.25
     assert paid(played(), reward=[my("short"), "robust"]).accuracy == -len(played().trajectory.text)
 
 
 def test_a_rollout_that_one_reward_fails_has_failed_and_says_which(my) -> None:
     reward = paid(played(), reward=["robust", my("fails")])
-    assert (reward.error, str(reward.total)) == ("fails: OSError: busy (my.py:6)", "nan")
+    assert (reward.error, str(reward.total)) == ("fails: OSError: busy (my.py:14)", "nan")
 
 
 def test_terms_look_at_the_siblings_of_a_group_alone() -> None:
@@ -86,7 +131,7 @@ def test_overlong_is_measured_by_the_limit_of_the_run() -> None:
 
 
 def test_a_failed_reward_stays_failed_beside_terms(my) -> None:
-    assert paid(played(), reward=my("fails"), reward_terms={"curiosity": 1}).error == "OSError: busy (my.py:6)"
+    assert paid(played(), reward=my("fails"), reward_terms={"curiosity": 1}).error == "OSError: busy (my.py:14)"
 
 
 def test_every_term_is_a_setting() -> None:

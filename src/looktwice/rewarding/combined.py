@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from looktwice.answers import answers_right
 from looktwice.rewarding.terms import TERMS, Siblings
-from looktwice.rewards import Played, Reward, RewardFunction
+from looktwice.rewards import Played, Reward, RewardFunction, failed
 
 RIGHT_FROM = 0.5
 """An accuracy of so much counts as right where a term asks."""
@@ -15,7 +16,7 @@ RIGHT_FROM = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One of several rewards. Its parts keep their names behind `name` and a dot; those of the first one alone."""
+    """One of several rewards, each of which has another `name`."""
 
     name: str
     pay: RewardFunction
@@ -26,6 +27,8 @@ class Source:
 class CombinedReward:
     """The weighted sum of rewards and terms. A rollout that one of them fails has failed.
 
+    Parts of the first reward keep their names; those of another stand behind its name and a dot, as do those of the
+    first that are called like another reward or a term. Where two are still called alike the rollout has failed.
     Groups are filtered by the first reward's accuracy, or by its total where it has none, before any weight.
     """
 
@@ -38,6 +41,11 @@ class CombinedReward:
         rewards = [self._joined(row) for row in zip(*columns)]
         return self._with_terms(rollouts, rewards) if self.terms else rewards
 
+    @cached_property
+    def _taken(self) -> frozenset[str]:
+        """Names that no part of the first reward has for itself."""
+        return frozenset([*(source.name for source in self.sources[1:]), *self.terms])
+
     def _joined(self, rewards: Sequence[Reward]) -> Reward:
         """What the sources paid one rollout, as one reward."""
         parts: dict[str, float] = {}
@@ -47,13 +55,16 @@ class CombinedReward:
             if reward.error:
                 where = f"{source.name}: " if len(self.sources) > 1 else ""
                 return Reward(total=reward.total, error=f"{where}{reward.error}")
-            paid = reward.parts or {"": reward.total}
-            names = {part: _name(source.name, part, is_first=not number) for part in paid}
-            parts |= {names[part]: source.weight * value for part, value in paid.items()}
-            raw |= {names[part]: reward.raw.get(part, value) for part, value in paid.items()}
-            weights |= {names[part]: abs(source.weight) * reward.weights.get(part, 1.0) for part in paid}
-        raw.setdefault("accuracy", rewards[0].accuracy)
-        return Reward(total=sum(parts.values()), parts=parts, raw=raw, weights=weights)
+            for part, value in reward.terms.items():
+                name = part if not number and part and part not in self._taken else _qualified(source.name, part)
+                if name in parts or name in self.terms:
+                    return failed(ValueError(f'two parts are called "{name}"; rename one of them'))
+                parts[name] = source.weight * value
+                raw[name] = reward.raw.get(part, value)
+                weights[name] = abs(source.weight) * reward.weights.get(part, 1.0)
+        raw["accuracy"] = rewards[0].accuracy
+        total = sum(source.weight * reward.total for source, reward in zip(self.sources, rewards))
+        return Reward(total=total, parts=parts, raw=raw, weights=weights)
 
     def _with_terms(self, rollouts: Sequence[Played], rewards: list[Reward]) -> list[Reward]:
         """The rewards with the terms of each group added."""
@@ -83,9 +94,8 @@ class CombinedReward:
         )
 
 
-def _name(source: str, part: str, *, is_first: bool) -> str:
-    """The name of a part among those of all rewards."""
-    return (part or source) if is_first else ".".join(filter(None, (source, part)))
+def _qualified(source: str, part: str) -> str:
+    return f"{source}.{part}" if part else source
 
 
 def _is_right(one: Played, reward: Reward) -> bool:

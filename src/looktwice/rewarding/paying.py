@@ -10,21 +10,16 @@ from looktwice.errors import ConfigError
 from looktwice.rewarding.cache import Cache, CachedReward, key_of
 from looktwice.rewarding.combined import CombinedReward, Source
 from looktwice.rewarding.judge import Judge
-from looktwice.rewards import REWARD_PRESETS, PresetReward, RewardFunction, by_rules
+from looktwice.rewards import REWARD_PRESETS, ROBUST, PresetReward, RewardFunction, by_rules
 
 
 def load_rewards(config: GRPOConfig) -> RewardFunction:
     """What pays the rollouts of a run. Raises ConfigError where a name, file, function or cache cannot be used."""
     cache = Cache(config.reward_cache) if config.reward_cache else None
     weights = config.reward_weights or (1.0,) * len(config.reward)
-    names = [reward_name(spec) for spec in config.reward]
     sources = [
-        Source(
-            name=name if names.count(name) == 1 else f"{name}_{number}",
-            pay=load_reward(spec, config, cache),
-            weight=weight,
-        )
-        for number, (spec, name, weight) in enumerate(zip(config.reward, names, weights), 1)
+        Source(name=name, pay=load_reward(spec, config, cache), weight=weight)
+        for spec, name, weight in zip(config.reward, names_of(config), weights)
     ]
     if len(sources) == 1 and weights == (1.0,) and not config.reward_terms:
         return sources[0].pay
@@ -35,9 +30,19 @@ def load_rewards(config: GRPOConfig) -> RewardFunction:
     )
 
 
-def reward_name(spec: str) -> str:
-    """What a reward is called among several: the preset or the function."""
-    return spec.rpartition(":")[2]
+def names_of(config: GRPOConfig) -> list[str]:
+    """What each reward is called among several: the preset or the function, with its number where another, a term, or
+    a part of the presets is called so; what a run calls `accuracy` is the first reward's."""
+    plain = [spec.rpartition(":")[2] for spec in config.reward]
+    names: list[str] = []
+    for number, name in enumerate(plain, 1):
+        is_part = number > 1 and name in ROBUST.largest
+        if plain.count(name) > 1 or name in config.reward_terms or is_part:
+            name = f"{name}_{number}"
+        while name in names:
+            name = f"{name}_{number}"
+        names.append(name)
+    return names
 
 
 def load_reward(spec: str, config: GRPOConfig, cache: Cache | None) -> RewardFunction:
