@@ -12,10 +12,12 @@ from tests.training.updates import gradients
 
 from looktwice.config import GRPOConfig
 from looktwice.processing.packing import PackedBatch, pack
-from looktwice.rewards import Reward
+from looktwice.rewards import Played, Reward
+from looktwice.rollout.trajectory import Trajectory
 from looktwice.training.learner import Learner, Scores
-from looktwice.training.policy import improve, in_minibatches
+from looktwice.training.policy import advantages_of, improve, in_minibatches
 from looktwice.training.rollouts import Rollout
+from looktwice.training.trajectories import Recorded
 
 
 def step(learner: Learner, groups: list[list[Rollout]]) -> dict[str, float]:
@@ -254,6 +256,30 @@ def test_terms_can_be_scaled_each_by_itself(load, rollouts_of) -> None:
     step(learner, groups)
     first, second, *_ = (rollout.advantage for rollout in groups[0])
     assert first - second > 0.5
+
+
+def advantages_by_term_of(rewards: list[Reward]) -> list[float]:
+    played = Played(Trajectory(prompt_ids=[]))
+    group = [Recorded(played=played, reward=reward, advantage=0.0) for reward in rewards]
+    [advantages] = advantages_of([group], GRPOConfig(scale_rewards="per_term")).tolist()
+    return advantages
+
+
+def test_a_plain_number_is_a_term_too() -> None:
+    advantages = advantages_by_term_of([Reward(total=1.0), Reward(total=0.0)])
+    assert advantages == pytest.approx([0.707, -0.707], abs=1e-3)
+
+
+def test_each_term_has_its_weight_where_rollouts_are_paid_different_ones() -> None:
+    light, heavy = {"light": 1.0}, {"heavy": 10.0}
+    rewards = [
+        Reward(total=1.0, parts={"light": 1.0}, weights=light),
+        Reward(total=0.0, parts={"light": 0.0}, weights=light),
+        Reward(total=1.0, parts={"heavy": 1.0}, weights=heavy),
+        Reward(total=0.0, parts={"heavy": 0.0}, weights=heavy),
+    ]
+    lightly, _, heavily, _ = advantages_by_term_of(rewards)
+    assert heavily > 1 and lightly < 0  # with equal weights both are 0.87
 
 
 def test_logprobs_are_found_in_shorter_rows_when_memory_runs_out(load, rollouts_of, monkeypatch) -> None:

@@ -104,9 +104,10 @@ def advantages_of(groups: Sequence[Sequence[Paid]], config: GRPOConfig) -> Tenso
     """Advantages [B, G] of groups; 0 for a rollout that is in no statistics."""
     is_out = torch.tensor([[not counts(rollout, config) for rollout in group] for group in groups])
     if config.scale_rewards == "per_term":
-        names = sorted({name for group in groups for rollout in group for name in rollout.reward.parts})
-        terms = [[[rollout.reward.parts.get(name, 0.0) for name in names] for rollout in group] for group in groups]
-        weights = next(rollout.reward.weights for group in groups for rollout in group if counts(rollout, config))
+        paid = [rollout.reward for group in groups for rollout in group if counts(rollout, config)]
+        names = sorted({name for reward in paid for name in reward.terms})
+        weights = {name: weight for reward in paid for name, weight in reward.weights.items()}
+        terms = [[[rollout.reward.terms.get(name, 0.0) for name in names] for rollout in group] for group in groups]
         return advantages_by_term(
             torch.tensor(terms).masked_fill(is_out[..., None], torch.nan),
             torch.tensor([weights.get(name, 1.0) for name in names]),
