@@ -575,8 +575,8 @@ def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.C
     printed, log = capsys.readouterr()
     assert printed.splitlines() == [
         f"stage 1 done: {out}/sft/final_model",
-        f"stage 2 changed nothing: none of 1 steps had anything to train on, and {out}/grpo/final_model holds the "
-        "weights it started from; group/dropped and data/too_long of metrics.jsonl say why",
+        f"stage 2 learnt nothing: none of 1 steps had a gradient, and {out}/grpo/final_model is no better than what it "
+        "started from; group/, reward/, data/ and optim/ of metrics.jsonl say why",
     ]
     # off a terminal: no bar of ours or of another library, only whole lines
     assert "\r" not in log and "\x1b" not in log

@@ -196,7 +196,16 @@ def test_a_run_without_signal_says_so_and_does_not_end_as_done(run, capsys) -> N
     assert [line["alarm/no_signal"] for line in lines] == [0, 0, 0, 1]
     out = capsys.readouterr().out
     assert out.count("alarm no_signal at step 4: for 4 steps no group had") == 1
-    assert "stage 2 changed nothing" in out and "done" not in out
+    assert "stage 2 learnt nothing" in out and "done" not in out
+
+
+def test_a_run_whose_updates_had_no_gradient_is_not_done_also_when_it_goes_on(run, capsys) -> None:
+    settings = {"reward": "nothing", "drop_constant_groups": False, "num_generations": 2, "max_new_tokens": 2}
+    final, lines = run(max_steps=1, save_steps=1, **settings)
+    assert lines[0]["optim/updates"] == 1 and lines[0]["optim/grad_norm"] == 0
+    run(max_steps=2, resume_from_checkpoint=final.parent / "checkpoint-1", **settings)
+    out = capsys.readouterr().out
+    assert out.count("stage 2 learnt nothing: none of ") == 2 and "done" not in out
 
 
 def test_a_run_with_an_alarm_on_at_its_end_is_not_done(run, capsys) -> None:

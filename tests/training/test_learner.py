@@ -180,12 +180,24 @@ def test_under_fp16_the_loss_is_scaled_and_an_overflow_leaves_the_update_out(loa
     before = [parameter.clone() for parameter in learner.parameters]
     scale = learner.scaler.get_scale()
     learner.update(learner.rows(examples[:1]), lambda scores, row: scores.logprobs.mean() * 1e6)
-    assert learner.scaler.get_scale() < scale and learner.num_overflows == 1
+    assert learner.scaler.get_scale() < scale and learner.num_overflows == 1 and not learner.has_learnt
     assert all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
     loss = update(learner, examples[:2])
     assert loss == pytest.approx(update(load_sft(), examples[:2]), rel=0.01)
     assert any(not torch.equal(old, new) for old, new in zip(before, learner.parameters))
     assert learner.num_overflows == 1
+
+
+def test_a_learner_has_learnt_once_an_update_with_a_gradient_was_taken(load_sft, examples) -> None:
+    learner = load_sft(skip_nonfinite=1)
+    rows = learner.rows(examples[:1])
+    for factor in (0.0, float("nan")):
+        learner.update(rows, lambda scores, row, by=factor: by * scores.logprobs.mean())
+        assert not learner.has_learnt
+    update(learner, examples[:1])
+    assert learner.has_learnt
+    learner.update(rows, lambda scores, row: 0 * scores.logprobs.mean())
+    assert learner.has_learnt
 
 
 def test_under_fp16_an_update_that_is_left_out_is_followed_by_others(load_sft, examples) -> None:

@@ -16,6 +16,7 @@ from looktwice.model.modeling import Ovis2_5ForConditionalGeneration
 from looktwice.model.weights import is_adapter, load_model
 from looktwice.processing.packing import pack
 from looktwice.processing.processor import Example
+from looktwice.training.folder import STATE_FILE
 from looktwice.training.record import Record
 from looktwice.training.state import resume, save
 
@@ -118,6 +119,27 @@ def test_a_resumed_learner_knows_its_scale_and_how_long_rows_may_be(load_sft, ex
     assert resumed.num_overflows == 3
     resume(other, tmp_path)
     assert other.max_tokens_per_row == 300
+
+
+@pytest.mark.parametrize("has_learnt", [True, False])
+def test_a_resumed_learner_knows_whether_it_has_learnt(has_learnt, load_sft, examples, tmp_path) -> None:
+    learner, resumed = load_sft(), load_sft()
+    learner.update(learner.rows(examples[:1]), lambda scores, row: has_learnt * scores.logprobs.mean())
+    save(learner, tmp_path, RECORD, with_optimizer=True)
+    resume(resumed, tmp_path)
+    assert resumed.has_learnt == has_learnt
+
+
+def test_a_checkpoint_that_does_not_say_has_learnt_where_updates_were_taken(load_sft, examples, tmp_path) -> None:
+    learner = load_sft()
+    update(learner, examples[:1])
+    save(learner, tmp_path, RECORD, with_optimizer=True)
+    state = torch.load(tmp_path / STATE_FILE)
+    del state["has_learnt"]
+    torch.save(state, tmp_path / STATE_FILE)
+    resumed = load_sft()
+    resume(resumed, tmp_path)
+    assert resumed.has_learnt
 
 
 def test_a_folder_without_the_optimizer_cannot_be_resumed(load_sft, tmp_path) -> None:

@@ -81,6 +81,7 @@ class Learner:
         self.is_exact = False
         self.guard = NonfiniteGuard(config.skip_nonfinite)
         self.num_overflows = 0
+        self.has_learnt = False  # whether an update with a gradient was taken; where all advantages are 0 there is none
         self.phases = Phases(self.world)
         self.tokens_that_fit: int | None = None
         self.vision_cache: VisionCache | None = None
@@ -264,6 +265,7 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule() * group["peak_lr"]
             self.scaler.step(self.optimizer)
+            self.has_learnt |= math.isfinite(norm) and norm > 0
         self.scaler.update()
         return update
 

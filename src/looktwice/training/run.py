@@ -234,7 +234,7 @@ def close_step(
 
 
 def save_final(learner: Learner, record: Record, stop: StopRequest, *, alarms: Sequence[str] = ()) -> Path:
-    """Write the final model, say so, and give back its folder; of a run that changed nothing, or ends with alarms on,
+    """Write the final model, say so, and give back its folder; of a run that learnt nothing, or ends with alarms on,
     say that instead.
 
     Raises Interrupted afterwards where a signal asked the run to stop.
@@ -243,14 +243,14 @@ def save_final(learner: Learner, record: Record, stop: StopRequest, *, alarms: S
     card = model_card(learner, record) if learner.world.is_main else None
     save(learner, folder, record, with_optimizer=False, card=card)
     stage = STAGE_NAMES[record.stage]
-    if learner.optimizer.state and alarms:
+    if learner.has_learnt and alarms:
         print(f"{stage} ended with alarms on ({', '.join(alarms)}): {folder}; docs/method.md says what they mean")
-    elif learner.optimizer.state:
+    elif learner.has_learnt:
         print(f"{stage} done: {folder}")
     else:
         print(
-            f"{stage} changed nothing: none of {learner.step:,} steps had anything to train on, and {folder} holds the "
-            "weights it started from; group/dropped and data/too_long of metrics.jsonl say why"
+            f"{stage} learnt nothing: none of {learner.step:,} steps had a gradient, and {folder} is no better than "
+            "what it started from; group/, reward/, data/ and optim/ of metrics.jsonl say why"
         )
     stop.agree(learner.world.gather)
     stop.heed(is_done=True)

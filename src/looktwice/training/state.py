@@ -49,6 +49,7 @@ def save(learner: Learner, folder: Path, record: Record, *, with_optimizer: bool
                 "skipped": (learner.guard.in_a_row, learner.guard.num_skipped),
                 "scaler": learner.scaler.state_dict(),
                 "overflows": learner.num_overflows,
+                "has_learnt": learner.has_learnt,
                 "rows": {name: vars(learner).get(name) for name in ROW_LIMITS},
             }
             try:
@@ -92,6 +93,7 @@ def resume(learner: Learner, folder: Path) -> None:
     learner.step = step
     learner.guard.in_a_row, learner.guard.num_skipped = skipped
     learner.num_overflows = state.get("overflows", 0)
+    learner.has_learnt = state.get("has_learnt", bool(learner.optimizer.state))
     is_given = learner.config.max_tokens_per_row is not None or learner.config.memory_efficient
     kept = ROW_LIMITS[-1:] if is_given else ROW_LIMITS
     vars(learner).update({name: limits[name] for name in kept if limits.get(name) is not None})
