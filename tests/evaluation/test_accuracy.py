@@ -62,6 +62,13 @@ def test_a_crop_of_another_picture_than_the_first_does_not_overlap_its_gold_box(
     assert result.mean_iou == 0.25
 
 
+def test_a_crop_overlaps_the_nearest_of_several_gold_boxes() -> None:
+    sample = replace(SAMPLE, more_gold_boxes=(Box(100, 0, 140, 40),))
+    second = replace(HIT, box=Box(100, 0, 140, 40))
+    result = evaluate(Written([said("<answer>7</answer>", HIT, second)]), [sample])
+    assert result.mean_iou == 0.75
+
+
 def test_without_calls_there_is_no_share_and_no_overlap() -> None:
     result = evaluate(Written([said("<answer>7</answer>")]), [SAMPLE])
     assert (result.accuracy, result.calls_per_answer, result.valid_share, result.mean_iou) == (1, 0, None, None)

@@ -32,7 +32,7 @@ def test_the_metrics_of_a_step_are_these_means(play_scripts) -> None:
     outside = "<tool_call>[500, 500, 600, 600]</tool_call>"
     scripts = [f"{CALL}{outside}{OTHER}", f"{CALL} no.<|im_end|>", WRONG, CALL * 6]
     episodes = [play_scripts(script, max_turns=3)[0][0] for script in scripts]
-    sample = replace(SAMPLE, gold_box=Box(0, 0, 48, 24))
+    sample = replace(SAMPLE, gold_box=Box(100, 100, 120, 110), more_gold_boxes=(Box(0, 0, 48, 24),))
     rewards = [
         Reward(total=1.5, parts={"accuracy": 1.0, "format": 0.5}),
         Reward(total=0.5, parts={"accuracy": 0.0, "format": 0.5}),

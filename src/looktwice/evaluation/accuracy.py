@@ -17,7 +17,8 @@ from looktwice.rollout.trajectory import Trajectory, gold_overlaps
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Figures over all questions. `valid_share` is of calls, `mean_iou` of crops with a gold box; None without any."""
+    """Figures over all questions. `valid_share` is of calls, `mean_iou` of crops with the nearest gold box; None
+    without any."""
 
     accuracy: float
     calls_per_answer: float
@@ -81,7 +82,7 @@ def judged(trajectories: Sequence[Trajectory], samples: Sequence[Sample]) -> Eva
         for trajectory, sample in zip(trajectories, samples, strict=True)
     )
     calls = [call for trajectory in trajectories for call in trajectory.calls]
-    overlaps = gold_overlaps(trajectories, [sample.gold_box for sample in samples])
+    overlaps = gold_overlaps(trajectories, [sample.gold_boxes for sample in samples])
     return Evaluation(
         accuracy=fmean(is_right),
         calls_per_answer=len(calls) / len(samples),

@@ -103,15 +103,15 @@ class Trajectory:
         return call.box.area / (width * height)
 
 
-def gold_overlaps(trajectories: Sequence[Trajectory], gold_boxes: Sequence[Box | None]) -> list[float]:
-    """IoU of every crop with its trajectory's gold box, both in original pixels; none where there is no gold box.
+def gold_overlaps(trajectories: Sequence[Trajectory], gold_boxes: Sequence[Sequence[Box]]) -> list[float]:
+    """IoU of every crop with the nearest of its trajectory's gold boxes, in original pixels; none where there are none.
 
-    A gold box lies in the first picture, so a crop of another one overlaps it by 0.
+    Gold boxes lie in the first picture, so a crop of another one overlaps them by 0.
     """
     return [
-        iou(call.box, gold) if call.image_number == 1 else 0.0
-        for trajectory, gold in zip(trajectories, gold_boxes)
-        if gold is not None
+        max(iou(call.box, box) for box in boxes) if call.image_number == 1 else 0.0
+        for trajectory, boxes in zip(trajectories, gold_boxes)
+        if boxes
         for call in trajectory.calls
         if call.box is not None
     ]

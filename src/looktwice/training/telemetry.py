@@ -97,7 +97,7 @@ def _crops(rollouts: Sequence[Rollout]) -> dict[str, float]:
     if areas:
         metrics["tool/area_share"] = mean(areas)
         metrics["tool/whole_share"] = mean(area >= WHOLE_IMAGE for area in areas)
-    overlaps = gold_overlaps(trajectories, [rollout.sample.gold_box for rollout in rollouts])
+    overlaps = gold_overlaps(trajectories, [rollout.sample.gold_boxes for rollout in rollouts])
     if overlaps:
         metrics["tool/mean_iou"] = mean(overlaps)
     return metrics
