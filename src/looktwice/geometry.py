@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -90,6 +91,14 @@ def iou(a: Box, b: Box) -> float:
     inter = max(0.0, width) * max(0.0, height)
     union = a.area + b.area - inter
     return inter / union if union > 0 else 0.0
+
+
+def hull(boxes: Sequence[Box]) -> Box | None:
+    """The smallest box that holds all of them; None where there are none."""
+    if not boxes:
+        return None
+    lefts, tops, rights, bottoms = zip(*boxes)
+    return Box(min(lefts), min(tops), max(rights), max(bottoms))
 
 
 def smart_resize(size: Size, *, factor: int, min_pixels: int, max_pixels: int) -> Size:

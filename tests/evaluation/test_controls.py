@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
+from looktwice.data.sample import Sample
 from looktwice.errors import DataError
-from looktwice.evaluation.controls import CONTROLS, control_look
+from looktwice.evaluation.controls import CONTROLS, control_look, control_looks
 from looktwice.geometry import Box, Size
+from looktwice.messages import question_about
 from looktwice.rollout.crop_tool import CropTool
 
 CALL = "<tool_call>[100, 60, 140, 100]</tool_call>"
@@ -66,6 +70,13 @@ def test_gold_crop_shows_the_box_of_the_answer_whatever_is_asked_for(processor, 
         seen = control_look("gold_crop", processor, 0, gold)(asked, [image])
         assert (seen.call.box, seen.call.error) == (gold, None)
         assert torch.equal(seen.image.pixel_values, right.image.pixel_values)
+
+
+def test_gold_crop_holds_all_gold_boxes_of_a_sample(processor, image) -> None:
+    boxes = {"gold_box": Box(100, 60, 140, 100), "more_gold_boxes": (Box(60, 80, 80, 110),)}
+    sample = Sample(conversation=question_about("What?", Path("a.png")), where="a:1", field="A", **boxes)
+    [look] = control_looks("gold_crop", processor, [sample], 0)
+    assert look(CALL, [image]).call.box == Box(60, 60, 140, 110)
 
 
 def test_gold_crop_needs_a_gold_box(processor) -> None:

@@ -19,7 +19,7 @@ from looktwice.config import ALL_CONTROLS, AnswerConfig
 from looktwice.engine.sampling import mixed_seed
 from looktwice.evaluation.controls import Control as LookControl
 from looktwice.evaluation.controls import control_look
-from looktwice.geometry import MAX_RESIZE_ASPECT, Box, Size, num_visual_tokens
+from looktwice.geometry import MAX_RESIZE_ASPECT, Size, hull, num_visual_tokens
 from looktwice.inference import OvisInference, seeds_of
 from looktwice.messages import Conversation, ImagePart, Part, TextPart
 from looktwice.processing.images import open_image, resize
@@ -149,19 +149,7 @@ def _look_of(condition: str, processor: Ovis2_5Processor, item: Item, seed: int)
     is_gold = condition == "gold_crop"
     gold_image = open_image(item.gold_image) if is_gold and item.gold_image is not None else None
     chance = mixed_seed(seed, item.id.encode())
-    return control_look(name, processor, chance, _hull(item.gold_boxes) if is_gold else None, gold_image)
-
-
-def _hull(boxes: Sequence[Box]) -> Box | None:
-    """The smallest box that holds all of them."""
-    if not boxes:
-        return None
-    return Box(
-        min(box.x1 for box in boxes),
-        min(box.y1 for box in boxes),
-        max(box.x2 for box in boxes),
-        max(box.y2 for box in boxes),
-    )
+    return control_look(name, processor, chance, hull(item.gold_boxes) if is_gold else None, gold_image)
 
 
 def _with_results(

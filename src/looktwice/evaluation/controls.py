@@ -13,7 +13,7 @@ from looktwice.calls import parse_call
 from looktwice.data.sample import Sample
 from looktwice.engine.sampling import mixed_seed
 from looktwice.errors import DataError
-from looktwice.geometry import Box, Size, crop_rectangle, crop_size, iou
+from looktwice.geometry import Box, Size, crop_rectangle, crop_size, hull, iou
 from looktwice.messages import ANSWER_OPEN, THINK_CLOSE
 from looktwice.processing.images import resize
 from looktwice.processing.processor import Ovis2_5Processor
@@ -103,7 +103,7 @@ def control_look(
 def control_looks(control: Control, processor: Ovis2_5Processor, samples: Sequence[Sample], seed: int) -> list[Look]:
     """The looks of a control, one for each question; chance goes by seed and the question's place."""
     return [
-        control_look(control, processor, mixed_seed(seed, number), sample.gold_box)
+        control_look(control, processor, mixed_seed(seed, number), hull(sample.gold_boxes))
         for number, sample in enumerate(samples)
     ]
 
