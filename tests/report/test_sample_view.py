@@ -162,7 +162,7 @@ def test_in_stage_2_the_prompt_is_shown_that_rollouts_start_from(
 def test_a_crop_says_what_was_cut_and_shows_what_the_model_sees(
     make_sample: MakeSample, processor: Ovis2_5Processor, image: Image.Image
 ) -> None:
-    sample = make_sample(assistant(f"a {CALL} b"), gold_box=Box(1, 2, 3, 4))
+    sample = make_sample(assistant(f"a {CALL} b"), gold_box=Box(1, 2, 3, 4), more_gold_boxes=(Box(5, 6, 7, 8),))
     view = view_sample(sample, processor, ShowConfig())
     whole, crop = images(view)
     assert whole.caption == f"picture 1 {sample.image_paths[0]} 160x120, seen as 96x80: 30 tokens"
@@ -170,7 +170,7 @@ def test_a_crop_says_what_was_cut_and_shows_what_the_model_sees(
     assert crop.caption == "crop 1 0,0-48,60 → 48x60, seen as 48x48: 9 tokens"
     expected = resize(image, Size(48, 48), (0, 0, 48, 60))
     assert np.array_equal(np.asarray(crop.image), np.asarray(expected))
-    assert view.gold_box == Box(1, 2, 3, 4)
+    assert view.gold_boxes == (Box(1, 2, 3, 4), Box(5, 6, 7, 8))
 
 
 def test_boxes_in_another_frame_are_shown_in_original_pixels(

@@ -100,8 +100,8 @@ def row_of(views: Sequence[SampleView], number: int) -> Row:
 
 def _marks_of(view: SampleView, prefix: str) -> Iterator[tuple[int, Mark]]:
     """The boxes of a sample, each with the number of its picture, counted from 1."""
-    if view.gold_box and view.whole_images:
-        yield 1, Mark(box=view.gold_box, label=prefix.rstrip("."), is_gold=True)
+    for box in view.gold_boxes if view.whole_images else ():
+        yield 1, Mark(box=box, label=prefix.rstrip("."), is_gold=True)
     for crop in view.crops:
         assert crop.rectangle
         yield crop.cut_from, Mark(box=Box(*crop.rectangle), label=f"{prefix}{crop.number}")

@@ -109,7 +109,7 @@ def view_of(one: Rollout, processor: Ovis2_5Processor) -> SampleView:
         where=sample.where,
         place=sample.field,
         turns=turns_of(one.example, sample, processor_for(sample, processor)),
-        gold_box=sample.gold_box,
+        gold_boxes=sample.gold_boxes,
         solution=sample.solution if isinstance(sample.solution, str) else " or ".join(sample.solution),
     )
 

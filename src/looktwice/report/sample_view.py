@@ -135,13 +135,13 @@ class TurnView:
 class SampleView:
     """One sample as the model sees it, or, with `problem`, the reason why it cannot be trained.
 
-    `gold_box` is in original pixels of the first picture; `note` says what else was done with the sample.
+    `gold_boxes` are in original pixels of the first picture; `note` says what else was done with the sample.
     """
 
     where: str
     place: str
     turns: tuple[TurnView, ...] = ()
-    gold_box: Box | None = None
+    gold_boxes: tuple[Box, ...] = ()
     solution: str = ""
     note: str = ""
     problem: str = ""
@@ -215,7 +215,7 @@ def view_sample(sample: Sample, processor: Ovis2_5Processor, config: ShowConfig)
         where=sample.where,
         place=sample.field,
         turns=turns,
-        gold_box=sample.gold_box,
+        gold_boxes=sample.gold_boxes,
         solution=sample.solution if isinstance(sample.solution, str) else " or ".join(sample.solution),
         note=note,
     )
