@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -116,7 +117,7 @@ METRICS: dict[str, str] = {
     "alarm/kl_runaway": "is 1 while the policy is far from where it started",
     "alarm/failing_rewards": "is 1 while many rewards fail",
 }
-"""Every metric a run may log: area/quantity, its meaning and unit; a star stands for any word."""
+"""Every metric a run may log: area/quantity, its meaning and unit; a star stands for any words."""
 
 LOG_FILE = "metrics.jsonl"
 OWN_NAMES = ("optim/", "perf/", "time/")
@@ -161,7 +162,7 @@ class Recorder:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record and show the metrics of a step. Raises KeyError for a name that is not in METRICS."""
-        unknown = [name for name in metrics if not {name, f"{name.rpartition('/')[0]}/*"} & {*METRICS}]
+        unknown = [name for name in metrics if not any(fnmatchcase(name, known) for known in METRICS)]
         if unknown:
             raise KeyError(f"metrics {unknown} are not in the table METRICS")
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no other

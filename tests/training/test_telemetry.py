@@ -8,7 +8,7 @@ import pytest
 from tests.training.scripted import CALL, OTHER, RIGHT, SAMPLE, WRONG, paid, rollout_of
 
 from looktwice.geometry import Box, Size
-from looktwice.metrics import METRICS
+from looktwice.metrics import METRICS, Recorder
 from looktwice.rewards import Reward
 from looktwice.rollout.trajectory import ToolCall
 from looktwice.training.rollouts import Rollout
@@ -82,6 +82,24 @@ def test_what_is_right_is_what_the_rules_say_whatever_is_paid(played) -> None:
     assert (metrics["rollout/right_with_crop"], metrics["rollout/right_without_crop"]) == (1, 0)
     assert (metrics["reward/total_right"], metrics["reward/total_wrong"]) == (0.25, 0.5)
     assert metrics["rollout/num_tokens_right"] > metrics["rollout/num_tokens_wrong"]
+
+
+def test_a_part_of_ones_own_takes_the_place_of_no_metric(played, tmp_path) -> None:
+    [rollout] = played((RIGHT, 0.0))
+    rollout.reward = Reward(total=3.0, parts={"total": 1.0, "failed": 0.5, "style/short": 1.5, "accuracy": 0.0})
+    metrics = rollout_metrics([[rollout]])
+    found = {name: value for name, value in metrics.items() if name.startswith("reward/")}
+    assert found == {
+        "reward/total": 3.0,
+        "reward/failed": 0.0,
+        "reward/total_right": 3.0,
+        "reward/accuracy": 0.0,
+        "reward/own/total": 1.0,
+        "reward/own/failed": 0.5,
+        "reward/own/style/short": 1.5,
+    }
+    with Recorder(tmp_path, total_steps=1, shown=(), title="R-GRPO") as recorder:
+        recorder.log(1, metrics)
 
 
 def test_groups_without_signal_are_counted_by_why_they_have_none(played) -> None:

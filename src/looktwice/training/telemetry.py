@@ -8,6 +8,7 @@ from statistics import fmean as mean
 
 from looktwice.answers import answers_right
 from looktwice.metrics import METRICS
+from looktwice.rewards import ROBUST
 from looktwice.rollout.trajectory import gold_overlaps
 from looktwice.training.losses import MIN_REWARD_SPREAD
 from looktwice.training.rollouts import Rollout
@@ -51,7 +52,7 @@ def _rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
     if rewards:
         metrics["reward/total"] = mean(reward.total for reward in rewards)
     for part in {part: None for reward in rewards for part in reward.parts}:
-        name = f"reward/{part}" if f"reward/{part}" in METRICS else f"reward/own/{part}"
+        name = f"reward/{part}" if part in ROBUST.largest else f"reward/own/{part}"
         metrics[name] = mean(reward.parts.get(part, 0.0) for reward in rewards)
     return metrics
 
