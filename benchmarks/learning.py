@@ -166,7 +166,7 @@ def crops_trained() -> Iterator[None]:
     def roll_out(learner: Any, *arguments: Any, **options: Any) -> Any:
         groups = masked(learner, *arguments, **options)
         for rollout in (rollout for group in groups for rollout in group):
-            example, trajectory = rollout.episode.example, rollout.trajectory
+            example, trajectory = rollout.example, rollout.trajectory
             length = len(trajectory.completion_ids)
             example.loss_mask[-length:] = trajectory.is_sampled[:] = [True] * length
             with torch.no_grad():

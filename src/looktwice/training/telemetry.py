@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean as mean
 
 from looktwice.answers import answers_right
-from looktwice.metrics import METRICS
 from looktwice.rewards import ROBUST
 from looktwice.rollout.trajectory import gold_overlaps
 from looktwice.training.losses import MIN_REWARD_SPREAD
