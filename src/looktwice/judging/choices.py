@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from looktwice.judging.retractions import is_retracted
 from looktwice.judging.wording import bare, plain
 
 _OPTION = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])([.):]))\s+(\S.*)", re.DOTALL)
@@ -33,7 +34,7 @@ _ANOTHER_OPTION = re.compile(r"[A-Za-z]|.*(?<![\w'])(?:[(\[][A-Ha-h][)\]]|[A-H][
 
 
 class Choice(NamedTuple):
-    """An option: its letter, its text ("" where none is given), and whether either may stand for both."""
+    """An option, given or picked: its letter, its text ("" for none), and whether either may stand for both."""
 
     letter: str
     text: str = ""
@@ -59,7 +60,8 @@ def picked(text: str) -> Choice | None:
     """The option that an answer picks, or None when none or several.
 
     Around its letter only words may stand that say no more than that it is the answer: "Vitamin C", "Not B", "A or B"
-    pick nothing. The text after "B." or "(B)" is that of the option.
+    pick nothing. The text after "B." or "(B)" is that of the option; where it may as well deny the letter ("is wrong")
+    or pick another, the letter does not stand without it.
     """
     text = bare(plain(text))
     if pick := _ONE_LETTER.fullmatch(text):
@@ -69,7 +71,10 @@ def picked(text: str) -> Choice | None:
         return None
     letter, said = (pick[1] or pick[2]).upper(), pick[4]
     is_unclear = _ANOTHER_OPTION.fullmatch(said) or (_REVISED.search(said) and _LONE_LETTER.search(said))
-    return None if is_unclear or not _is_option(letter, pick[3], said) else Choice(letter, said)
+    if is_unclear or not _is_option(letter, pick[3], said):
+        return None
+    after = text[pick.end(1) + 1 if pick[1] else pick.end(2) :]
+    return Choice(letter, said, not is_retracted(letter, after, said))
 
 
 def _is_option(letter: str, mark: str | None, text: str) -> bool:

@@ -100,7 +100,7 @@ def _choice(gold: str) -> Judge | None:
             return False
         if pick.text and option.text:
             return _says(pick.text, option.text, _KINDS_OF_OPTIONS)
-        return option.is_either
+        return option.is_either and pick.is_either
 
     return judge
 
