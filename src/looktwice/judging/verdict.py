@@ -12,6 +12,7 @@ from looktwice.judging.mathematics import equal_in_mathematics, is_mathematics, 
 from looktwice.judging.moments import read_moment
 from looktwice.judging.quantities import read_quantity
 from looktwice.judging.wording import bare, plain, words
+from looktwice.judging.yes_no import read_yes_no, says
 
 Judge = Callable[[str], bool]
 """Whether a plain text says what one gold answer says."""
@@ -23,13 +24,6 @@ _STATEMENT = re.compile(
 )
 """What an answer may begin with before it says something: "It's the"."""
 _NAME = re.compile(r"^[A-Za-z] ?= ?")
-_OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
-_SUBJECT = "(?:it|they|he|she|there|this|that|i|we|you)"
-_YES_NO = re.compile(rf"(yes|no|true|false)(?:(?:\s*[,.;:!-]\s*|\s+(?={_SUBJECT}\b))(?![\s\d])(.+))?")
-_PLAIN_YES_NO = re.compile(rf"(yes|no|true|false)(?:,? {_SUBJECT} \w+(?: not|n't)?)?")
-_HEDGES = {"but", "however", "maybe", "perhaps", "unless", "except", "or"}
-_NEGATIONS = {"not", "never", "isn't", "aren't", "doesn't", "don't", "cannot", "can't", "wasn't", "weren't"}
-_MAX_YES_NO_CHARS = 48
 _SEPARATOR = re.compile(r"\s*(?:[;\n]|,(?![0-9]{3}(?![0-9]))|,\s+)\s*(?:and\s+|&\s*)?|\s+(?:and|&)\s+")
 _BULLETS = re.compile(r"(?:(?:^|\n)\s*(?:[-*•]|[0-9]{1,2}[.)])\s+[^\n]+){2,}")
 _BULLET = re.compile(r"(^|\n)\s*(?:[-*•]|[0-9]{1,2}[.)])\s+")
@@ -106,21 +100,8 @@ def _choice(gold: str) -> Judge | None:
 
 
 def _yes_or_no(gold: str) -> Judge | None:
-    stated_gold = _PLAIN_YES_NO.fullmatch(bare(gold).casefold())
-    if stated_gold is None:
-        return None
-    wanted = stated_gold[1]
-
-    def judge(said: str) -> bool:
-        said = bare(said).casefold()
-        stated = _YES_NO.fullmatch(said)
-        if stated is None or stated[1] != wanted or len(said) >= _MAX_YES_NO_CHARS:
-            return False
-        rest = set(re.findall(r"[\w']+", stated[2] or ""))
-        is_denied = wanted in ("yes", "true") and rest & _NEGATIONS
-        return not (is_denied or rest & _HEDGES or _OPPOSITES[wanted] in rest)
-
-    return judge
+    wanted = read_yes_no(gold)
+    return None if wanted is None else lambda said: says(wanted, said)
 
 
 def _moment(gold: str) -> Judge | None:
