@@ -29,6 +29,7 @@ from looktwice.judging.units import unit_of
         ("1/0", None),
         ("12A3", None),
         ("10-20", None),
+        ("5 MeV", Quantity(Fraction(5), "counted MeV")),
         ("$5 €", None),
         ("red", None),
     ],
@@ -43,7 +44,22 @@ def test_a_fraction_is_read_as_its_value(value: Fraction) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("mW", "MW"), ("Mb", "MB"), ("m", "min"), ("m", "m^2"), ("°C", "°F"), ("kW", "kWh"), ("m", "M")]
+    ("one", "other"),
+    [
+        ("MBps", "Mbps"),
+        ("Kb", "KB"),
+        ("Gib", "GiB"),
+        ("Mbar", "mbar"),
+        ("cal", "Cal"),
+        ("nm", "Nm"),
+        ("mW", "MW"),
+        ("Mb", "MB"),
+        ("m", "min"),
+        ("m", "m^2"),
+        ("°C", "°F"),
+        ("kW", "kWh"),
+        ("m", "M"),
+    ],
 )
 def test_units_that_look_alike_are_others(one: str, other: str) -> None:
     assert unit_of(one) != unit_of(other)
@@ -52,6 +68,13 @@ def test_units_that_look_alike_are_others(one: str, other: str) -> None:
 @pytest.mark.parametrize("name", ["KM", "km", "Km", "kilometers", "Kilometre"])
 def test_case_that_tells_nothing_is_passed_over(name: str) -> None:
     assert unit_of(name) == unit_of("km") is not None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("mbps", "Mbps"), ("GB", "gb"), ("Mpa", "MPa"), ("Mph", "mph"), ("KW", "kW")]
+)
+def test_a_symbol_of_another_case_is_the_only_one_that_it_can_be(one: str, other: str) -> None:
+    assert unit_of(one) == unit_of(other) is not None
 
 
 @pytest.mark.parametrize("text", ["1" * 5000, "1" * 5000 + " km", "1/" + "2" * 5000, "$" + "9" * 5000])

@@ -28,6 +28,8 @@ _MULTIPLIERS = {"k": 10**3, "dozen": 12, "thousand": 10**3, "million": 10**6, "b
 _LETTER_MULTIPLIERS = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "b": 10**9, "B": 10**9, "bn": 10**9}
 _COUNTED = re.compile(r"[^\W\d_]+(?:[ -][^\W\d_]+){0,3}")
 """What is counted, in words: "red apples"."""
+_SYMBOL = re.compile(r"[A-Za-z]*(?:[a-z][A-Z]|[A-Z]{2}[a-z])[A-Za-z]?")
+"""Of a unit that is not known here: MeV is no meV."""
 
 _FIRST_CJK = "⺀"
 """From here on a word follows its number without a space."""
@@ -110,7 +112,9 @@ def _measured(value: Fraction, currency: str, rest: str, *, is_stored: bool = Fa
     if not rest:
         return Quantity(value * factor, is_stored=is_stored)
     if (rest.startswith(" ") or rest[0] >= _FIRST_CJK) and _COUNTED.fullmatch(rest.strip()):
-        return Quantity(value * factor, f"counted {words(rest).removesuffix('s')}")
+        counted = rest.strip()
+        name = counted if _SYMBOL.fullmatch(counted) else words(counted).removesuffix("s")
+        return Quantity(value * factor, f"counted {name}")
     return None
 
 

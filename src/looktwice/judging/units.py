@@ -16,18 +16,24 @@ class Unit(NamedTuple):
 
 
 _PREFIXES = {
-    "T": ("tera", 12),
-    "G": ("giga", 9),
-    "M": ("mega", 6),
-    "k": ("kilo", 3),
-    "h": ("hecto", 2),
-    "": ("", 0),
-    "d": ("deci", -1),
-    "c": ("centi", -2),
-    "m": ("milli", -3),
-    "μ": ("micro", -6),
-    "n": ("nano", -9),
+    "T": ("tera", Fraction(10) ** 12),
+    "G": ("giga", Fraction(10) ** 9),
+    "M": ("mega", Fraction(10) ** 6),
+    "k": ("kilo", Fraction(10) ** 3),
+    "K": ("kilo", Fraction(10) ** 3),
+    "h": ("hecto", Fraction(10) ** 2),
+    "": ("", Fraction(1)),
+    "d": ("deci", Fraction(10) ** -1),
+    "c": ("centi", Fraction(10) ** -2),
+    "m": ("milli", Fraction(10) ** -3),
+    "μ": ("micro", Fraction(10) ** -6),
+    "n": ("nano", Fraction(10) ** -9),
+    "Ki": ("kibi", Fraction(2) ** 10),
+    "Mi": ("mebi", Fraction(2) ** 20),
+    "Gi": ("gibi", Fraction(2) ** 30),
+    "Ti": ("tebi", Fraction(2) ** 40),
 }
+_DATA_PREFIXES = ("T", "G", "M", "K", "k", "", "Ki", "Mi", "Gi", "Ti")
 
 _METRIC = (
     # dimension, prefixes in use (a blank for none), symbols, names, value
@@ -44,11 +50,15 @@ _METRIC = (
     ("resistance", "GMk m", ("Ω",), ("ohm",), 1),
     ("frequency", "TGMk ", ("Hz",), ("hertz",), 1),
     ("force", "Mk m", ("N",), ("newton",), 1),
+    ("torque", "k ", ("Nm",), ("newton meter", "newton metre"), 1),
     ("pressure", "GMkh ", ("Pa",), ("pascal",), 1),
     ("pressure", " m", ("bar",), ("bar",), 100_000),
-    ("data", "TGMk ", ("B",), ("byte",), 8),
-    ("data", "TGMk ", ("b", "bit"), ("bit",), 1),
+    ("data", _DATA_PREFIXES, ("B", "Bs"), ("byte",), 8),
+    ("data", _DATA_PREFIXES, ("b", "bs", "bit", "bits"), ("bit",), 1),
+    ("data rate", _DATA_PREFIXES, ("Bps",), ("byte per second", "bytes per second"), 8),
+    ("data rate", _DATA_PREFIXES, ("bps",), ("bit per second", "bits per second"), 1),
     ("food energy", "k ", ("cal",), ("calorie",), 1),
+    ("food energy", " ", ("Cal",), (), 1000),
     ("temperature", " ", ("K",), ("kelvin",), 1),
     ("celsius", " ", ("C", "°C"), ("celsius", "degree celsius", "degrees celsius", "degrees c", "deg c"), 1),
     (
@@ -61,7 +71,7 @@ _METRIC = (
 )
 
 _OTHERS = (
-    # dimension, value, what it is called in lower case
+    # dimension, value, what it is called in lower case: of symbols that differ by case, what they mean without any
     ("percent", 1, "%", "percent", "per cent", "pct"),
     ("angle", 1, "°", "deg", "degree"),
     ("time", 1, "sec"),
@@ -87,9 +97,12 @@ _OTHERS = (
     ("data", 8_000, "kb"),
     ("data", 8_000_000, "mb"),
     ("data", 8_000_000_000, "gb"),
+    ("data", 8_000_000_000_000, "tb"),
+    ("data rate", 1, "bps"),
     ("data rate", 1_000, "kbps"),
     ("data rate", 1_000_000, "mbps"),
     ("data rate", 1_000_000_000, "gbps"),
+    ("food energy", 1, "cal"),
     ("ordinal", 1, "st", "nd", "rd", "th"),
     ("dollar", 1, "$", "us$", "usd", "dollar", "us dollar"),
     ("dollar", Fraction(1, 100), "¢", "cent"),
@@ -112,7 +125,10 @@ _POWER_WORDS = re.compile(r"(square|sq\.?|cubic|cu\.?) (.+)", re.IGNORECASE)
 
 
 def unit_of(text: str) -> Unit | None:
-    """The unit that a plain text names, or None. Case tells mW from MW, and is passed over where it tells nothing.
+    """The unit that a plain text names, or None.
+
+    Case tells mW from MW and KBps from Kbps, and is passed over where it tells nothing: in names, and in symbols that
+    are all capitals or have none.
 
     Known are metric and the usual imperial units, currencies, percent, powers (`m^2`, "square metres") and one
     division (`km/h`, "metres per second").
@@ -141,30 +157,38 @@ def _raised(text: str) -> Unit | None:
 
 
 def _simple(text: str) -> Unit | None:
-    exact, folded = _tables()
+    exact, folded, capitals = _tables()
     if text in exact or (len(text) == 1 and text.isupper()):
         return exact.get(text)
-    is_about_case = len(text) < 4 and text[:1] in ("M", "m") and not (text.isupper() or text.islower())
-    return None if is_about_case else folded.get(text.casefold().rstrip("."))
+    called = text.casefold().rstrip(".")
+    is_about_case = called in capitals and not (text.isupper() or text.islower())
+    return None if is_about_case and text[0] not in capitals[called] else folded.get(called)
 
 
 @lru_cache(maxsize=1)
-def _tables() -> tuple[dict[str, Unit], dict[str, Unit]]:
-    """Units by what they are called: by the symbols in which case matters, and by anything in lower case."""
+def _tables() -> tuple[dict[str, Unit], dict[str, Unit], dict[str, set[str]]]:
+    """Units by their symbols, and by anything that they are called in lower case; and which first letters tell.
+
+    The last has the symbols in whose other writings case still tells: "Mpa" is the one that begins with M, "mPa" none.
+    """
     symbols_of: dict[str, Unit] = {}
     folded: dict[str, Unit] = {}
     for dimension, prefixes, symbols, names, value in _METRIC:
         for prefix in map(str.strip, prefixes):
-            name_of_prefix, power = _PREFIXES[prefix]
-            unit = Unit(dimension, Fraction(10) ** power * value)
+            name_of_prefix, factor = _PREFIXES[prefix]
+            unit = Unit(dimension, factor * value)
             symbols_of.update({prefix + symbol: unit for symbol in symbols})
             folded.update({name_of_prefix + name + plural: unit for name in names for plural in ("", "s")})
     for dimension, value, *called in _OTHERS:
         folded.update({name + plural: Unit(dimension, Fraction(value)) for name in called for plural in ("", "s")})
-    meanings: dict[str, set[Unit]] = {}
-    for symbol, unit in symbols_of.items():
-        meanings.setdefault(symbol.casefold(), set()).add(unit)
-    for symbol, units in meanings.items():
+    alike: dict[str, set[str]] = {}
+    for symbol in symbols_of:
+        alike.setdefault(symbol.casefold(), set()).add(symbol)
+    capitals: dict[str, set[str]] = {}
+    for called_alike, written in alike.items():
+        units = {symbols_of[symbol] for symbol in written}
         if len(units) == 1:
-            folded.setdefault(symbol, *units)
-    return symbols_of, folded
+            folded.setdefault(called_alike, *units)
+        if len(units) > 1 or called_alike.startswith("m"):
+            capitals[called_alike] = {symbol[0] for symbol in written} if len(units) == 1 else set()
+    return symbols_of, folded, capitals
