@@ -24,6 +24,8 @@ from looktwice.judging.units import unit_of
         ("7 red apples", Quantity(Fraction(7), "counted red apple")),
         ("zero", Quantity(Fraction(0))),
         ("ten five", None),
+        ("twenty, five", None),
+        ("one thousand, two hundred", Quantity(Fraction(1200))),
         ("two zero", Quantity(Fraction(2), "counted zero")),
         ("007", None),
         ("1/0", None),
@@ -63,6 +65,14 @@ def test_a_fraction_is_read_as_its_value(value: Fraction) -> None:
 )
 def test_units_that_look_alike_are_others(one: str, other: str) -> None:
     assert unit_of(one) != unit_of(other)
+
+
+@pytest.mark.parametrize("score", ["4/4", "6/8", "0/5", "5/1", "10/10 points"])
+def test_a_fraction_that_is_not_in_lowest_terms_equals_only_itself(score: str) -> None:
+    gold = read_quantity(score)
+    assert gold is not None
+    assert gold.equals(gold)
+    assert not gold.equals(Quantity(gold.value, gold.dimension))
 
 
 @pytest.mark.parametrize("name", ["KM", "km", "Km", "kilometers", "Kilometre"])

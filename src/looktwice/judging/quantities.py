@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from math import gcd
 
 from looktwice.judging.units import CURRENCIES, Unit, unit_of
 from looktwice.judging.wording import bare, words
@@ -26,6 +27,7 @@ _QUANTITY = re.compile(
 _MULTIPLIER = re.compile(r"([kKmMbB]n?)(?![^\W_])(.*)| ?(dozen|thousand|million|billion|trillion)\b(.*)", re.IGNORECASE)
 _MULTIPLIERS = {"k": 10**3, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _LETTER_MULTIPLIERS = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "b": 10**9, "B": 10**9, "bn": 10**9}
+_OF_COUNTED = "counted "
 _COUNTED = re.compile(r"[^\W\d_]+(?:[ -][^\W\d_]+){0,3}")
 """What is counted, in words: "red apples"."""
 _SYMBOL = re.compile(r"[A-Za-z]*(?:[a-z][A-Z]|[A-Z]{2}[a-z])[A-Za-z]?")
@@ -51,6 +53,8 @@ _PARTS = {
     **{"two thirds": Fraction(2, 3), "three quarters": Fraction(3, 4), "three fourths": Fraction(3, 4)},
 }
 _CJK_DIGITS = "一二三四五六七八九十"
+_COMMA_OF_A_LIST = re.compile(r"(?<!thousand)(?<!million)(?<!billion)(?<!trillion),", re.IGNORECASE)
+"""One thousand, two hundred is a number, and twenty, five are two."""
 _AND_PART = re.compile(rf"(.+) and ({'|'.join(sorted(_PARTS, key=len, reverse=True))})")
 MAX_CHARS = 1000
 """Of a quantity; Python reads no more than 4,300 digits."""
@@ -59,16 +63,31 @@ _ORDINAL = Unit("ordinal", Fraction(1))
 
 @dataclass(frozen=True)
 class Quantity:
-    """A value in basic units of what is measured ("" for a bare number); `is_stored` as a table stores one."""
+    """A value in basic units of what is measured ("" for a bare number); `is_stored` as a table stores one.
+
+    `written` is the fraction (numerator, denominator) that the value was written as.
+    """
 
     value: Fraction
     dimension: str = ""
     is_stored: bool = False
+    written: tuple[int, int] | None = field(default=None, compare=False)
 
     def equals(self, said: Quantity) -> bool:
-        """Whether another quantity is this one, up to what storing this one in a table has changed."""
+        """Whether another quantity is this one, up to what storing this one in a table has changed.
+
+        A fraction that is no number in lowest terms is a score or a time signature: 10/10 is not 1, nor 6/8 3/4.
+        """
+        if self._is_score() and self.written != said.written:
+            return False
         error = _STORED_ERROR * abs(self.value) if self.is_stored else 0
         return self.dimension == said.dimension and abs(self.value - said.value) <= error
+
+    def _is_score(self) -> bool:
+        if self.written is None or not (self.dimension == "" or self.dimension.startswith(_OF_COUNTED)):
+            return False
+        numerator, denominator = self.written
+        return denominator == 1 or gcd(numerator, denominator) > 1
 
 
 def read_quantity(text: str) -> Quantity | None:
@@ -81,13 +100,15 @@ def read_quantity(text: str) -> Quantity | None:
         return None
     written = _QUANTITY.fullmatch(text)
     if written is None:
-        return _spelled(words(text))
+        return None if _COMMA_OF_A_LIST.search(text) else _spelled(words(text))
     sign, currency, inner_sign, over, under, digits, power, raised, rest = written.groups()
     if sign and inner_sign:
         return None
     value = _fraction(over, under) if over else Fraction(re.sub("[, ']", "", digits)) * _ten_to(power or raised)
     is_stored = _STORED_NUMBER.fullmatch(text) is not None
-    return _measured(-value if "-" in (sign, inner_sign) else value, currency, rest, is_stored=is_stored)
+    quantity = _measured(-value if "-" in (sign, inner_sign) else value, currency, rest, is_stored=is_stored)
+    is_fraction = over is not None and over.isdigit()
+    return replace(quantity, written=(int(over), int(under))) if quantity and is_fraction else quantity
 
 
 def _ten_to(power: str | None) -> Fraction:
@@ -114,7 +135,7 @@ def _measured(value: Fraction, currency: str, rest: str, *, is_stored: bool = Fa
     if (rest.startswith(" ") or rest[0] >= _FIRST_CJK) and _COUNTED.fullmatch(rest.strip()):
         counted = rest.strip()
         name = counted if _SYMBOL.fullmatch(counted) else words(counted).removesuffix("s")
-        return Quantity(value * factor, f"counted {name}")
+        return Quantity(value * factor, _OF_COUNTED + name)
     return None
 
 
