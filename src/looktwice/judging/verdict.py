@@ -28,6 +28,7 @@ _SEPARATOR = re.compile(r"\s*(?:[;\n]|,(?![0-9]{3}(?![0-9]))|,\s+)\s*(?:and\s+|&
 _BULLETS = re.compile(r"(?:(?:^|\n)\s*(?:[-*•]|[0-9]{1,2}[.)])\s+[^\n]+){2,}")
 _BULLET = re.compile(r"(^|\n)\s*(?:[-*•]|[0-9]{1,2}[.)])\s+")
 _COMMA = re.compile(r"\s*,\s*")
+_MIXED_NUMBER = re.compile(r"\d \d")
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -135,15 +136,30 @@ def _list(gold: str) -> Judge | None:
         return None
 
     def judge(said: str) -> bool:
-        if words(_SEPARATOR.sub(" ", said)) == words(_SEPARATOR.sub(" ", gold)):
-            return True
         for separator in (_SEPARATOR, _COMMA):
             opened_by, parts = _parts(said, separator)
-            if len(parts) == len(wanted) and (not opened or not opened_by or opened == opened_by):
+            if opened and opened_by not in ("", opened):
+                return False
+            if len(parts) == len(wanted):
                 return all(_says(part, one, _KINDS_OF_PARTS) for part, one in zip(parts, wanted))
-        return False
+        return _leaves_out_separators(_parts(said, _SEPARATOR)[1], wanted)
 
     return judge
+
+
+def _leaves_out_separators(said: list[str], wanted: list[str]) -> bool:
+    """Whether a list only lacks separators that another has: "1 2 3", "New York USA", but not "5 1/2" for 5 and 1/2."""
+    rest = list(map(words, wanted))
+    for part in said:
+        joined: list[str] = []
+        while rest and " ".join(joined) != words(part):
+            joined.append(rest.pop(0))
+        holds_numbers = any(map(_MIXED_NUMBER.search, joined)) or (
+            read_quantity(part) is not None and any(map(read_quantity, joined[1:]))
+        )
+        if " ".join(joined) != words(part) or (len(joined) > 1 and holds_numbers):
+            return False
+    return not rest
 
 
 def _parts(text: str, separator: re.Pattern[str]) -> tuple[str, list[str]]:
