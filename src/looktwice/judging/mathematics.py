@@ -27,8 +27,12 @@ _FUNCTIONS = {"sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi"}
 _PLAIN_EXPRESSION = re.compile(r"[A-Za-z0-9 .,+\-*/^=(){}<>≤≥√π×·]+")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _NAMED_VALUE = re.compile(r"\s*[A-Za-z]\s*=\s*(?=[^=]+$)")
-_MARKS = re.compile(r"[%$€£¥₹°\"']|(?<![A-Za-z\\])[A-Za-z]+")
-"""Names, units, currencies and words, of which mathematics would pass over some."""
+_MARKS = re.compile(
+    r"[%$€£¥₹°\"']|(?<![A-Za-z\\])[A-Za-z]+|\\(?:Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega)(?![A-Za-z])"
+)
+"""Names, units, currencies, words and capitals, of which math-verify would pass over some, or over their case."""
+_SET = re.compile(r"(?:.*= ?)?\\\{[^|:]*\\\}")
+_TUPLE = re.compile(r"(?:.*= ?)?[(\[].*[)\]]")
 _TO_LATEX = (
     (re.compile(r"sqrt\s*\(([^()]*)\)|√\s*\(([^()]*)\)|√\s*(\w)"), r"\\sqrt{\1\2\3}"),
     (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])"), r"\\\1 "),
@@ -73,7 +77,14 @@ def equal_in_mathematics(prediction: str, gold: str) -> bool:
     if max(len(prediction), len(gold)) > MAX_CHARS or not is_installed():
         return False
     said, wanted = _latex(prediction), _latex(gold)
+    if _is_set_and_tuple(said, wanted) or _is_set_and_tuple(wanted, said):
+        return False
     return set(_MARKS.findall(said)) == set(_MARKS.findall(wanted)) and _compare(said, wanted)
+
+
+def _is_set_and_tuple(one: str, other: str) -> bool:
+    """Whether one lists the members of a set and the other is a point or an interval, alike to math-verify."""
+    return _SET.fullmatch(one) is not None and _TUPLE.fullmatch(other) is not None
 
 
 @lru_cache(maxsize=1)

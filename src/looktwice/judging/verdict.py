@@ -23,6 +23,8 @@ _STATEMENT = re.compile(
     r"(?:(?:it|this|that|he|she|they|these|those|there)(?: is|'s| are|'re) )?(?:the )?", re.IGNORECASE
 )
 """What an answer may begin with before it says something: "It's the"."""
+_GREEK_SYMBOL = re.compile(r"(?<!\w)[Α-Ωα-ω](?!\w)")
+"""Case tells Δ from δ, as it does not in a word."""
 _NAME = re.compile(r"^[A-Za-z] ?= ?")
 _SEPARATOR = re.compile(r"\s*(?:[;\n]|,(?![0-9]{3}(?![0-9]))|,\s+)\s*(?:and\s+|&\s*)?|\s+(?:and|&)\s+")
 _BULLETS = re.compile(r"(?:(?:^|\n)\s*(?:[-*•]|[0-9]{1,2}[.)])\s+[^\n]+){2,}")
@@ -77,8 +79,8 @@ def _tidy(text: str) -> str:
 
 
 def _words(gold: str) -> Judge:
-    wanted = words(gold)
-    return lambda said: words(said) == wanted
+    wanted, symbols = words(gold), _GREEK_SYMBOL.findall(gold)
+    return lambda said: words(said) == wanted and _GREEK_SYMBOL.findall(said) == symbols
 
 
 def _choice(gold: str) -> Judge | None:
