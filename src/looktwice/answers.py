@@ -33,6 +33,14 @@ _STATED_ALONE = re.compile(
 )
 """A text that ends in "#### 7", as the answers of GSM8K do, or is no more than "The answer is 7"."""
 _STATED_ANSWER = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*(\S.*)", re.IGNORECASE)
+_NOT_STATED = re.compile(
+    r"(?:n't|\b(?:not|never|cannot|doubt|whether|if|false|wrong|incorrect|unlikely))"
+    r"(?: (?:think|believe|say|know|tell|sure|certain|true|clear|if|whether|that))*"
+    r"(?: (?:the|my|a|an|final|correct|right|best))*\s*$",
+    re.IGNORECASE,
+)
+"""What before "answer is" states none: "I don't think the", "the wrong"."""
+_MAX_CHARS_BEFORE = 80
 
 _MATH = re.compile(
     r"\$\$\s*([^$\s][^$]*)\$\$|\$\s*([^$\s][^$]*)\$|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]"
@@ -77,8 +85,9 @@ def extract_answer(text: str) -> str | None:
     """The short answer to judge in a completion, or None when it holds none.
 
     From the last complete answer block after the thinking; without one, from all that follows the thinking. There, in
-    this order: the last `\\boxed{…}`; in a text without a block what follows "answer is" or "answer:"; then the block,
-    or the last line of the text (as R-GRPO does). An answer block that was opened and cut off is no answer.
+    this order: the last `\\boxed{…}`; in a text without a block what follows "answer is" or "answer:", unless it is
+    denied; then the block, or the last line of the text (as R-GRPO does). An answer block that was opened and cut off
+    is no answer.
     """
     block = find_answer_block(text)
     if block is not None:
@@ -87,7 +96,11 @@ def extract_answer(text: str) -> str | None:
     if ANSWER_OPEN in rest:
         return None
     rest = strip_tool_text(rest).strip()
-    stated = _STATED_ANSWER.findall(rest)
+    stated = [
+        found[1]
+        for found in _STATED_ANSWER.finditer(rest)
+        if not _NOT_STATED.search(rest[max(0, found.start() - _MAX_CHARS_BEFORE) : found.start()])
+    ]
     last_line = rest.splitlines()[-1].strip() if rest else None
     return last_boxed(rest) or (stated[-1].strip() if stated else last_line)
 
