@@ -31,6 +31,8 @@ _NUMERIC_DATES = tuple(
     re.compile(form)
     for form in (
         rf"{_YEAR}(?P<sign>[-/.])(?P<month>[01]?[0-9])(?P=sign){_DAY}",
+        rf"{_YEAR}[-/](?P<month>0[1-9]|1[0-2])",
+        rf"(?P<month>0?[1-9]|1[0-2])[-/.]{_YEAR}",
         rf"{_YEAR} ?年 ?(?P<month>[01]?[0-9]) ?月(?: ?{_DAY} ?[日号])?",
         rf"(?P<month>[01]?[0-9]) ?月 ?{_DAY} ?[日号]",
     )
@@ -41,6 +43,8 @@ _WEEKDAY = re.compile(rf"({'|'.join(_WEEKDAYS)}),? (?=\S)")
 _NAMED_TIMES = {"noon": 12 * 3600, "midnight": 0}
 _TIME = re.compile(r"([0-2]?[0-9]):([0-5][0-9])(?::([0-5][0-9]))? ?([ap])?\.? ?(?(4)m\.?)")
 _HOUR = re.compile(r"([01]?[0-9]) ?(?:([ap])\.? ?m\.?|o'clock)")
+_HOUR_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_HOUR_IN_WORDS = re.compile(rf"({'|'.join(_HOUR_WORDS)}) o'clock")
 
 
 class Moment(NamedTuple):
@@ -61,6 +65,8 @@ def read_moment(text: str) -> Moment | None:
     text = bare(text).casefold()
     if text in _NAMED_TIMES:
         return Moment(seconds=_NAMED_TIMES[text])
+    if spelled := _HOUR_IN_WORDS.fullmatch(text):
+        return Moment(unclear=(_HOUR_WORDS.index(spelled[1]) + 1, 0, 0))
     if weekday := _WEEKDAY.match(text):
         found = read_moment(text[weekday.end() :])
         return found if found and _is_weekday(found, _WEEKDAYS.index(weekday[1])) else None
@@ -104,10 +110,10 @@ def _time_of_day(text: str) -> Moment | None:
         hour, minute, second, half = int(written[1]), 0, 0, written[2]
     else:
         return None
-    if hour > (12 if half else 24) or (half and not hour):
+    if hour > (12 if half else 24) or (half and not hour) or (hour == 24 and minute + second):
         return None
     if half is None and 1 <= hour <= 12:
         return Moment(unclear=(hour, minute, second))
     if half:
         hour = hour % 12 + 12 * (half == "p")
-    return Moment(seconds=3600 * hour + 60 * minute + second)
+    return Moment(seconds=3600 * (hour % 24) + 60 * minute + second)

@@ -35,7 +35,7 @@ _LATEX = (
 _INITIALS = re.compile(r"\b([^\W\d_])\.(?=[^\W\d_]\b)")
 _ABBREVIATION = re.compile(r"(?<=[^\W\d_])\.(?=\s|$)")
 _COMMA = re.compile(r",(?= )")
-_RANGE = re.compile(r"(?<=\w) ?- ?(?=\w)|(?<=\d) to (?=\d)")
+_RANGE = re.compile(r"(?<=[\w%°]) ?- ?(?=[\w$€£¥])|(?<=[\d%°]) to (?=[\d$€£¥])")
 _BY = re.compile(r"(?<=\d) ?([x×:]) ?(?=\d)")
 _APART = re.compile(r"(?<=\d) (?=%|[ap]m\b)")
 _HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
