@@ -1,16 +1,18 @@
 """Stage 2: the update with prompts shared against packed rows and one rollout at a time, and a whole step of each.
 
-    python benchmarks/grpo.py [--json FILE] [--only body,vocab]
+    python benchmarks/grpo.py [--json FILE] [--only body,vocab] [--before CHECKOUT]
 
 One group of 8 rollouts about a picture of 1,024 visual tokens, 100 sampled tokens each and a crop of 64 visual tokens
 in the whole step; vision frozen. `body` has 60M parameters in the layers; figures of `vocab`, which has the real
 vocabularies, begin with its name. Seconds are those of the processor, on one thread; ratios are of measurements taken
 one after the other in this run, those named `flops_` of the arithmetic alone. Bytes are those of all live tensors,
-weights and optimizer included.
+weights and optimizer included. `--before` times stage 2 of the demo here and in another checkout of this repository.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,26 +50,64 @@ GOALS = {
     "peak_memory_vs_packed": "at most 0.3 (body)",
     "vision_passes_per_distinct_picture": "exactly 1",
     "max_gradient_difference": "at most 1e-5",
+    "demo_rl_seconds_vs_before": "at most 0.5",
 }
 GROUP, NUM_SAMPLED, BEFORE_CROP = 8, 100, 40
 SIDE, CROP_SIDE = 32, 8
 """Visual tokens along a side of the picture and of a crop."""
 REPEATS = 2
+DEMO = """
+import sys, time, torch
+from pathlib import Path
+from looktwice.demo.pipeline import NUM_EVAL, NUM_RL, NUM_TRAIN, Demo
+from looktwice.demo.task import make_dataset
+torch.set_num_threads(1)
+demo = Demo(Path(sys.argv[1]), 0)
+sizes = {"num_train": NUM_TRAIN, "num_rl": NUM_RL, "num_eval": NUM_EVAL}
+files = make_dataset(demo.folder / "data", seed=0, show_progress=False, **sizes)
+start = demo.sft(files)
+started = time.process_time()
+demo.grpo(files, start)
+print(time.process_time() - started)
+"""
 
 
 def main() -> None:
     options = parser()
     options.add_argument("--only", default=",".join(MODELS), help=f"models, of {','.join(MODELS)}")
+    options.add_argument("--before", type=Path, help="checkout of an earlier commit, to compare the demo with")
     arguments = options.parse_args()
     torch.set_num_threads(1)  # several would wait for each other in processor time
     figures: dict[str, float] = {}
-    for name in arguments.only.split(","):
+    if arguments.before is not None:
+        print("measuring the demo", file=sys.stderr)
+        here = Path(__file__).parents[1]
+        now, before = demo_seconds([here, arguments.before])
+        figures |= {"demo_rl_seconds": now, "demo_rl_seconds_vs_before": now / before}
+    for name in filter(None, arguments.only.split(",")):
         print(f"measuring {name}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             found = Step(name, Path(folder)).figures()
         prefix = "" if name == MODELS[0] else f"{name}."
         figures |= {f"{prefix}{key}": value for key, value in found.items()}
     publish(figures, arguments, GOALS)
+
+
+def demo_seconds(checkouts: Sequence[Path]) -> list[float]:
+    """Processor seconds that stage 2 of the demo takes in each checkout, all at the same time, on one thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", DEMO, f"{folder}/{number}"],
+                env={**os.environ, "PYTHONPATH": str((checkout / "src").resolve()), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for number, checkout in enumerate(checkouts)
+        ]
+        printed = [run.communicate()[0] for run in runs]
+    return [float(text.splitlines()[-1]) for text in printed]
 
 
 class Step:

@@ -407,7 +407,7 @@ def test_both_stages_go_on_wherever_they_are_by_one_command(
     assert main(shlex.split(told)) == 0
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "stage 1 is done, all 2 steps",
-        "stage 2 is done, all 2 steps",
+        "stage 2 learnt nothing, no step had a gradient, all 2 steps",
     ]
     assert (out / "sft" / "final_model" / "model.safetensors").stat() == model
 
@@ -574,9 +574,9 @@ def test_both_stages_run_one_after_the_other(command, tmp_path, capsys: pytest.C
     out = tmp_path / "out"
     printed, log = capsys.readouterr()
     assert printed.splitlines() == [
-        f"stage 1 done: {out}/sft/final_model",
-        f"stage 2 learnt nothing: none of 1 steps had a gradient, and {out}/grpo/final_model is no better than what it "
-        "started from; group/, reward/, data/ and optim/ of metrics.jsonl say why",
+        f"stage 1 is done: {out}/sft/final_model",
+        f"stage 2 learnt nothing, no step had a gradient: {out}/grpo/final_model; it is no better than what it started "
+        "from: group/, reward/, data/ and optim/ of metrics.jsonl say why",
     ]
     # off a terminal: no bar of ours or of another library, only whole lines
     assert "\r" not in log and "\x1b" not in log

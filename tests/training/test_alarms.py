@@ -205,7 +205,9 @@ def test_a_run_whose_updates_had_no_gradient_is_not_done_also_when_it_goes_on(ru
     assert lines[0]["optim/updates"] == 1 and lines[0]["optim/grad_norm"] == 0
     run(max_steps=2, resume_from_checkpoint=final.parent / "checkpoint-1", **settings)
     out = capsys.readouterr().out
-    assert out.count("stage 2 learnt nothing: none of ") == 2 and "done" not in out
+    assert out.count("stage 2 learnt nothing, no step had a gradient: ") == 2 and "done" not in out
+    run(max_steps=2, resume_from_checkpoint="latest", **settings)  # it has ended before
+    assert capsys.readouterr().out.startswith("stage 2 learnt nothing, no step had a gradient, all 2 steps: ")
 
 
 def test_a_run_with_an_alarm_on_at_its_end_is_not_done(run, capsys) -> None:

@@ -24,13 +24,16 @@ OF_ONE_RUN |= {"eval_tool_gain", "keep_trajectories", "rollout_page_steps"}
 """Settings that do not change what is learned, or that the order tells of."""
 
 
+DONE = "is done"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One run. `order` is what the number of a step means: the data, how many samples a step takes, and their order.
 
     `files` are those of the folder it was read from, each with its size in bytes and its `fingerprint`, which older
     ones lack. `step` is the one after which the folder was saved; of a run that is planned it is 0, or the last
-    one where there is nothing left to train.
+    one where there is nothing left to train. `outcome` is what a run that has ended said of itself.
     """
 
     stage: Stage
@@ -38,6 +41,7 @@ class Record:
     settings: dict[str, dict[str, Any]]
     step: int = 0
     files: dict[str, tuple[int, str | None]] = field(default_factory=dict)
+    outcome: str = DONE
 
     @classmethod
     def of(
@@ -70,7 +74,8 @@ class Record:
                 name: (facts, None) if isinstance(facts, int) else (facts["bytes"], facts["fingerprint"])
                 for name, facts in run["files"].items()
             }
-            return cls(settings=fields, files=files, **{name: run[name] for name in ("stage", "order", "step")})
+            told = {"outcome": run.get("outcome", DONE)}
+            return cls(settings=fields, files=files, **told, **{name: run[name] for name in ("stage", "order", "step")})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: does not say what run it is of; resume from another checkpoint") from error
 
@@ -104,7 +109,7 @@ class Record:
         # a model card is for people to write on
         paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
         files = {path.name: {"bytes": path.stat().st_size, "fingerprint": fingerprint(path)} for path in paths}
-        run = {"stage": self.stage, "step": step, "order": self.order, "files": files}
+        run = {"stage": self.stage, "step": step, "order": self.order, "outcome": self.outcome, "files": files}
         text = json.dumps({"run": run, **self.settings}, indent=2) + "\n"
         (folder / RECORD_FILE).write_text(text, encoding="utf-8")
 

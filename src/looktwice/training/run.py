@@ -36,7 +36,7 @@ from looktwice.training.folder import (
 from looktwice.training.learner import Learner
 from looktwice.training.overview import show_overview
 from looktwice.training.provenance import write_provenance
-from looktwice.training.record import Record, Settings, fingerprint, plain
+from looktwice.training.record import DONE, Record, Settings, fingerprint, plain
 from looktwice.training.state import resume, save
 from looktwice.training.stopping import StopRequest, stop_requests
 
@@ -94,10 +94,11 @@ def tell_finished(record: Record, settings: Settings) -> Path:
     folder = config.output_dir / FINAL_MODEL
     # what LoRA is may have come with the adapter it started from
     given = (config.model_fields_set | data.model_fields_set) - {*LORA_KNOBS.values(), "use_lora"}
-    idle = [change for name, change in record.changes_since(Record.read(folder)) if name in given]
+    ended = Record.read(folder)
+    idle = [change for name, change in record.changes_since(ended) if name in given]
     told = f"; not trained with {', '.join(idle)}" if idle else ""
     print(
-        f"{STAGE_NAMES[record.stage]} is done, all {counted(record.step, 'step')}: {folder}{told}; "
+        f"{STAGE_NAMES[record.stage]} {ended.outcome}, all {counted(record.step, 'step')}: {folder}{told}; "
         "more epochs or steps make it longer"
     )
     return folder
@@ -240,18 +241,17 @@ def save_final(learner: Learner, record: Record, stop: StopRequest, *, alarms: S
     Raises Interrupted afterwards where a signal asked the run to stop.
     """
     folder = learner.config.output_dir / FINAL_MODEL
-    card = model_card(learner, record) if learner.world.is_main else None
-    save(learner, folder, record, with_optimizer=False, card=card)
-    stage = STAGE_NAMES[record.stage]
-    if learner.has_learnt and alarms:
-        print(f"{stage} ended with alarms on ({', '.join(alarms)}): {folder}; docs/method.md says what they mean")
-    elif learner.has_learnt:
-        print(f"{stage} done: {folder}")
-    else:
-        print(
-            f"{stage} learnt nothing: none of {learner.step:,} steps had a gradient, and {folder} is no better than "
-            "what it started from; group/, reward/, data/ and optim/ of metrics.jsonl say why"
+    outcome, means = DONE, ""
+    if not learner.has_learnt:
+        outcome = "learnt nothing, no step had a gradient"
+        means = (
+            "; it is no better than what it started from: group/, reward/, data/ and optim/ of metrics.jsonl say why"
         )
+    elif alarms:
+        outcome, means = f"ended with alarms on ({', '.join(alarms)})", "; docs/method.md says what they mean"
+    card = model_card(learner, record) if learner.world.is_main else None
+    save(learner, folder, replace(record, outcome=outcome), with_optimizer=False, card=card)
+    print(f"{STAGE_NAMES[record.stage]} {outcome}: {folder}{means}")
     stop.agree(learner.world.gather)
     stop.heed(is_done=True)
     return folder
