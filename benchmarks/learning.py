@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from measure import parser, publish
 
-from looktwice.demo.pipeline import GRPO_STEPS, Demo
+from looktwice.demo.pipeline import Demo
 from looktwice.demo.task import DatasetFiles
 from looktwice.evaluation.accuracy import evaluate
 from looktwice.evaluation.controls import CONTROLS
@@ -34,7 +34,9 @@ from looktwice.processing.packing import pack
 from looktwice.training import grpo
 
 REWARDS = Path(__file__).with_name("learning_rewards.py")
-EVAL_EVERY = 10
+EVAL_EVERY = 20
+SHORT = {"max_steps": 40, "num_minibatches": 2}
+"""What ablations change beside: two updates of a batch of rollouts, so that fewer steps tell them apart."""
 Results = dict[str, dict[int, dict[str, Any]]]
 """What was found, by arm and seed."""
 
@@ -44,18 +46,19 @@ class Arm(NamedTuple):
 
     title: str
     settings: dict[str, Any]
-    is_ablation: bool = True
+    is_short: bool = True
     trains_crops: bool = False
 
 
 ARMS = {
-    "robust": Arm("R-GRPO, robust", {}, is_ablation=False),
-    "paper": Arm("R-GRPO, paper", {"preset": "paper", "refill_batches": 0}, is_ablation=False),
+    "robust": Arm("R-GRPO, robust", {}, is_short=False),
+    "paper": Arm("R-GRPO, paper", {"preset": "paper", "refill_batches": 0}, is_short=False),
     "code": Arm(
         "R-GRPO, code",
         {"preset": "code", "num_generations": 8, "max_turns": 3, "refill_batches": 0},
-        is_ablation=False,
+        is_short=False,
     ),
+    "robust_short": Arm("robust, as short as its ablations", {}),
     "region_ungated": Arm("crops paid though the answer is wrong", {"reward": f"{REWARDS}:region_ungated"}),
     "no_region": Arm("crops not paid", {"reward": f"{REWARDS}:no_region"}),
     "phantom": Arm(
@@ -80,7 +83,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="folder of runs and results; default: outputs/learning/TASK")
     options.add_argument("--workers", type=int, default=2, help="runs at the same time, of one thread each")
     options.add_argument("--questions", type=int, default=400, help="asked in an evaluation")
-    options.add_argument("--steps", type=int, default=GRPO_STEPS, help="of each arm; default: the demo's")
+    options.add_argument("--steps", type=int, help="of each arm, for a quick look")
     arguments = options.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
@@ -110,7 +113,7 @@ def started_from(task: str, out: Path) -> dict[str, Any]:
     return {"model": str(model), "draw": photographs.DRAW_TRAIN, "draw_eval": photographs.DRAW_EVAL}
 
 
-def run(seed: int, arm: str, *, task: str, out: Path, questions: int, steps: int) -> dict[str, Any]:
+def run(seed: int, arm: str, *, task: str, out: Path, questions: int, steps: int | None) -> dict[str, Any]:
     """Train one arm of one seed, or its SFT, and ask; what is found is kept, and taken from there the next time."""
     folder = out / f"seed-{seed}" / arm
     kept = folder / "found.json"
@@ -123,7 +126,7 @@ def run(seed: int, arm: str, *, task: str, out: Path, questions: int, steps: int
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def trained(demo: Demo, arm: str, *, questions: int, steps: int) -> dict[str, Any]:
+def trained(demo: Demo, arm: str, *, questions: int, steps: int | None) -> dict[str, Any]:
     """The accuracy of an arm, its curve of (step, accuracy), and the controls where `arm` is `robust`."""
     folder, seed = demo.folder, demo.seed
     data, start = folder.parent / "data", folder.parent / "sft" / "sft" / "final_model"
@@ -136,10 +139,11 @@ def trained(demo: Demo, arm: str, *, questions: int, steps: int) -> dict[str, An
         chosen = ARMS[arm]
         with crops_trained() if chosen.trains_crops else nullcontext():
             settings = {
-                "max_steps": steps,
                 "eval_steps": EVAL_EVERY,
                 "eval_tool_gain": False,
+                **(SHORT if chosen.is_short else {}),
                 **chosen.settings,
+                **({"max_steps": steps} if steps else {}),
             }
             model = demo.grpo(files, start, overwrite=True, **settings)
         curve = evaluations_in(folder / "grpo" / "metrics.jsonl")
@@ -211,9 +215,11 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     arms = [arm for arm in results if arm in ARMS]
-    panels = {"presets": [arm for arm in arms if not ARMS[arm].is_ablation]}
-    if any(ARMS[arm].is_ablation for arm in arms):
-        panels["robust, and its ablations"] = [arm for arm in arms if arm == "robust" or ARMS[arm].is_ablation]
+    panels = {
+        "presets": [arm for arm in arms if not ARMS[arm].is_short],
+        "ablations, in 40 steps of two updates": [arm for arm in arms if ARMS[arm].is_short],
+    }
+    panels = {title: found for title, found in panels.items() if found}
     width = 5 * len(panels)
     figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.6), sharey=True, squeeze=False, layout="constrained")
     for axis, (title, arms) in zip(axes[0], panels.items()):
