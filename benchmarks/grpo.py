@@ -101,12 +101,13 @@ def demo_seconds(checkouts: Sequence[Path]) -> list[float]:
                 [sys.executable, "-c", DEMO, f"{folder}/{number}"],
                 env={**os.environ, "PYTHONPATH": str((checkout / "src").resolve()), "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
                 text=True,
             )
             for number, checkout in enumerate(checkouts)
         ]
         printed = [run.communicate()[0] for run in runs]
+    if failed := [checkout for checkout, run in zip(checkouts, runs) if run.returncode]:
+        sys.exit(f"the demo of {failed[0]} failed; its error stands above")
     return [float(text.splitlines()[-1]) for text in printed]
 
 

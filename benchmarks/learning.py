@@ -35,8 +35,8 @@ from looktwice.training import grpo
 
 REWARDS = Path(__file__).with_name("learning_rewards.py")
 EVAL_EVERY = 20
-SHORT = {"max_steps": 40, "num_minibatches": 2}
-"""What ablations change beside: two updates of a batch of rollouts, so that fewer steps tell them apart."""
+SHORT_STEPS = 40
+"""Of ablations, and of the `robust` that they are compared with."""
 Results = dict[str, dict[int, dict[str, Any]]]
 """What was found, by arm and seed."""
 
@@ -141,7 +141,7 @@ def trained(demo: Demo, arm: str, *, questions: int, steps: int | None) -> dict[
             settings = {
                 "eval_steps": EVAL_EVERY,
                 "eval_tool_gain": False,
-                **(SHORT if chosen.is_short else {}),
+                **({"max_steps": SHORT_STEPS} if chosen.is_short else {}),
                 **chosen.settings,
                 **({"max_steps": steps} if steps else {}),
             }
@@ -217,7 +217,7 @@ def draw(results: Results, path: Path) -> None:
     arms = [arm for arm in results if arm in ARMS]
     panels = {
         "presets": [arm for arm in arms if not ARMS[arm].is_short],
-        "ablations, in 40 steps of two updates": [arm for arm in arms if ARMS[arm].is_short],
+        "robust and its ablations, half as long": [arm for arm in arms if ARMS[arm].is_short],
     }
     panels = {title: found for title, found in panels.items() if found}
     width = 5 * len(panels)

@@ -97,7 +97,7 @@ METRICS: dict[str, str] = {
     "canary/gap": "mean absolute difference between logprobs in training and in sampling, one rollout, nats",
     "canary/picture": "mean absolute change of an answer's logprobs when its pictures are others, nats",
     "canary/adapter": "mean absolute change of an answer's logprobs without the adapter, nats",
-    "gap/max": "largest absolute difference of them before the first update on new rollouts, nats",
+    "gap/max": "largest absolute difference of them in the first of the updates on new rollouts, nats",
     "gap/mean": "mean absolute difference of them there, nats",
     "gap/ratio": "mean ratio of the policy to the one that sampled, there",
     "importance/mean": "mean weight of tokens that another distribution drew",

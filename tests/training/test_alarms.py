@@ -181,6 +181,13 @@ def test_what_is_kept_of_a_long_history_judges_as_all_of_it() -> None:
         assert alarm.measure(watch.history) == alarm.measure(history), name
 
 
+def test_the_gap_of_engines_is_found_where_few_steps_measure_it() -> None:
+    watch = Watch({})
+    for step in range(1, 31):  # rollouts made ahead: every tenth step samples from the newest weights
+        metrics, _ = watch.note(step, {**GOOD, "gap/mean": 0.06} if step % 10 == 0 else {"step": step})
+    assert metrics["alarm/engine_gap"] == 1.0
+
+
 def test_an_alarm_counts_as_far_as_its_threshold() -> None:
     watch = Watch({"no_signal": 100})
     on = [watch.note(step, NO_SIGNAL)[0]["alarm/no_signal"] for step in range(1, 121)]

@@ -30,7 +30,7 @@ from looktwice.training.sft import train_sft
 
 CHANCE = 0.1
 NUM_TRAIN, NUM_RL, NUM_EVAL = 200, 600, 400
-SFT_EPOCHS, GRPO_STEPS = 2, 70
+SFT_EPOCHS, GRPO_STEPS = 2, 80
 MAX_NEW_TOKENS = 96
 WRITTEN = ("data", "sft", "grpo", SUMMARY_FILE, ANSWERS_FILE, "report.html")
 MARK = ".demo"
@@ -108,6 +108,8 @@ class Demo:
                 "lr_scheduler_type": "cosine",
                 # early steps have many groups without signal; with others in their place fewer steps do more
                 "refill_batches": 1,
+                # sampling costs more than training here, so each batch is learned from in two updates
+                "num_minibatches": 2,
                 # a rollout that rambles on is a failure here, not a long thought
                 "mask_truncated_completions": False,
                 "max_new_tokens": MAX_NEW_TOKENS,

@@ -60,9 +60,9 @@ class Alarm:
         return f"{self.meaning.format(value=four_digits(value), threshold=four_digits(threshold))}; {self.mend}"
 
 
-def recent(history: History, name: str, count: int = RECENT) -> float | None:
-    """Mean of the last values of a metric, None where the last steps do not have so many."""
-    values = [line[name] for line in history[-OLDEST:] if name in line]
+def recent(history: History, name: str, count: int = RECENT, *, within: int = OLDEST) -> float | None:
+    """Mean of the last values of a metric, None where so many last steps do not have them."""
+    values = [line[name] for line in history[-within:] if name in line]
     return mean(values[-count:]) if len(values) >= count else None
 
 
@@ -183,7 +183,7 @@ ALARMS: dict[AlarmName, Alarm] = {
         mend="lower the learning rate, raise --epsilon_high or the temperature, or add a KL term with --beta",
     ),
     "engine_gap": Alarm(
-        measure=lambda history: recent(history, "gap/mean"),
+        measure=lambda history: recent(history, "gap/mean", within=len(history)),
         threshold=0.05,
         side="from",
         meaning="logprobs in training and in sampling differ by {value} nats: another policy sampled than is updated",

@@ -24,9 +24,6 @@ OF_ONE_RUN |= {"eval_tool_gain", "keep_trajectories", "rollout_page_steps"}
 """Settings that do not change what is learned, or that the order tells of."""
 
 
-DONE = "is done"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One run. `order` is what the number of a step means: the data, how many samples a step takes, and their order.
@@ -41,7 +38,7 @@ class Record:
     settings: dict[str, dict[str, Any]]
     step: int = 0
     files: dict[str, tuple[int, str | None]] = field(default_factory=dict)
-    outcome: str = DONE
+    outcome: str | None = None
 
     @classmethod
     def of(
@@ -74,7 +71,7 @@ class Record:
                 name: (facts, None) if isinstance(facts, int) else (facts["bytes"], facts["fingerprint"])
                 for name, facts in run["files"].items()
             }
-            told = {"outcome": run.get("outcome", DONE)}
+            told = {"outcome": run.get("outcome")}
             return cls(settings=fields, files=files, **told, **{name: run[name] for name in ("stage", "order", "step")})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: does not say what run it is of; resume from another checkpoint") from error
@@ -109,7 +106,8 @@ class Record:
         # a model card is for people to write on
         paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
         files = {path.name: {"bytes": path.stat().st_size, "fingerprint": fingerprint(path)} for path in paths}
-        run = {"stage": self.stage, "step": step, "order": self.order, "outcome": self.outcome, "files": files}
+        told = {"outcome": self.outcome} if self.outcome else {}
+        run = {"stage": self.stage, "step": step, "order": self.order, **told, "files": files}
         text = json.dumps({"run": run, **self.settings}, indent=2) + "\n"
         (folder / RECORD_FILE).write_text(text, encoding="utf-8")
 

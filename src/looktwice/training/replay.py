@@ -101,7 +101,8 @@ def replayed_loss(parts: Sequence[Sequence[Recorded]], config: GRPOConfig) -> fl
             "replay with --beta 0"
         )
     has_several = any(len(one.trainer_logprobs) > 1 for one in trained) or len(parts) > 1
-    if config.correction != "none" and has_several and not any(one.old_logprobs for one in trained):
+    were_trained = all(one.trainer_logprobs for one in trained)
+    if config.correction != "none" and has_several and were_trained and not any(one.old_logprobs for one in trained):
         raise ConfigError(
             f"importance_correction is {config.correction}, and the run had none, so the logprobs before its first "
             "update are not written; replay with --importance_correction none"

@@ -36,10 +36,12 @@ from looktwice.training.folder import (
 from looktwice.training.learner import Learner
 from looktwice.training.overview import show_overview
 from looktwice.training.provenance import write_provenance
-from looktwice.training.record import DONE, Record, Settings, fingerprint, plain
+from looktwice.training.record import Record, Settings, fingerprint, plain
 from looktwice.training.state import resume, save
 from looktwice.training.stopping import StopRequest, stop_requests
 
+DONE = "is done"
+"""The outcome of a run that says nothing else of itself."""
 STAGE_NAMES: dict[Stage, str] = {"sft": "stage 1", "grpo": "stage 2", "both": "both stages"}
 
 
@@ -98,7 +100,7 @@ def tell_finished(record: Record, settings: Settings) -> Path:
     idle = [change for name, change in record.changes_since(ended) if name in given]
     told = f"; not trained with {', '.join(idle)}" if idle else ""
     print(
-        f"{STAGE_NAMES[record.stage]} {ended.outcome}, all {counted(record.step, 'step')}: {folder}{told}; "
+        f"{STAGE_NAMES[record.stage]} {ended.outcome or DONE}, all {counted(record.step, 'step')}: {folder}{told}; "
         "more epochs or steps make it longer"
     )
     return folder

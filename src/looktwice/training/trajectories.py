@@ -49,7 +49,7 @@ class Recorded:
 
 
 def write_trajectories(folder: Path, step: int, groups: Sequence[Sequence[Rollout]], *, keep: int) -> None:
-    """Write the rollouts that step `step` (counted from 1) trained on, whole or not at all; of all steps written the
+    """Write the rollouts of step `step` (counted from 1), whole or not at all; of all steps written the
     last `keep` stay.
 
     Raises ConfigError when there is no room.
