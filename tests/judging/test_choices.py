@@ -40,7 +40,7 @@ def test_a_gold_answer_is_an_option_where_it_is_written_as_one(text: str, choice
         ("A or B", None),
         ("Vitamin C", None),
         ("A. red B. blue", None),
-        ("B. No, C", None),
+        ("B. No, C", Choice("B", "No, C", is_either=False)),
         ("T. Rex", None),
     ],
 )

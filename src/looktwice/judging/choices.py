@@ -28,8 +28,6 @@ _ONE_LETTER = re.compile(
 _LETTER_AND_TEXT = re.compile(
     rf"{_CARRIED}(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])([.):]|\s+-|(?=\s\()))\s+(\S.*)", re.IGNORECASE | re.DOTALL
 )
-_REVISED = re.compile(r"\b(?:actually|wait|instead|rather|sorry|no|not|wrong|incorrect)\b", re.IGNORECASE)
-_LONE_LETTER = re.compile(r"(?<![\w'.-])[A-Z](?![\w'-])")
 _ANOTHER_OPTION = re.compile(r"[A-Za-z]|.*(?<![\w'])(?:[(\[][A-Ha-h][)\]]|[A-H][.):](?=\s)).*", re.DOTALL)
 
 
@@ -70,8 +68,7 @@ def picked(text: str) -> Choice | None:
     if pick is None:
         return None
     letter, said = (pick[1] or pick[2]).upper(), pick[4]
-    is_unclear = _ANOTHER_OPTION.fullmatch(said) or (_REVISED.search(said) and _LONE_LETTER.search(said))
-    if is_unclear or not _is_option(letter, pick[3], said):
+    if _ANOTHER_OPTION.fullmatch(said) or not _is_option(letter, pick[3], said):
         return None
     after = text[pick.end(1) + 1 if pick[1] else pick.end(2) :]
     return Choice(letter, said, not is_retracted(letter, after, said))
