@@ -256,6 +256,12 @@ RIGHT = {
         ("$10 - $20", "$10-$20"),
         ("10% - 20%", "10%-20%"),
         ("10% to 20%", "10%-20%"),
+        ("3.14160", "3.1416"),
+        ("x = 3.1416", "3.1416"),
+        ("2.5", "2.5000"),
+        ("1.25", "1.2500"),
+        ("1 to 5000", "1-5000"),
+        ("1990 - 12", "1990-12"),
     ],
     "fraction": [
         ("1/2", "0.5"),
@@ -288,6 +294,7 @@ RIGHT = {
         ("3.1", "3.10"),
         ("$3.1", "$3.10"),
         ("10/10 points", "10/10 points"),
+        ("0.001", "1/1000"),
     ],
     "unit": [
         ("5cm", "5 cm"),
@@ -409,8 +416,6 @@ RIGHT = {
         ("Friday, 1 May 2020", "1 May 2020"),
         ("5月12号", "5月12日"),
         ("4th of July", "July 4"),
-        ("05-2020", "2020-05"),
-        ("5/2020", "May 2020"),
     ],
     "time": [
         ("3:00 p.m.", "3:00 PM"),
@@ -1048,6 +1053,9 @@ WRONG = {
         ("1920 × 1080", "1080 × 1920"),
         ("3 out of 5", "3"),
         ("10% - 20%", "10%"),
+        ("March 1416", "3.1416"),
+        ("May 2000", "5.2000"),
+        ("Dec 2010", "2010-12"),
     ],
     "fraction": [
         ("3", "3/4"),
@@ -1077,6 +1085,7 @@ WRONG = {
         ("Python 3.1", "Python 3.10"),
         ("3.1.0", "3.10"),
         ("version 3.1", "version 3.10"),
+        ("January 2000", "1/2000"),
     ],
     "unit": [
         ("100 mW", "100 MW"),
@@ -2035,6 +2044,8 @@ MISSED = [
     ("Wi-Fi", "wifi"),
     ("WiFi", "Wi-Fi"),
     ("7-Eleven", "7 eleven"),
+    ("5/2020", "May 2020"),
+    ("May 2020", "2020-05"),
 ]
 """Right by meaning, and wrong by the rules: the price of no false rights."""
 
@@ -2071,7 +2082,7 @@ def test_what_says_the_same_is_right_and_nothing_else(
 
 def test_what_the_rules_miss_is_known() -> None:
     assert [pair for pair in MISSED if answers_match(*pair)] == []
-    assert len(MISSED) == 31
+    assert len(MISSED) == 33
 
 
 @pytest.mark.parametrize(("completion", "answer"), COMPLETIONS)

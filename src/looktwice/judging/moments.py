@@ -31,8 +31,6 @@ _NUMERIC_DATES = tuple(
     re.compile(form)
     for form in (
         rf"{_YEAR}(?P<sign>[-/.])(?P<month>[01]?[0-9])(?P=sign){_DAY}",
-        rf"{_YEAR}[-/](?P<month>0[1-9]|1[0-2])",
-        rf"(?P<month>0?[1-9]|1[0-2])[-/.]{_YEAR}",
         rf"{_YEAR} ?年 ?(?P<month>[01]?[0-9]) ?月(?: ?{_DAY} ?[日号])?",
         rf"(?P<month>[01]?[0-9]) ?月 ?{_DAY} ?[日号]",
     )
@@ -60,7 +58,8 @@ class Moment(NamedTuple):
 def read_moment(text: str) -> Moment | None:
     """The date or the time of day that a plain text is, or None.
 
-    3:00 is no 3:00 PM, and 15:00 is; 25/12/2020 is Christmas, and 12/05/2020 is neither May nor December.
+    3:00 is no 3:00 PM, and 15:00 is; 25/12/2020 is Christmas, and 12/05/2020 is neither May nor December. 2010-12
+    may be a range, and 5/2020 a fraction.
     """
     text = bare(text).casefold()
     if text in _NAMED_TIMES:
