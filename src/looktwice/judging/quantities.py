@@ -30,8 +30,8 @@ _LETTER_MULTIPLIERS = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "b": 10*
 _OF_COUNTED = "counted "
 _COUNTED = re.compile(r"[^\W\d_]+(?:[ -][^\W\d_]+){0,3}")
 """What is counted, in words: "red apples"."""
-_SYMBOL = re.compile(r"[A-Za-z]*(?:[a-z][A-Z]|[A-Z]{2}[a-z])[A-Za-z]?")
-"""Of a unit that is not known here: MeV is no meV."""
+_MILLI_OR_MEGA = re.compile("m[A-Z][A-Za-z]?|[mM][a-z][A-Z]")
+"""A symbol in mixed case that is not known here: meV is no MeV, and ev may be eV."""
 
 _FIRST_CJK = "⺀"
 """From here on a word follows its number without a space."""
@@ -134,7 +134,7 @@ def _measured(value: Fraction, currency: str, rest: str, *, is_stored: bool = Fa
         return Quantity(value * factor, is_stored=is_stored)
     if (rest.startswith(" ") or rest[0] >= _FIRST_CJK) and _COUNTED.fullmatch(rest.strip()):
         counted = rest.strip()
-        name = counted if _SYMBOL.fullmatch(counted) else words(counted).removesuffix("s")
+        name = counted if _MILLI_OR_MEGA.fullmatch(counted) else words(counted).removesuffix("s")
         return Quantity(value * factor, _OF_COUNTED + name)
     return None
 
