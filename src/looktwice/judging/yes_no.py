@@ -7,29 +7,29 @@ import re
 from looktwice.judging.wording import bare
 
 _SUBJECT = "(?:it|they|he|she|there|this|that|these|those|i|we|you)"
-_BETWEEN = (
-    r"\s*[,;!]\s*|\s+-\s+"
-    rf"|\s*[-.:]\s*(?=(?:{_SUBJECT}|the)[ '])|[.:]\s+(?=an? [a-z]{{2}})|\s+(?={_SUBJECT}[ '])"
-)
-_STATED = re.compile(rf"(yes|no|true|false)(?:(?:{_BETWEEN})(?![\s\d])(.+))?")
-"""The word, and what is said beside it. "No-one" and "No. of visitors" are no no."""
+_BETWEEN = rf"\s*(?:[,;!]|\.{{2,}})\s*|[.:]\s+|\s+-\s+|\s*[-.:]\s*(?=(?:{_SUBJECT}|the)[ '])|\s+(?={_SUBJECT}[ '])"
+_STATED = re.compile(rf"(yes|no|true|false)(?:(?:{_BETWEEN})(?!\s)(.+))?")
+"""The word, and what is said beside it. "No-one" is no no."""
+_NUMBER = re.compile(r"no[.:]\s*(?:of\b|(?:\w )?\d|(?!(?:none|nothing|nobody|neither|never|not)$)\S+$)")
+"""What "No." abbreviates: "No. 5", "No. of visitors", "No. Parking"."""
 _PLAIN_GOLD = re.compile(rf"(yes|no|true|false)(?:,? {_SUBJECT} \w+(?: not|n't)?)?")
 _MAX_CHARS = 48
 
 _HEDGE = re.compile(
-    r"\b(?:but|however|maybe|perhaps|possibly|unless|except|or|sometimes|occasionally|depends|depending|partly|partially"
-    r"|might|could|unsure|unclear|uncertain|not sure|(?:hard|cannot|can't) (?:to )?(?:say|tell)|don't know|who knows)\b"
-    rf"|(?<!\bas )\bif\b|\b{_SUBJECT} may\b|^(?:only )?when\b"
+    r"\b(?:but|however|maybe|perhaps|possibly|unless|except|or|sometimes|occasionally|depends|depending|might|unsure"
+    r"|unclear|uncertain|not sure|(?:hard|cannot|can't) (?:to )?(?:say|tell)|don't know|who knows)\b"
+    rf"|(?<!\bas )\bif\b|\b(?:partly|partially)(?! \w)|\b(?:could|{_SUBJECT} may)(?! not\b)(?: be\b| \w+$|$)"
+    r"|^(?:only )?when\b"
 )
 _NEGATION = re.compile(
     r"\b(?:not|never|cannot)\b|\b(?:is|are|was|were|do|does|did|has|have|had|ca|could|wo|would|should)n'?t\b"
 )
 _FALSITY = re.compile(r"\b(?:false|untrue|wrong|incorrect)\b(?! (?!because|since|as|and)[a-z])")
 """Not that of "the wrong way"."""
-_ABSENCE = re.compile(r"\b(?:no|nope|nah|none|neither|nor|nothing|nobody|nowhere|hardly|barely|zero)\b")
+_ABSENCE = re.compile(r"\b(?:no|nope|nah|none|neither|nor|nothing|nobody|nowhere|hardly|barely)\b|^(?:zero|0)\b")
 _ASSENT = re.compile(r"\b(?:yes|yeah|yep|yup)\b")
 _AFFIRMATION = re.compile(
-    r"\b(?:true|correct|indeed|does|do|did)\b|\b(?:that is|that's) right\b"
+    rf"\b(?:true|correct)(?! \w)|\b(?:that is|that's) right\b|\b{_SUBJECT} (?:do|does|did)(?: have\b|$)"
     rf"|\b{_SUBJECT} (?:(?:is|are|was|were|am|has|have|had|can|will|would|should|must)(?: be)?)$"
 )
 """What says yes, as "it is" does with nothing after it."""
@@ -42,9 +42,9 @@ def read_yes_no(text: str) -> str | None:
 
 
 def says(wanted: str, text: str) -> bool:
-    """Whether an answer says yes, no, true or false, without taking it back: "Yes, sometimes" and "No, it does" do."""
+    """Whether an answer says yes, no, true or false, without taking it back as "No, it does" does."""
     text = bare(text).casefold()
-    stated = _STATED.fullmatch(text)
+    stated = None if _NUMBER.match(text) else _STATED.fullmatch(text)
     if stated is None or stated[1] != wanted or len(text) >= _MAX_CHARS:
         return False
     beside = stated[2] or ""
