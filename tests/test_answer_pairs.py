@@ -579,6 +579,11 @@ RIGHT = {
         ("20, 5", "twenty, five"),
         ("1,205", "one thousand, two hundred and five"),
         ("one thousand, two hundred five", "1,205"),
+        ("New York, NY, 10001", "New York, NY 10001"),
+        ("Washington, DC, 20036", "Washington, DC 20036"),
+        ("Lorillard, Inc., New York", "Lorillard Inc., New York"),
+        ("123 Main St, Springfield, IL", "123 Main St. Springfield, IL"),
+        ("May 5, 1990, 10:00 AM", "May 5 1990, 10:00 AM"),
     ],
     "mathematics": [
         ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt{2}}{2}"),
@@ -1499,6 +1504,9 @@ WRONG = {
         ("twenty five", "twenty, five"),
         ("twenty-five", "twenty, five"),
         ("7", "seven, eight"),
+        ("1, 234, 5, 6", "1 234, 5, 6"),
+        ("twenty, five, 6", "twenty five, 6"),
+        ("light, blue, dark green", "light blue, dark, green"),
     ],
     "mathematics": [
         ("y = 3", "x = 3"),

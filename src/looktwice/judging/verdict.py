@@ -144,7 +144,8 @@ def _list(gold: str) -> Judge | None:
                 return False
             if len(parts) == len(wanted):
                 return all(_says(part, one, _KINDS_OF_PARTS) for part, one in zip(parts, wanted))
-        return _leaves_out_separators(_parts(said, _SEPARATOR)[1], wanted)
+        parts = _parts(said, _SEPARATOR)[1]
+        return _leaves_out_separators(parts, wanted) or _leaves_out_separators(wanted, parts)
 
     return judge
 
