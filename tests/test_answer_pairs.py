@@ -365,7 +365,6 @@ RIGHT = {
         ("5 GBs", "5 GB"),
         ("16 gib", "16 GiB"),
         ("1 tb", "1 TB"),
-        ("200 kcal", "200 Cal"),
         ("200 Calories", "200 calories"),
         ("200 CAL", "200 cal"),
         ("5 Ghz", "5 GHz"),
@@ -382,6 +381,10 @@ RIGHT = {
         ("5 ev", "5 eV"),
         ("30 PSI", "30 psi"),
         ("4 PhDs", "4 phds"),
+        ("250 calories", "250 Cal"),
+        ("250 Calories", "250 Cal"),
+        ("30 NM", "30 Nm"),
+        ("200 kilocalories", "200 kcal"),
     ],
     "percent": [
         ("50 %", "50%"),
@@ -1163,7 +1166,6 @@ WRONG = {
         ("5 KBps", "5 kbps"),
         ("5 Kb", "5 KB"),
         ("5 Mbar", "5 mbar"),
-        ("200 cal", "200 Cal"),
         ("100 Mbps", "100 MBps"),
         ("5 Kbps", "5 KBps"),
         ("5 KB", "5 Kb"),
@@ -1185,7 +1187,6 @@ WRONG = {
         ("5 mJ", "5 MJ"),
         ("5 Mv", "5 mV"),
         ("5 mAh", "5 MAh"),
-        ("5 Cal", "5 cal"),
         ("5 kcal", "5 cal"),
         ("5 meV", "5 MeV"),
         ("5 mT", "5 MT"),
@@ -1198,6 +1199,8 @@ WRONG = {
         ("5 nm", "5 Nm"),
         ("5 mi", "5 m"),
         ("5 mVA", "5 MVA"),
+        ("30 NM", "30 nm"),
+        ("30 nm", "30 Nm"),
     ],
     "percent": [
         ("50", "50%"),
@@ -2100,6 +2103,7 @@ MISSED = [
     ("7-Eleven", "7 eleven"),
     ("5/2020", "May 2020"),
     ("May 2020", "2020-05"),
+    ("200 kcal", "200 Cal"),
 ]
 """Right by meaning, and wrong by the rules: the price of no false rights."""
 
@@ -2136,7 +2140,7 @@ def test_what_says_the_same_is_right_and_nothing_else(
 
 def test_what_the_rules_miss_is_known() -> None:
     assert [pair for pair in MISSED if answers_match(*pair)] == []
-    assert len(MISSED) == 33
+    assert len(MISSED) == 34
 
 
 @pytest.mark.parametrize(("completion", "answer"), COMPLETIONS)

@@ -52,7 +52,6 @@ def test_a_fraction_is_read_as_its_value(value: Fraction) -> None:
         ("Kb", "KB"),
         ("Gib", "GiB"),
         ("Mbar", "mbar"),
-        ("cal", "Cal"),
         ("nm", "Nm"),
         ("mW", "MW"),
         ("Mb", "MB"),

@@ -58,7 +58,6 @@ _METRIC = (
     ("data rate", _DATA_PREFIXES, ("Bps",), ("byte per second", "bytes per second"), 8),
     ("data rate", _DATA_PREFIXES, ("bps",), ("bit per second", "bits per second"), 1),
     ("food energy", "k ", ("cal",), ("calorie",), 1),
-    ("food energy", " ", ("Cal",), (), 1000),
     ("temperature", " ", ("K",), ("kelvin",), 1),
     ("celsius", " ", ("C", "°C"), ("celsius", "degree celsius", "degrees celsius", "degrees c", "deg c"), 1),
     (
@@ -102,7 +101,7 @@ _OTHERS = (
     ("data rate", 1_000, "kbps"),
     ("data rate", 1_000_000, "mbps"),
     ("data rate", 1_000_000_000, "gbps"),
-    ("food energy", 1, "cal"),
+    ("torque", 1, "nm"),  # in capitals: without any it is a length
     ("ordinal", 1, "st", "nd", "rd", "th"),
     ("dollar", 1, "$", "us$", "usd", "dollar", "us dollar"),
     ("dollar", Fraction(1, 100), "¢", "cent"),
