@@ -101,14 +101,16 @@ def demo_seconds(checkouts: Sequence[Path]) -> list[float]:
                 [sys.executable, "-c", DEMO, f"{folder}/{number}"],
                 env={**os.environ, "PYTHONPATH": str((checkout / "src").resolve()), "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
             )
             for number, checkout in enumerate(checkouts)
         ]
-        printed = [run.communicate()[0] for run in runs]
-    if failed := [checkout for checkout, run in zip(checkouts, runs) if run.returncode]:
-        sys.exit(f"the demo of {failed[0]} failed; its error stands above")
-    return [float(text.splitlines()[-1]) for text in printed]
+        told = [run.communicate() for run in runs]
+    for checkout, run, (_, errors) in zip(checkouts, runs, told):
+        if run.returncode:
+            sys.exit(f"the demo of {checkout} failed:\n{errors}")
+    return [float(printed.splitlines()[-1]) for printed, _ in told]
 
 
 class Step:

@@ -35,8 +35,8 @@ from looktwice.training import grpo
 
 REWARDS = Path(__file__).with_name("learning_rewards.py")
 EVAL_EVERY = 20
-SHORT_STEPS = 40
-"""Of ablations, and of the `robust` that they are compared with."""
+STEPS, SHORT_STEPS = 80, 40
+"""Of the presets; of ablations, and of the `robust` that they are compared with."""
 Results = dict[str, dict[int, dict[str, Any]]]
 """What was found, by arm and seed."""
 
@@ -83,7 +83,9 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="folder of runs and results; default: outputs/learning/TASK")
     options.add_argument("--workers", type=int, default=2, help="runs at the same time, of one thread each")
     options.add_argument("--questions", type=int, default=400, help="asked in an evaluation")
-    options.add_argument("--steps", type=int, help="of each arm, for a quick look")
+    options.add_argument(
+        "--steps", type=int, help=f"of each arm, for a quick look; default: {STEPS}, ablations {SHORT_STEPS}"
+    )
     arguments = options.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
@@ -141,9 +143,8 @@ def trained(demo: Demo, arm: str, *, questions: int, steps: int | None) -> dict[
             settings = {
                 "eval_steps": EVAL_EVERY,
                 "eval_tool_gain": False,
-                **({"max_steps": SHORT_STEPS} if chosen.is_short else {}),
+                "max_steps": steps or (SHORT_STEPS if chosen.is_short else STEPS),
                 **chosen.settings,
-                **({"max_steps": steps} if steps else {}),
             }
             model = demo.grpo(files, start, overwrite=True, **settings)
         curve = evaluations_in(folder / "grpo" / "metrics.jsonl")

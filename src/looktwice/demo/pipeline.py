@@ -30,7 +30,7 @@ from looktwice.training.sft import train_sft
 
 CHANCE = 0.1
 NUM_TRAIN, NUM_RL, NUM_EVAL = 200, 600, 400
-SFT_EPOCHS, GRPO_STEPS = 2, 80
+SFT_EPOCHS, GRPO_STEPS = 2, 50
 MAX_NEW_TOKENS = 96
 WRITTEN = ("data", "sft", "grpo", SUMMARY_FILE, ANSWERS_FILE, "report.html")
 MARK = ".demo"
