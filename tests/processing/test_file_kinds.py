@@ -68,7 +68,7 @@ OTHERS = {
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n": ("a PostScript file", "convert it"),
     encoded("EPS"): ("a PostScript file", "convert it"),
     zipped(): ("a ZIP archive", "unpack it"),
-    gzip.compress(b"x"): ("a gzip archive", "unpack it"),
+    gzip.compress(b"x", mtime=0): ("a gzip archive", "unpack it"),
     b"a.png" + bytes(252) + b"ustar\0": ("an archive", "unpack it"),
     array(): ("a NumPy array", "write it as PNG"),
     b"PAR1" + bytes(20): ("a file of data", "name"),
