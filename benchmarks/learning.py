@@ -53,11 +53,7 @@ class Arm(NamedTuple):
 ARMS = {
     "robust": Arm("R-GRPO, robust", {}, is_short=False),
     "paper": Arm("R-GRPO, paper", {"preset": "paper", "refill_batches": 0}, is_short=False),
-    "code": Arm(
-        "R-GRPO, code",
-        {"preset": "code", "num_generations": 8, "max_turns": 3, "refill_batches": 0},
-        is_short=False,
-    ),
+    "code": Arm("R-GRPO, code", {"preset": "code", "refill_batches": 0}, is_short=False),
     "robust_short": Arm("robust, as short as its ablations", {}),
     "region_ungated": Arm("crops paid though the answer is wrong", {"reward": f"{REWARDS}:region_ungated"}),
     "no_region": Arm("crops not paid", {"reward": f"{REWARDS}:no_region"}),

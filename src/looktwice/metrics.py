@@ -162,7 +162,9 @@ class Recorder:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record and show the metrics of a step. Raises KeyError for a name that is not in METRICS."""
-        unknown = [name for name in metrics if not any(fnmatchcase(name, known) for known in METRICS)]
+        unknown = [
+            name for name in metrics if name not in METRICS and not any(fnmatchcase(name, known) for known in METRICS)
+        ]
         if unknown:
             raise KeyError(f"metrics {unknown} are not in the table METRICS")
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no other
